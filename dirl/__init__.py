@@ -1,0 +1,73 @@
+"""Post-training of block-diffusion language models: SFT with random masking, then RL with DiPO.
+
+The face for notebooks. Nothing is imported before it is used, so that `import dirl` is immediate:
+
+    model, tokenizer = dirl.tiny()                      # or dirl.load("path/to/SDAR")
+    completions = dirl.generate(model, tokenizer, ["9+7+8="], temperature=1.0)
+    logprobs = dirl.logprobs(model, completions)        # nats, at the step each token was revealed
+    dirl.RLTrainer(dirl.RLConfig(output_dir="outputs/rl"), model=model, tokenizer=tokenizer).step()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "tiny": "dirl.model.tiny",
+    "load": "dirl.model.checkpoint",
+    "generate": "dirl.rollout.generate",
+    "logprobs": "dirl.rollout.replay",
+    "Completion": "dirl.rollout.engine",
+    "SamplingConfig": "dirl.rollout.engine",
+    "RolloutConfig": "dirl.rl.rollout_group",
+    "ModelConfig": "dirl.model.checkpoint",
+    "SFTConfig": "dirl.sft.train",
+    "SFTTrainer": "dirl.sft.train",
+    "RLConfig": "dirl.rl.train",
+    "RLTrainer": "dirl.rl.train",
+    "RewardConfig": "dirl.reward.rubric",
+}
+
+__all__ = [
+    "Completion",
+    "ModelConfig",
+    "RLConfig",
+    "RLTrainer",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "SamplingConfig",
+    "generate",
+    "load",
+    "logprobs",
+    "rewards",
+    "tiny",
+]
+
+if TYPE_CHECKING:
+    from dirl import reward as rewards
+    from dirl.model.checkpoint import ModelConfig, load
+    from dirl.model.tiny import tiny
+    from dirl.reward.rubric import RewardConfig
+    from dirl.rl.rollout_group import RolloutConfig
+    from dirl.rl.train import RLConfig, RLTrainer
+    from dirl.rollout.engine import Completion, SamplingConfig
+    from dirl.rollout.generate import generate
+    from dirl.rollout.replay import logprobs
+    from dirl.sft.train import SFTConfig, SFTTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name == "rewards":
+        return import_module("dirl.reward")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dirl' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,139 @@
+"""Questions and conversations -> token ids, and token ids -> text: the only door to transformers' tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dirl.data.rows import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+MASK_TOKEN = "<|MASK|>"  # not "<MASK>", which is five ordinary tokens of the SDAR vocabulary
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # SDAR's eos_token is the second, its chat template ends turns by the first
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local Hugging Face directory or of a hub id; code in the checkpoint is never run.
+
+    Raises:
+        DataError: there is no tokenizer at `path`.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(path).expanduser()
+    is_hub_id = not directory.exists() and not directory.is_absolute() and str(path).count("/") == 1
+    if not is_hub_id and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(f"no tokenizer at {path}: expected a directory holding tokenizer.json or tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(str(path) if is_hub_id else str(directory))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot load a tokenizer from {path}: {reason}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write the tokenizer, chat template included, beside a model's weights."""
+    tokenizer.save_pretrained(str(path))
+
+
+def wrap_tokenizer(
+    backend: Tokenizer, *, eos_token: str, pad_token: str, mask_token: str, chat_template: str
+) -> PreTrainedTokenizerFast:
+    """A `tokenizers` backend -> a transformers tokenizer that save_tokenizer and load_tokenizer round-trip."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=eos_token,
+        pad_token=pad_token,
+        mask_token=mask_token,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, question: str, *, system_prompt: str = "", suffix: str = ""
+) -> list[int]:
+    """Token ids of a question put to the model: everything up to the first token it has to write.
+
+    Args:
+        suffix: appended to the question as it stands, such as "\\nPut your final answer within \\\\boxed{}."
+    """
+    messages = [{"role": "user", "content": question + suffix}]
+    return render_messages(
+        tokenizer, with_system_prompt(messages, system_prompt=system_prompt), add_generation_prompt=True
+    )
+
+
+def with_system_prompt(messages: Sequence[Mapping[str, object]], *, system_prompt: str) -> list[Mapping[str, object]]:
+    """The messages, opened by `system_prompt` ("": none) where they bring no system message of their own."""
+    if not system_prompt or (messages and messages[0]["role"] == "system"):
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool
+) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or its template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; add one to it")
+    try:
+        # return_dict=False: transformers 5 returns a BatchEncoding otherwise
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+        )
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the conversation: {error}") from error
+    return list(ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of token ids for people and reward functions: special tokens left out, spaces untouched."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a completion: the eos token first, then the END_TOKENS of the vocabulary.
+
+    Raises:
+        DataError: there is none.
+    """
+    candidates = [tokenizer.eos_token_id, *(_token_id(tokenizer, token) for token in END_TOKENS)]
+    ids = list(dict.fromkeys(int(token_id) for token_id in candidates if token_id is not None))
+    if not ids:
+        raise DataError(f"the tokenizer has no eos token and none of {', '.join(END_TOKENS)}; set its eos_token")
+    return ids
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the mask token.
+
+    Raises:
+        DataError: the vocabulary has none, so the model is no block-diffusion model.
+    """
+    token_id = _token_id(tokenizer, MASK_TOKEN)
+    if token_id is None:
+        raise DataError(f"the tokenizer has no {MASK_TOKEN} token; use the tokenizer of an SDAR checkpoint")
+    return token_id
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """Id of a token of the vocabulary; None where it is absent (transformers itself answers with the unk token)."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None

@@ -1,0 +1,100 @@
+"""Rows -> problems: a question, its gold answer as text, and the other columns, which travel to the reward functions.
+
+Two forms of row are read: {"question", "ground_truth_answer"} and {"prompt", "answer" | "solution"}. Of a worked
+`solution` the last \\boxed{} is the answer; without one the text stands as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dirl.data.rows import DataError, convert_rows, read_rows, shorten
+
+COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with a checkable answer."""
+
+    question: str
+    answer: str  # the gold, as text
+    columns: dict[str, object]  # every other column of the row
+
+
+def load_problems(
+    path: str, *, split: str = "train", limit: int = 0, skip_bad_rows: bool = False, seed: int = 0
+) -> list[Problem]:
+    """Problems of a file, a hub data set, or a procedural task.
+
+    Args:
+        path: .json, .jsonl, .parquet or .csv file, hub id `owner/name[:config]`, or `task:NAME`.
+        split: of a hub data set, or `train` / `heldout` of a task; a file has none.
+        limit: at most that many, in the order of the file, so that every run sees the same; 0: all.
+        seed: draws the problems of a task; a file's order does not depend on it.
+    Raises:
+        DataError: one line naming the file, the row, and what is wrong with it.
+    """
+    if path.startswith("task:"):
+        return _task_problems(path, split=split, limit=limit, seed=seed)
+    problems, _ = convert_rows(
+        path, read_rows(path, split=split), problem_from_row, limit=limit, skip_bad_rows=skip_bad_rows
+    )
+    return problems
+
+
+def problem_from_row(row: dict[str, object]) -> Problem:
+    """Checks one row. Raises: ValueError saying what is wrong with it."""
+    for question_key, answer_key in COLUMN_PAIRS:
+        if question_key in row and answer_key in row:
+            break
+    else:
+        raise ValueError(
+            f"has the columns {', '.join(map(str, row)) or '(none)'}; "
+            "expected question and ground_truth_answer, or prompt and answer or solution"
+        )
+    question = row[question_key]
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"has {question_key}={shorten(question)}; expected a non-empty string")
+    answer = _gold_text(answer_key, row[answer_key])
+    if answer_key == "solution":
+        answer = _last_boxed(answer) or answer
+    columns = {key: value for key, value in row.items() if key not in (question_key, answer_key)}
+    return Problem(question=question, answer=answer, columns=columns)
+
+
+def _task_problems(path: str, *, split: str, limit: int, seed: int) -> list[Problem]:
+    from dirl.data.tasks import find_task  # here, not above: tasks makes Problems and imports this module
+
+    task = find_task(path)
+    if split not in ("train", "heldout"):
+        raise DataError(f"{path} has the splits train and heldout, got {split!r}")
+    if split == "train":
+        return task.problems(limit or task.num_train, seed, "train")
+    return task.problems(limit or task.num_heldout, seed, "heldout")
+
+
+def _gold_text(key: str, value: object) -> str:
+    """The gold as text; a number is written out (18.0 as 18), anything else that is no text is refused."""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    raise ValueError(f"has {key}={shorten(value)}; expected a non-empty string or a finite number")
+
+
+def _last_boxed(text: str) -> str:
+    """Content of the last balanced \\boxed{...}, "" without one (the reward's own extraction lives on this floor)."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return ""
+    start += len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end].strip()
+    return ""

@@ -1,0 +1,111 @@
+"""Logits -> the two distributions of a denoising step: the one confidence is read from and the one tokens come from.
+
+An engine measures confidence after temperature and after tokens that may never appear are ruled out, but before top-k
+and top-p (this is LMDeploy's convention, and ours); it samples after all of them. A trainer must score a token under
+the second and judge thresholds under the first, so both sides call these functions and nothing else.
+
+Shapes: T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenDistribution:
+    """How logits become probabilities."""
+
+    temperature: float = 1.0  # 0: greedy; probabilities are then those of temperature 1
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+
+    def confidence_logprobs(self, logits_TV: Tensor, suppressed_V: Tensor) -> Tensor:
+        """Float32 log-probabilities after temperature and suppression, before top-k and top-p; (T, V)."""
+        logits_TV = logits_TV.float().masked_fill(suppressed_V, -torch.inf)
+        if self.temperature not in (0.0, 1.0):
+            logits_TV = logits_TV / self.temperature
+        return torch.log_softmax(logits_TV, dim=-1)
+
+    def sampling_logprobs(self, confidence_TV: Tensor) -> Tensor:
+        """Renormalised float32 log-probabilities after top-k, then top-p; ruled-out tokens are -inf; (T, V).
+
+        Which tokens stay is a constant for autograd; their renormalisation is not.
+        """
+        if self.top_k and self.top_k < confidence_TV.shape[-1]:
+            kth = confidence_TV.detach().topk(self.top_k, dim=-1).values[..., -1:]
+            confidence_TV = _keep(confidence_TV, confidence_TV.detach() >= kth)
+        if self.top_p < 1.0:
+            confidence_TV = _keep(confidence_TV, _nucleus(confidence_TV.detach(), self.top_p))
+        return confidence_TV
+
+
+def _keep(logprobs_TV: Tensor, kept_TV: Tensor) -> Tensor:
+    """The distribution conditioned on the kept tokens."""
+    return torch.log_softmax(logprobs_TV.masked_fill(~kept_TV, -torch.inf), dim=-1)
+
+
+def _nucleus(logprobs_TV: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most probable tokens whose mass reaches top_p (True = kept)."""
+    sorted_TV, order_TV = logprobs_TV.sort(dim=-1, descending=True)
+    probs_TV = sorted_TV.exp()
+    mass_before_TV = probs_TV.cumsum(dim=-1) - probs_TV
+    return torch.zeros_like(logprobs_TV, dtype=torch.bool).scatter(-1, order_TV, mass_before_TV < top_p)
+
+
+def suppressed_tokens(vocab_size: int, tokenizer_length: int, mask_token_id: int, device: torch.device) -> Tensor:
+    """True for ids that may never be sampled: the mask token and the rows the tokenizer has no token for; (V,).
+
+    Without this a model can emit ids that decode to nothing (SDAR's vocabulary has 266 of them).
+    """
+    ids_V = torch.arange(vocab_size, device=device)
+    return (ids_V >= tokenizer_length) | (ids_V == mask_token_id)
+
+
+def entropy(logprobs_TV: Tensor) -> Tensor:
+    """Entropy in nats of each row; (T,)."""
+    return torch.special.entr(logprobs_TV.exp()).sum(dim=-1)
+
+
+def sample(logprobs_TV: Tensor, uniform_T: Tensor) -> Tensor:
+    """Inverse-CDF draw: one uniform number in [0, 1) gives one token; (T,) int64.
+
+    The cumulated mass is float64: with 150k tokens a float32 sum loses the tail.
+    """
+    cumulated_TV = logprobs_TV.double().exp().cumsum(dim=-1)
+    point_T1 = (uniform_T.double() * cumulated_TV[:, -1])[:, None]
+    return torch.searchsorted(cumulated_TV, point_T1, right=True).squeeze(-1).clamp_(max=logprobs_TV.shape[-1] - 1)
+
+
+def counter_uniform(seed_T: Tensor, position_T: Tensor, draw_T: Tensor) -> Tensor:
+    """Uniform float64 numbers in [0, 1) that depend on (seed, position, draw) and on nothing else; (T,).
+
+    A counter-based stream: a sample is the same whatever shares its batch, on CPU and on GPU. Each input goes through
+    the finaliser of splitmix64 (int64 arithmetic wraps around, which is what the hash wants).
+    """
+    state_T = _mix(seed_T)
+    state_T = _mix(state_T ^ position_T)
+    state_T = _mix(state_T ^ draw_T)
+    return _shift(state_T, 11).double() * 2.0**-53
+
+
+def _mix(state: Tensor) -> Tensor:
+    state = state + _GOLDEN
+    state = (state ^ _shift(state, 30)) * _MIX_1
+    state = (state ^ _shift(state, 27)) * _MIX_2
+    return state ^ _shift(state, 31)
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """Logical shift right; torch's own is arithmetic for int64."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

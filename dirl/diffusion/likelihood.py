@@ -1,0 +1,95 @@
+"""Logits at the actions of a trajectory -> the log-probability of each action.
+
+The tokens a step reveals have probability prod q_i(x_i): the `reveal` likelihood, which is all that DiRL, TraceRL and
+CJ-GRPO use. Which positions a step reveals depends on the policy too. Given what was revealed, a held position j could
+have drawn any token whose confidence stays below the bar c of that step, so the `trajectory` likelihood multiplies
+
+    hold_j = sum over v with p_j(v) < c of q_j(v)
+
+with c = the threshold in a threshold step, the revealed token's confidence in a fallback step, and the lowest revealed
+confidence under low_confidence_static. The other strategies choose positions without looking at the drawn tokens: their
+holds have probability 1. Bars are constants for autograd: they are so almost everywhere.
+
+Shapes: T actions (sorted by view), V vocabulary, N views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dirl.diffusion.distribution import TokenDistribution, entropy
+from dirl.diffusion.unmasking import UnmaskingRule
+
+Likelihood = Literal["reveal", "trajectory"]
+
+# A hold that the current policy gives no mass has log-probability -inf; ratios and gradients want a finite floor.
+_HOLD_FLOOR = -30.0
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What happened at T masked positions."""
+
+    target_T: Tensor  # int64, token revealed; read at reveals only
+    is_reveal_T: Tensor  # bool
+    view_T: Tensor  # int64, sorted; actions of one view are one step
+
+    def __len__(self) -> int:
+        return len(self.target_T)
+
+    def __getitem__(self, rows: slice) -> Actions:
+        return Actions(self.target_T[rows], self.is_reveal_T[rows], self.view_T[rows])
+
+
+@dataclass(frozen=True)
+class ScoringRule:
+    """Everything that turned logits into actions, as the decoder had it."""
+
+    distribution: TokenDistribution
+    unmasking: UnmaskingRule
+    suppressed_V: Tensor  # bool, tokens that may never be sampled
+
+
+def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> tuple[Tensor, Tensor]:
+    """Log-probability (nats, with gradient) and entropy (nats, without) of each action; float32, (T,) each.
+
+    A hold's log-probability is zero where the strategy does not look at tokens. The entropy is that of the distribution
+    a position is sampled from, whatever was done there.
+    """
+    confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V)
+    sampling_TV = rule.distribution.sampling_logprobs(confidence_TV)
+    reveal_T = sampling_TV.gather(1, actions.target_T[:, None]).squeeze(1)
+    with torch.no_grad():
+        entropy_T = entropy(sampling_TV)
+    if bool(actions.is_reveal_T.all()):
+        return reveal_T, entropy_T
+    confidence_T = confidence_TV.detach().gather(1, actions.target_T[:, None]).squeeze(1)
+    bar_T = confidence_bars(confidence_T, actions, rule.unmasking)
+    below_TV = (confidence_TV.detach() < bar_T[:, None]) & sampling_TV.detach().isfinite()
+    is_empty_T = ~below_TV.any(dim=1)
+    # logsumexp of nothing has NaN gradients: such rows sum over everything and then take the floor.
+    hold_T = sampling_TV.masked_fill(~(below_TV | is_empty_T[:, None]), -torch.inf).logsumexp(dim=1)
+    hold_T = torch.where(is_empty_T, _HOLD_FLOOR, hold_T.clamp(min=_HOLD_FLOOR))
+    return torch.where(actions.is_reveal_T, reveal_T, hold_T), entropy_T
+
+
+def confidence_bars(confidence_T: Tensor, actions: Actions, rule: UnmaskingRule) -> Tensor:
+    """Log-confidence that a held token of each action's view must stay below; +inf where nothing is demanded; (T,).
+
+    Args:
+        confidence_T: log-confidence of each action's token; read at reveals only.
+    """
+    if rule.strategy not in ("low_confidence_dynamic", "low_confidence_static"):
+        return torch.full_like(confidence_T, torch.inf)
+    views, row_T = actions.view_T.unique_consecutive(return_inverse=True)
+    revealed_T = confidence_T.masked_fill(~actions.is_reveal_T, torch.inf)
+    lowest_N = torch.full((len(views),), torch.inf, device=confidence_T.device)
+    bar_N = lowest_N.scatter_reduce(0, row_T, revealed_T, "amin")
+    if rule.strategy == "low_confidence_dynamic":
+        # A threshold step bars at the threshold itself; a fallback step, below it, at its one revealed token.
+        bar_N = bar_N.clamp(max=torch.tensor(rule.confidence_threshold, device=bar_N.device).log())
+    return bar_N[row_T]

@@ -1,0 +1,53 @@
+"""The forward process of masked diffusion: blocks of clean tokens -> which positions are masked, and with what weight.
+
+Each block (or each sequence) draws a noise level t, every completion token is masked with probability t, and the NELBO
+weighs the cross-entropy at masked positions by 1/t. Levels are drawn with low discrepancy over the batch (one uniform
+offset, evenly spread points), which is unbiased for each block and lowers the variance of the sum.
+
+Shapes: K blocks, B block length. Source: MDLM (arXiv 2406.07524), BD3-LMs (arXiv 2503.09573), LLaDA (arXiv 2502.09992).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+NoiseLevel = Literal["block", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """How much of a completion is masked in SFT."""
+
+    noise_level: NoiseLevel = "block"  # one level per block, or one per sequence (DiRL)
+    min_noise: float = 1e-3  # levels are drawn from U(min_noise, 1); bounds the weight 1/t
+    low_discrepancy: bool = True  # spread the levels of a batch evenly; False: independent draws
+    complementary: bool = False  # two views per block that mask complementary sets: every token supervised once a pair
+
+    def __post_init__(self) -> None:
+        if self.noise_level not in ("block", "sequence"):
+            raise ValueError(f"noise_level must be block or sequence, got {self.noise_level!r}")
+        if not 0 < self.min_noise < 1:
+            raise ValueError(f"min_noise must be in (0, 1), got {self.min_noise}")
+
+
+def draw_noise_levels(num_levels: int, config: NoiseConfig, generator: Generator) -> Tensor:
+    """Noise levels t in (min_noise, 1], each uniform; (num_levels,) float32, in random order."""
+    uniform = torch.rand(num_levels, generator=generator)
+    if config.low_discrepancy:
+        offsets = (torch.arange(num_levels) + uniform[:1]) / max(num_levels, 1)
+        uniform = offsets[torch.randperm(num_levels, generator=generator)]
+    return 1.0 - (1.0 - config.min_noise) * uniform
+
+
+def draw_mask(levels_K: Tensor, maskable_KB: Tensor, generator: Generator) -> Tensor:
+    """Mask each maskable position with its block's probability; (K, B) bool, True = masked."""
+    return (torch.rand(maskable_KB.shape, generator=generator) < levels_K[:, None]) & maskable_KB
+
+
+def nelbo_weights(levels_K: Tensor) -> Tensor:
+    """w(t) = 1/t: with it the expected weighted loss of a position does not depend on its noise level; (K,)."""
+    return 1.0 / levels_K

@@ -1,0 +1,86 @@
+"""One denoising step's samples -> which masked positions are revealed.
+
+Every strategy is a function of the confidences (or entropies, or random numbers) of the sampled tokens and of the mask;
+it returns True where a position is revealed, never outside the mask, and always at least one per row that has a mask.
+A new strategy is one function and one line in `reveal_positions`.
+
+Shapes: N sequences, B positions of the current block. Source: SDAR's and LMDeploy's decoding; entropy_bounded is the
+EB-sampler (arXiv 2505.24857), with its error bound in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+UnmaskingStrategy = Literal[
+    "low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "random"
+]
+
+
+@dataclass(frozen=True)
+class UnmaskingRule:
+    """A strategy with its numbers."""
+
+    strategy: UnmaskingStrategy = "low_confidence_dynamic"
+    confidence_threshold: float = 0.9
+    denoising_steps: int = 0  # per block, for the strategies with a fixed count; 0: one position a step
+    entropy_bound: float = 0.1  # nats
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(UnmaskingStrategy):
+            raise ValueError(f"unmasking_strategy must be one of {get_args(UnmaskingStrategy)}, got {self.strategy!r}")
+
+    def reveals_per_step(self, block_length: int) -> int:
+        """Positions revealed a step by the strategies with a fixed count."""
+        steps = self.denoising_steps or block_length
+        return -(-block_length // min(steps, block_length))
+
+
+def reveal_positions(
+    rule: UnmaskingRule, masked_NB: Tensor, confidence_NB: Tensor, entropy_NB: Tensor, uniform_NB: Tensor
+) -> Tensor:
+    """True where a position is revealed in this step; (N, B).
+
+    Args:
+        masked_NB: True where a position is still masked.
+        confidence_NB: probability of the sampled token; read at masked positions only.
+        entropy_NB: entropy in nats of the distribution the token was sampled from.
+        uniform_NB: random numbers in [0, 1), for `random`.
+    """
+    count = rule.reveals_per_step(masked_NB.shape[-1])
+    if rule.strategy == "low_confidence_dynamic":
+        return _above_threshold(masked_NB, confidence_NB, rule.confidence_threshold)
+    if rule.strategy == "low_confidence_static":
+        return _highest(confidence_NB, masked_NB, count)
+    if rule.strategy == "sequential":
+        leftness_B = -torch.arange(masked_NB.shape[-1], device=masked_NB.device, dtype=torch.float32)
+        return _highest(leftness_B.expand(masked_NB.shape), masked_NB, count)
+    if rule.strategy == "random":
+        return _highest(uniform_NB, masked_NB, count)
+    return _within_entropy_bound(masked_NB, entropy_NB, rule.entropy_bound)
+
+
+def _above_threshold(masked_NB: Tensor, confidence_NB: Tensor, threshold: float) -> Tensor:
+    """All masked positions with confidence >= threshold; the most confident one where there are none."""
+    revealed_NB = masked_NB & (confidence_NB >= threshold)
+    fallback_NB = _highest(confidence_NB, masked_NB, 1)
+    return torch.where(revealed_NB.any(dim=-1, keepdim=True), revealed_NB, fallback_NB)
+
+
+def _highest(score_NB: Tensor, masked_NB: Tensor, count: int) -> Tensor:
+    """The `count` masked positions with the highest score, fewer where fewer are masked; ties go left."""
+    order_NB = score_NB.masked_fill(~masked_NB, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(masked_NB).scatter(-1, order_NB[:, :count], True) & masked_NB
+
+
+def _within_entropy_bound(masked_NB: Tensor, entropy_NB: Tensor, bound: float) -> Tensor:
+    """The most positions, in order of entropy, whose joint-dependence error (sum minus maximum) stays within bound."""
+    sorted_NB, order_NB = entropy_NB.masked_fill(~masked_NB, torch.inf).sort(dim=-1, stable=True)
+    # In ascending order the maximum of the first k is the k-th itself; the first one's error is therefore zero.
+    error_NB = sorted_NB.nan_to_num(posinf=0.0).cumsum(dim=-1) - sorted_NB
+    within_NB = (error_NB <= bound) & sorted_NB.isfinite()
+    return torch.zeros_like(masked_NB).scatter(-1, order_NB, within_NB)

@@ -1,0 +1,76 @@
+"""A Hugging Face directory <-> a model, with the few keys of config.json that block diffusion depends on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
+from dirl.model.attention import AttentionName
+from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from and how it is run."""
+
+    path: str = "outputs/tiny/base"  # Hugging Face directory, or a hub id
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    attention: AttentionName = "auto"  # training forward: flex on CUDA, sdpa elsewhere
+    gradient_checkpointing: bool = False  # recompute each layer in backward: less memory, a third more time
+    block_length: int = 0  # 0: what the checkpoint says (block_size)
+
+    def __post_init__(self) -> None:
+        if self.block_length < 0:
+            raise ValueError(f"block_length must be >= 0 (0: the checkpoint's), got {self.block_length}")
+
+
+def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
+    """An SDAR or SDAR-MoE model that knows its mask token and how many ids its tokenizer has.
+
+    Raises:
+        FileNotFoundError: no config.json at a path that is not a hub id.
+        ValueError: another kind of model, or a tokenizer that does not fit it.
+    """
+    path = config.path
+    if not Path(path, "config.json").is_file() and (Path(path).exists() or path.count("/") != 1 or path[0] in "./~"):
+        raise FileNotFoundError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
+    model_config = AutoConfig.from_pretrained(path)
+    if not isinstance(model_config, (SDARConfig, SDARMoeConfig)):
+        raise ValueError(f"model.path: {path!r} is a {model_config.model_type!r} model; need sdar or sdar_moe")
+    model_config.mask_token_id = mask_token_id(tokenizer)
+    model_config.tokenizer_length = len(tokenizer)
+    model_config.block_size = config.block_length or model_config.block_size
+    if len(tokenizer) > model_config.vocab_size:
+        raise ValueError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {model_config.vocab_size} rows; "
+            "use the tokenizer the model was made with"
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load(
+    path: str, *, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a Hugging Face directory or hub id, ready to generate."""
+    tokenizer = load_tokenizer(path)
+    return load_model(ModelConfig(path=path, dtype=dtype), tokenizer).eval(), tokenizer
+
+
+def save_model(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Write a directory that loads here, in plain transformers code for SDAR, and in LMDeploy."""
+    model.save_pretrained(path)
+    save_tokenizer(tokenizer, path)
+    # transformers 5 keeps the rotary base under rope_parameters only; older SDAR code would fall back to 10000.
+    config_file = Path(path, "config.json")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,91 @@
+"""A pack of views -> the log-probability and entropy of each of its actions, in one forward pass.
+
+Only the positions of actions go through lm_head, in chunks whose logits are recomputed in backward, so that T x V never
+exists at once. Everything from the logits on is float32.
+
+`PackedScorer` is the module a trainer wraps (DDP, ZeRO, FSDP): its forward holds all that touches parameters.
+
+Shapes: L packed tokens, T actions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dirl.diffusion.distribution import suppressed_tokens
+from dirl.diffusion.likelihood import Actions, ScoringRule, action_logprobs
+from dirl.diffusion.views import PackedViews
+from dirl.model.attention import AttentionName, training_plan
+from dirl.model.sdar import BlockDiffusionModel
+
+_LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MB
+
+
+class ActionScores(NamedTuple):
+    """A named tuple, so that DDP finds the tensors in it."""
+
+    logprob_T: Tensor  # float32, nats, with gradient
+    entropy_T: Tensor  # float32, nats, without gradient
+
+
+class PackedScorer(nn.Module):
+    """A block-diffusion model that scores packs of views."""
+
+    def __init__(self, model: BlockDiffusionModel, attention: AttentionName = "auto") -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+
+    def forward(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
+        """Scores of the pack's actions under the model, as the decoder would have assigned them."""
+        hidden_LD = self.model.model(
+            input_ids=packed.token_ids_L[None],
+            position_ids=packed.position_L[None],
+            attention_plan=training_plan(packed, self.attention),
+            use_cache=False,
+        ).last_hidden_state[0]
+        actions = Actions(packed.target_T, packed.is_reveal_T, packed.view_T)
+        return score_actions(hidden_LD[packed.action_index_T], self.model.lm_head, actions, rule)
+
+
+def score_actions(hidden_TD: Tensor, lm_head: nn.Module, actions: Actions, rule: ScoringRule) -> ActionScores:
+    """lm_head and `action_logprobs` in chunks that never split a view."""
+    if len(actions) == 0:
+        # A sum over nothing that still belongs to the graph: every rank must take part in backward.
+        nothing_T = hidden_TD.float().sum(dim=1)
+        return ActionScores(nothing_T, nothing_T.detach())
+
+    def score(hidden: Tensor, chunk: Actions) -> tuple[Tensor, Tensor]:
+        return action_logprobs(lm_head(hidden), chunk, rule)
+
+    chunks = _chunks_of_views(actions.view_T, max_rows=max(1, _LOGITS_PER_CHUNK // len(rule.suppressed_V)))
+    if len(chunks) == 1:
+        return ActionScores(*score(hidden_TD, actions))
+    scored = [checkpoint(score, hidden_TD[rows], actions[rows], use_reentrant=False) for rows in chunks]
+    logprobs, entropies = zip(*scored, strict=True)
+    return ActionScores(torch.cat(logprobs), torch.cat(entropies))
+
+
+def _chunks_of_views(view_T: Tensor, max_rows: int) -> list[slice]:
+    """Slices of at most `max_rows` actions (a view longer than that stays whole), cut between views."""
+    if len(view_T) <= max_rows:
+        return [slice(0, len(view_T))]
+    ends = view_T.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+    slices, start, previous = [], 0, 0
+    for end in ends:
+        if end - start > max_rows and previous > start:
+            slices.append(slice(start, previous))
+            start = previous
+        previous = end
+    return [*slices, slice(start, previous)]
+
+
+def suppressed_by(model: BlockDiffusionModel) -> Tensor:
+    """Ids the model's tokenizer cannot stand for, and the mask token; (V,) bool on the model's device."""
+    config = model.config
+    length = config.tokenizer_length or config.vocab_size
+    return suppressed_tokens(config.vocab_size, length, config.mask_token_id, next(model.parameters()).device)

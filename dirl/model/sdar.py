@@ -1,0 +1,118 @@
+"""SDAR and SDAR-MoE: transformers' Qwen3 and Qwen3-MoE with block-diffusion attention.
+
+SDAR is Qwen3 layer for layer, with the same parameter names; only the mask differs: tokens of a block see each other,
+and blocks see the blocks before them. Registered with Auto*, so that a directory whose config.json says
+`"model_type": "sdar"` loads without remote code.
+
+A plain call, `model(input_ids)`, applies the block mask to clean rows. The packed forward of training and the cached
+forward of decoding hand in an `attention_plan` of their own.
+
+Source: SDAR (arXiv 2510.06303).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from dirl.model.attention import ATTENTION_NAME, AttentionPlan, DensePlan
+
+SDAR_MASK_TOKEN_ID = 151669  # <|MASK|> in SDAR's vocabulary
+
+
+class SDARConfig(Qwen3Config):
+    """Qwen3's configuration plus what block diffusion needs."""
+
+    model_type = "sdar"
+    block_size: int = 4  # block_length everywhere else in this package; SDAR's checkpoints call it block_size
+    mask_token_id: int = SDAR_MASK_TOKEN_ID
+    tokenizer_length: int | None = None  # ids from here on have no token and are never sampled; None: vocab_size
+
+
+class SDARMoeConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's configuration plus what block diffusion needs."""
+
+    model_type = "sdar_moe"
+    block_size: int = 4
+    mask_token_id: int = SDAR_MASK_TOKEN_ID
+    tokenizer_length: int | None = None
+
+
+class _BlockDiffusion:
+    """What both models share; stands before the transformers class in the order of resolution."""
+
+    config: Any  # SDARConfig or SDARMoeConfig
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_plan: AttentionPlan | None = None,
+        **kwargs: Any,  # transformers' own forward options
+    ) -> Any:
+        """Logits under the block mask, or under `attention_plan` where one is given.
+
+        Args:
+            input_ids: (B, L); blocks are aligned to position 0 of each row.
+            attention_mask: (B, L), 1 where a token is real; rows are padded on the right.
+        """
+        if attention_plan is None:
+            if input_ids is None:
+                raise ValueError("SDAR needs input_ids to build its block mask")
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            attention_plan = DensePlan.block_causal(position_ids, is_token.bool(), self.config.block_size)
+        kwargs["use_cache"] = False  # decoding keeps its cache in the attention plan
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids, position_ids=position_ids, attention_plan=attention_plan, **kwargs
+        )
+
+
+class SDARForCausalLM(_BlockDiffusion, Qwen3ForCausalLM):
+    """Qwen3 with block-diffusion attention."""
+
+    config_class = SDARConfig
+
+    def __init__(self, config: SDARConfig) -> None:
+        config._attn_implementation = ATTENTION_NAME
+        super().__init__(config)
+
+
+class SDARMoeForCausalLM(_BlockDiffusion, Qwen3MoeForCausalLM):
+    """Qwen3-MoE with block-diffusion attention."""
+
+    config_class = SDARMoeConfig
+
+    def __init__(self, config: SDARMoeConfig) -> None:
+        config._attn_implementation = ATTENTION_NAME
+        super().__init__(config)
+
+
+BlockDiffusionModel: TypeAlias = SDARForCausalLM | SDARMoeForCausalLM
+
+
+def _register() -> None:
+    for config, model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeForCausalLM)):
+        AutoConfig.register(config.model_type, config)
+        AutoModelForCausalLM.register(config, model)
+    # Without Qwen3-MoE's mapping the experts of a checkpoint would be left at random values, with a report only.
+    mapping = get_checkpoint_conversion_mapping("qwen3_moe")
+    if mapping is None:
+        raise ImportError("this transformers version has no checkpoint mapping for qwen3_moe; install 5.10 or newer")
+    register_checkpoint_conversion_mapping("sdar_moe", mapping, overwrite=True)
+
+
+_register()

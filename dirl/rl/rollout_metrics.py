@@ -1,0 +1,110 @@
+"""The groups of one step -> its numbers, under TRL's names, and lines for people to read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dirl.rl.rollout_group import Collected, RolloutGroup
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """A group without its tokens: what ranks tell each other."""
+
+    is_kept: bool  # trained on; False: dropped, its rewards being all equal
+    rewards: list[float]
+    reward_parts: dict[str, list[float | None]]
+    completion_lengths: list[int]
+    denoising_steps: list[int]
+    num_truncated: int
+
+    @property
+    def reward_std(self) -> float:
+        return statistics.stdev(self.rewards) if max(self.rewards) > min(self.rewards) else 0.0
+
+
+def summarise(collected: Collected) -> list[GroupSummary]:
+    """Every group of a step, the dropped ones included."""
+    return [
+        GroupSummary(
+            is_kept=is_kept,
+            rewards=group.rewards,
+            reward_parts=group.reward_parts,
+            completion_lengths=[completion.completion_length for completion in group.completions],
+            denoising_steps=[completion.num_denoising_steps for completion in group.completions],
+            num_truncated=sum(completion.is_truncated for completion in group.completions),
+        )
+        for is_kept, groups in ((True, collected.groups), (False, collected.dropped))
+        for group in groups
+    ]
+
+
+def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
+    """Means over all completions of a step, those of dropped groups included."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    num_tokens = sum(sum(group.completion_lengths) for group in groups)
+    dropped = [group for group in groups if not group.is_kept]
+    metrics: dict[str, float] = {
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.fmean(group.reward_std for group in groups),
+        "frac_reward_zero_std": statistics.fmean(group.reward_std == 0 for group in groups),
+        "completions/mean_length": num_tokens / len(rewards),
+        "completions/clipped_ratio": sum(group.num_truncated for group in groups) / len(rewards),
+        "completions/tokens_per_step": num_tokens / sum(sum(group.denoising_steps) for group in groups),
+        "groups/kept": len(groups) - len(dropped),
+        "groups/dropped_all_correct": sum(group.rewards[0] > 0 for group in dropped),
+        "groups/dropped_all_wrong": sum(group.rewards[0] <= 0 for group in dropped),
+        "num_completion_tokens": num_tokens,
+    }
+    for name in groups[0].reward_parts:
+        values = [value for group in groups for value in group.reward_parts[name] if value is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+    if "rewards/accuracy/mean" in metrics:
+        metrics["completions/accuracy"] = metrics["rewards/accuracy/mean"]
+    return metrics
+
+
+def throughput(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of rollout (completion tokens up to EOS) and of training (packed tokens)."""
+    return {
+        "perf/rollout_tokens_per_s": metrics["num_completion_tokens"] / metrics["timing_s/rollout"],
+        "perf/train_tokens_per_s": metrics["num_tokens"] / metrics["timing_s/train"],
+    }
+
+
+def headline(metrics: Mapping[str, float]) -> str:
+    """One step in a line."""
+    parts = [
+        f"reward {metrics['reward']:.3f}",
+        f"{metrics['completions/tokens_per_step']:.2f} tokens/step",
+        f"length {metrics['completions/mean_length']:.0f}",
+        f"rollout {metrics['perf/rollout_tokens_per_s']:.0f} tok/s",
+        f"train {metrics['perf/train_tokens_per_s']:.0f} tok/s",
+    ]
+    if "eval/accuracy" in metrics:
+        parts.insert(1, f"eval {metrics['eval/accuracy']:.3f}")
+    return "  ".join(parts)
+
+
+def sample_line(group: RolloutGroup) -> str:
+    """The best completion of a group, for the terminal."""
+    best = max(range(len(group.rewards)), key=group.rewards.__getitem__)
+    text = group.completions[best].text
+    return f"{group.prompt.problem.question} {text}  (gold {group.prompt.problem.answer}, {group.rewards[best]:g})"
+
+
+def completion_rows(groups: Sequence[RolloutGroup]) -> Iterator[dict[str, object]]:
+    """One JSON row a completion: everything needed to judge or replay it."""
+    for number, group in enumerate(groups):
+        for index, completion in enumerate(group.completions):
+            yield {
+                "group": number,
+                "question": group.prompt.problem.question,
+                "answer": group.prompt.problem.answer,
+                "reward": group.rewards[index],
+                "rewards": {name: part[index] for name, part in group.reward_parts.items()},
+                **vars(completion),
+            }

@@ -1,0 +1,242 @@
+"""Prompts and a reward -> a better policy: the DiPO trainer.
+
+    roll out a group per prompt -> reward -> advantage -> replay the states of decoding -> update -> push the weights
+
+Source: DiRL (arXiv 2512.22234), section 3.2 and Figure 3.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dirl.config import config_to_dict, save_config
+from dirl.data.chat import load_tokenizer
+from dirl.data.problems import Problem, load_problems
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.eval.evaluate import evaluate_problems
+from dirl.model.checkpoint import ModelConfig, load_model, save_model
+from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.reward.rubric import RewardConfig, Rubric
+from dirl.rl.advantage import ScaleRewards, group_advantages
+from dirl.rl.rollout_group import Collected, Collector, RolloutConfig, RolloutGroup, render_prompts
+from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, sample_line, summarise, throughput
+from dirl.rl.update import PolicyUpdater, UpdateConfig
+from dirl.rollout.build import build_engine
+from dirl.rollout.engine import RolloutEngine
+from dirl.training.distributed import Distributed
+from dirl.training.metrics import Timings
+from dirl.training.optimizer import Learner, OptimizerConfig
+from dirl.training.plots import plot_run
+from dirl.training.run import Run
+from dirl.training.run_state import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLDataConfig:
+    """The problems that are practised on."""
+
+    path: str = "task:noisy_sums"  # .json/.jsonl/.parquet, hub id, or task:NAME
+    limit: int = 0  # rows read; 0: all
+    max_prompt_length: int = 1024  # tokens; longer prompts are left out and counted
+    system_prompt: str = ""
+    suffix: str = ""  # appended to each question
+    skip_bad_rows: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLEvalConfig:
+    """The evaluation during training: the sampling of the rollouts on held-out problems."""
+
+    path: str = ""  # as data.path; empty: no evaluation
+    limit: int = 64  # problems
+    num_samples: int = 4  # completions a problem
+    greedy: bool = True  # also one greedy completion a problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
+    """Everything of an RL run."""
+
+    output_dir: str = "outputs/rl"
+    learning_rate: float = 1e-6
+    scale_rewards: ScaleRewards = "none"  # none: the paper; group: GRPO's z-score; batch
+    eval_steps: int = 0  # optimizer steps between evaluations; 0: only at the end
+    completions_steps: int = 10  # optimizer steps between files of completions; 0: none
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: RLDataConfig = field(default_factory=RLDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: RLEvalConfig = field(default_factory=RLEvalConfig)
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        OptimizerConfig.__post_init__(self)
+        UpdateConfig.__post_init__(self)
+        if self.max_steps % self.steps_per_rollout:
+            raise ValueError(
+                f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
+                f"{self.steps_per_rollout}"
+            )
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
+
+
+class RLTrainer:
+    """DiPO. `train()` runs to the end; `step()` is one batch of rollouts and its optimizer steps, for notebooks."""
+
+    def __init__(
+        self,
+        config: RLConfig,
+        *,
+        model: BlockDiffusionModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        problems: Sequence[Problem] | None = None,
+        rubric: Rubric | None = None,
+    ) -> None:
+        self.config = config
+        self.distributed = Distributed(bf16=config.bf16)
+        self.timings = Timings()
+        self.tokenizer = tokenizer or load_tokenizer(config.model.path)
+        self.model = model or load_model(config.model, self.tokenizer)
+        self.rubric = rubric or Rubric(config.reward)
+        reference = None
+        if config.beta > 0:
+            reference = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
+            reference.to(self.distributed.device)
+        self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
+        self.engine: RolloutEngine = build_engine(self.model, self.tokenizer, config.rollout)
+        self.collector = self._collector(problems)
+        rule = ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model))
+        self.updater = PolicyUpdater(
+            self.learner,
+            rule,
+            config,
+            max_completion_length=config.rollout.max_completion_length,
+            reference=reference,
+        )
+        self.heldout = self._load(config.eval.path, "heldout", config.eval.limit) if config.eval.path else []
+        self.steps_done = 0
+        self.last: Collected | None = None  # the rollouts of the last step, to look at
+
+    def train(self) -> Path:
+        """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
+        config, output_dir = self.config, Path(self.config.output_dir)
+        with Run(config, config_to_dict(config), self.learner, self.collector.stream, config.max_steps) as run:
+            if self.distributed.is_main:
+                save_config(config, output_dir / "config.yaml")
+            self.timings, self.steps_done = run.timings, run.step
+            self.engine.update_weights(self.model)
+            while not run.is_finished:
+                with run.timings.phase("step"):
+                    metrics = self.step()
+                run.step = self.steps_done
+                self._log_completions(run)
+                if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
+                    with run.timings.phase("eval"):
+                        metrics |= self.evaluate()
+                run.save_if_due()
+                metrics |= run.timings.drain()
+                metrics |= throughput(metrics)
+                run.log(metrics, headline(metrics))
+        final = output_dir / "final"
+        if self.distributed.is_main:
+            save_model(self.model, self.tokenizer, final)
+            plot_run(output_dir)
+        self.distributed.barrier()
+        return final
+
+    def step(self) -> dict[str, float]:
+        """Roll out, reward, update, push: one batch of rollouts; its metrics."""
+        collected = self.collector.collect(self.steps_done, self.distributed, self.timings)
+        advantages = self.advantages(collected.groups)
+        with self.timings.phase("train"):
+            metrics = self.updater.update(collected.groups, advantages)
+        with self.timings.phase("update_weights"):
+            self.engine.update_weights(self.model)
+        self.steps_done += self.config.steps_per_rollout
+        self.last = collected
+        return metrics | self._rollout_metrics(collected)
+
+    def advantages(self, groups: Sequence[RolloutGroup]) -> list[Tensor]:
+        """Advantages of each group's completions; collective when rewards are scaled over the batch."""
+        batch_std = 1.0
+        if self.config.scale_rewards == "batch":
+            rewards = self.distributed.gather([reward for group in groups for reward in group.rewards])
+            batch_std = statistics.stdev(rewards)
+        return [
+            group_advantages(group.reward_G[None], self.config.scale_rewards, batch_std).squeeze(0) for group in groups
+        ]
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
+        config = self.config
+        modes = {"eval": (config.rollout, config.eval.num_samples)}
+        if config.eval.greedy:
+            modes["eval/greedy"] = (replace(config.rollout, temperature=0.0), 1)
+        metrics: dict[str, float] = {}
+        for name, (sampling, num_samples) in modes.items():
+            result = evaluate_problems(
+                self.engine,
+                self.tokenizer,
+                self.heldout,
+                self.rubric,
+                sampling=sampling,
+                num_samples=num_samples,
+                seed=config.seed,
+                system_prompt=config.data.system_prompt,
+                suffix=config.data.suffix,
+            )
+            metrics[f"{name}/accuracy"] = result.avg_at_k
+            metrics[f"{name}/tokens_per_step"] = result.tokens_per_step
+        return metrics
+
+    def _load(self, path: str, split: str, limit: int) -> list[Problem]:
+        data = self.config.data
+        return load_problems(path, split=split, limit=limit, skip_bad_rows=data.skip_bad_rows, seed=self.config.seed)
+
+    def _collector(self, problems: Sequence[Problem] | None) -> Collector:
+        data = self.config.data
+        if problems is None:
+            problems = self._load(data.path, "train", data.limit)
+        prompts, num_too_long = render_prompts(
+            problems,
+            self.tokenizer,
+            system_prompt=data.system_prompt,
+            suffix=data.suffix,
+            max_length=data.max_prompt_length,
+        )
+        if num_too_long:
+            logger.warning("%d prompts are longer than data.max_prompt_length and left out", num_too_long)
+        if not prompts:
+            raise ValueError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
+        return Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
+
+    def _rollout_metrics(self, collected: Collected) -> dict[str, float]:
+        """Numbers of all ranks' rollouts, those of dropped groups included."""
+        metrics = rollout_metrics(self.distributed.gather(summarise(collected)))
+        counters = sorted(set(self.distributed.gather(list(collected.counters))))
+        counts = self.distributed.sum(*(collected.counters.get(name, 0) for name in counters)) if counters else []
+        return metrics | {f"rewards/{name}": count for name, count in zip(counters, counts, strict=True)}
+
+    def _log_completions(self, run: Run) -> None:
+        """Show one completion, and now and then write all of the main rank's to completions/."""
+        if self.last is None or not self.distributed.is_main:
+            return
+        groups = [*self.last.groups, *self.last.dropped]
+        run.say(sample_line(groups[0]))
+        if run.is_due(self.config.completions_steps):
+            path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in completion_rows(groups)), encoding="utf-8")

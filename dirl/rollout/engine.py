@@ -1,0 +1,121 @@
+"""Prompts (token ids) -> completions (token ids and the step at which each was revealed): the contract of every engine.
+
+An engine decodes block by block. Blocks are aligned to absolute position 0, so the tail of a prompt that does not fill
+a block shares its block with the first completion tokens. Token ids are the truth; text is made once, for people and
+reward functions, and never goes back in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import nn
+
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
+
+
+class RolloutError(RuntimeError):
+    """An engine could not return one completion per prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn and which of them are revealed in a denoising step."""
+
+    temperature: float = 1.0  # 0: greedy (confidence and logprobs are then those of temperature 1)
+    top_k: int = 0  # 0: off. The exact default: what is sampled is what is scored
+    top_p: float = 1.0  # 1: off
+    max_completion_length: int = 256  # tokens; generation ends at the last block that fits
+    unmasking_strategy: UnmaskingStrategy = "low_confidence_dynamic"
+    confidence_threshold: float = (
+        0.9  # low_confidence_dynamic: reveal every token sampled with at least this probability
+    )
+    denoising_steps: int = 0  # low_confidence_static, sequential, random: steps per block; 0: one per position
+    entropy_bound: float = 0.1  # entropy_bounded: nats of joint-dependence error allowed per step
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 turns it off), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] (1 turns it off), got {self.top_p}")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold must be in [0, 1], got {self.confidence_threshold}")
+        if self.denoising_steps < 0:
+            raise ValueError(f"denoising_steps must be >= 0 (0: one per position), got {self.denoising_steps}")
+        if self.entropy_bound < 0:
+            raise ValueError(f"entropy_bound must be >= 0 nats, got {self.entropy_bound}")
+
+    @property
+    def distribution(self) -> TokenDistribution:
+        return TokenDistribution(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def unmasking(self) -> UnmaskingRule:
+        return UnmaskingRule(
+            self.unmasking_strategy, self.confidence_threshold, self.denoising_steps, self.entropy_bound
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one prompt became. R counts every token of every block that was touched, also those after EOS."""
+
+    prompt_ids: list[int]  # (P,)
+    token_ids: list[int]  # (R,)
+    step_map: list[int]  # (R,) 1-based denoising step within its block at which each token was revealed
+    logprobs: list[float] | None  # (R,) nats, of each token at its step, under the distribution it was drawn from
+    completion_length: int  # tokens up to and including the first EOS; R when there is none
+    finish_reason: Literal["stop", "length"]  # stop: an EOS was revealed
+    num_denoising_steps: int  # forward passes that revealed something, over all blocks
+    text: str  # of the tokens before the first EOS
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens up to and including EOS per denoising step."""
+        return self.completion_length / self.num_denoising_steps
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+class RolloutEngine(Protocol):
+    """Everything that can decode. Adding an engine is writing these members."""
+
+    weights_version: int  # counts complete pushes of weights; 0 before the first
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in the order of the prompts.
+
+        Args:
+            prompts: token ids; a prompt that stands G times is decoded G times.
+            seeds: one per prompt; a sample depends on its prompt, its seed and `sampling` only.
+        Raises:
+            RolloutError: a completion is missing, or the weights are stale.
+        """
+        ...
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Copy the weights of `model` into the engine, in place; `weights_version` counts up."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back while the engine is not needed."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Release everything; the engine cannot be used afterwards."""
+        ...

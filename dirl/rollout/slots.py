@@ -1,0 +1,140 @@
+"""The state of sequences that are being decoded: one slot each, all slots advanced together, no loop over sequences.
+
+A slot holds the current block (tokens, which are still masked, the step each was revealed at, its logprob), the block
+before it until its clean keys are in the cache, and everything finished so far.
+
+Shapes: S slots, A active slots, B block length, C tokens a completion can touch at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt waiting to be decoded."""
+
+    index: int  # place in the caller's list
+    prompt_ids: Sequence[int]
+    seed: int
+    end_block: int  # first block that may not be touched
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one denoising step did to the active slots."""
+
+    revealed_AB: Tensor  # bool
+    token_ids_AB: Tensor  # int64, sampled; read where revealed
+    logprob_AB: Tensor  # float32
+
+
+class Slots:
+    """S sequences in flight."""
+
+    def __init__(self, num_slots: int, capacity: int, block_length: int, mask_token_id: int, device: torch.device):
+        self.block_length, self.mask_token_id, self.device = block_length, mask_token_id, device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
+
+        self.requests: list[Request | None] = [None] * num_slots
+        self.is_active_S = zeros(dtype=torch.bool)
+        self.seed_S, self.prompt_length_S, self.block_S, self.end_block_S, self.step_S = (zeros() for _ in range(5))
+        self.token_ids_SB, self.step_map_SB, self.previous_ids_SB = (zeros(block_length) for _ in range(3))
+        self.masked_SB = zeros(block_length, dtype=torch.bool)
+        self.logprob_SB = zeros(block_length, dtype=torch.float32)
+        self.has_previous_S = zeros(dtype=torch.bool)  # the previous block's clean keys are not in the cache yet
+        self.done_ids_SC, self.done_steps_SC = zeros(capacity), zeros(capacity)
+        self.done_logprobs_SC = zeros(capacity, dtype=torch.float32)
+
+    def free(self) -> list[int]:
+        return [slot for slot, request in enumerate(self.requests) if request is None]
+
+    def admit(self, requests: dict[int, Request]) -> None:
+        """Put requests into free slots, each at the block that follows its prompt's full blocks."""
+        block_length = self.block_length
+        slot_N = torch.tensor(list(requests), device=self.device)
+        lengths, blocks = [], []
+        for slot, request in requests.items():
+            self.requests[slot] = request
+            lengths.append(len(request.prompt_ids))
+            tail = list(request.prompt_ids[lengths[-1] - lengths[-1] % block_length :])
+            blocks.append(tail + [self.mask_token_id] * (block_length - len(tail)))
+        self.prompt_length_S[slot_N] = torch.tensor(lengths, device=self.device)
+        self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
+        self.end_block_S[slot_N] = torch.tensor([r.end_block for r in requests.values()], device=self.device)
+        self.block_S[slot_N] = self.prompt_length_S[slot_N] // block_length
+        self.token_ids_SB[slot_N] = torch.tensor(blocks, device=self.device)
+        tail_N1 = (self.prompt_length_S[slot_N] % block_length)[:, None]
+        self.masked_SB[slot_N] = torch.arange(block_length, device=self.device) >= tail_N1
+        self.step_S[slot_N] = 0
+        self.step_map_SB[slot_N] = 0
+        self.has_previous_S[slot_N] = False
+        self.is_active_S[slot_N] = True
+
+    def apply(self, step: Step, slot_A: Tensor) -> None:
+        """Reveal tokens in the active slots."""
+        self.step_S[slot_A] += 1
+        revealed_AB = step.revealed_AB
+        self.token_ids_SB[slot_A] = torch.where(revealed_AB, step.token_ids_AB, self.token_ids_SB[slot_A])
+        self.step_map_SB[slot_A] = torch.where(revealed_AB, self.step_S[slot_A, None], self.step_map_SB[slot_A])
+        self.logprob_SB[slot_A] = torch.where(revealed_AB, step.logprob_AB, self.logprob_SB[slot_A])
+        self.masked_SB[slot_A] &= ~revealed_AB
+        self.has_previous_S[slot_A] = False
+
+    def finish_blocks(self, stop_ids: Tensor) -> list[int]:
+        """File finished blocks and move their slots on; returns the slots whose sequence ended."""
+        slot_F = (self.is_active_S & ~self.masked_SB.any(dim=1)).nonzero().squeeze(1)
+        if len(slot_F) == 0:
+            return []
+        block_length, tail_F1 = self.block_length, (self.prompt_length_S[slot_F] % self.block_length)[:, None]
+        first_F1 = (self.prompt_length_S[slot_F] // block_length)[:, None]
+        lane_B = torch.arange(block_length, device=self.device)
+        # Completion index of each token; the prompt's tail comes out negative and is not written.
+        index_FB = (self.block_S[slot_F, None] - first_F1) * block_length + lane_B - tail_F1
+        is_completion_FB = index_FB >= 0
+        row_FB = slot_F[:, None].expand_as(index_FB)
+        where = (row_FB[is_completion_FB], index_FB[is_completion_FB])
+        self.done_ids_SC[where] = self.token_ids_SB[slot_F][is_completion_FB]
+        self.done_steps_SC[where] = self.step_map_SB[slot_F][is_completion_FB]
+        self.done_logprobs_SC[where] = self.logprob_SB[slot_F][is_completion_FB]
+        has_stopped_F = (torch.isin(self.token_ids_SB[slot_F], stop_ids) & is_completion_FB).any(dim=1)
+        has_ended_F = has_stopped_F | (self.block_S[slot_F] + 1 >= self.end_block_S[slot_F])
+        self._next_block(slot_F)
+        self.is_active_S[slot_F[has_ended_F]] = False
+        return slot_F[has_ended_F].tolist()
+
+    def _next_block(self, slot_F: Tensor) -> None:
+        self.previous_ids_SB[slot_F] = self.token_ids_SB[slot_F]
+        self.has_previous_S[slot_F] = True
+        self.token_ids_SB[slot_F] = self.mask_token_id
+        self.masked_SB[slot_F] = True
+        self.step_map_SB[slot_F] = 0
+        self.step_S[slot_F] = 0
+        self.block_S[slot_F] += 1
+
+    def release(self, slot: int) -> tuple[Request, list[int], list[int], list[float]]:
+        """Empty an ended slot: its request, completion ids, step map and logprobs."""
+        request = self.requests[slot]
+        assert request is not None
+        self.requests[slot] = None
+        length = int(self.block_S[slot]) * self.block_length - len(request.prompt_ids)
+        return (
+            request,
+            self.done_ids_SC[slot, :length].tolist(),
+            self.done_steps_SC[slot, :length].tolist(),
+            self.done_logprobs_SC[slot, :length].tolist(),
+        )
+
+    def keep(self, slot_A: Tensor) -> None:
+        """Drop all slots but these, which are renumbered in order."""
+        self.requests = [self.requests[slot] for slot in slot_A.tolist()]
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.index_select(0, slot_A))

@@ -1,0 +1,80 @@
+"""Documents and a step number -> packed micro-batches of noisy views.
+
+Everything random is a function of (seed, step, place in the global batch), never of the rank or of what came before:
+a resumed run, and a run on another number of processes, see the same noise.
+
+Shapes: R completion tokens, K blocks, B block length, T scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dirl.data.conversations import Document
+from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
+from dirl.diffusion.trajectory import Trajectory, TrajectoryBlocks
+from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, noisy_views, pack
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document whose completion is filled up to the end of its last block."""
+
+    prompt_ids: Tensor  # (P,) int64
+    completion_ids: Tensor  # (R,) int64, with the fill
+    blocks: TrajectoryBlocks
+    scored_KB: Tensor  # bool, tokens that may be masked and scored
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored_KB.sum())
+
+
+def make_example(document: Document, block_length: int, fill_id: int, *, score_fill: bool) -> Example:
+    """Fill the last block: a decoder denoises whole blocks, so the model must know what follows EOS in one.
+
+    Args:
+        score_fill: whether the fill is masked and scored too. Otherwise it is only context.
+    """
+    prompt_length, real_length = len(document.prompt_ids), len(document.completion_ids)
+    num_fill = -(prompt_length + real_length) % block_length
+    prompt_ids = torch.tensor(document.prompt_ids, dtype=torch.int64)
+    completion_ids = torch.tensor([*document.completion_ids, *[fill_id] * num_fill], dtype=torch.int64)
+    blocks = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids)).blocks(block_length)
+    scored_KB = blocks.steps_KB > 0
+    if num_fill and not score_fill:
+        scored_KB.view(-1)[-num_fill:] = False
+    return Example(prompt_ids, completion_ids, blocks, scored_KB)
+
+
+def batch_noise_levels(examples: Sequence[Example], noise: NoiseConfig, seed: int) -> list[Tensor]:
+    """Noise levels of every block of a global batch, spread evenly over it; one (K,) tensor an example."""
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = [len(example.scored_KB) for example in examples]
+    if noise.noise_level == "sequence":
+        levels = draw_noise_levels(len(examples), noise, generator)
+        return [level.expand(count) for level, count in zip(levels, num_blocks, strict=True)]
+    return list(draw_noise_levels(sum(num_blocks), noise, generator).split(num_blocks))
+
+
+def view_document(
+    example: Example, levels_K: Tensor, mask_token_id: int, *, noise: NoiseConfig, seed: int
+) -> ViewedDocument:
+    """One noisy copy (or complementary pair) of each block of an example."""
+    generator = torch.Generator().manual_seed(seed)
+    views = noisy_views(example.blocks, example.scored_KB, levels_K, mask_token_id, noise=noise, generator=generator)
+    return ViewedDocument(example.prompt_ids, [Branch(example.completion_ids, views)])
+
+
+def pack_micro_batches(
+    documents: Sequence[ViewedDocument],
+    block_length: int,
+    split: Callable[[Sequence[int]], list[list[int]]],
+) -> list[PackedViews]:
+    """Packs of documents, as `split` (lengths -> bins of indices) groups them."""
+    bins = split([document.packed_length(block_length) for document in documents])
+    return [pack([documents[i] for i in members], block_length) for members in bins]

@@ -1,0 +1,295 @@
+"""What a run is and where it stands -> checkpoint directories that are complete or invisible, and run.json.
+
+A checkpoint is written beside its final name, described by a manifest (files and sizes), forced to disk, and renamed;
+a kill or a full disk at any moment leaves the previous checkpoint as it was. Resuming takes the newest complete one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dirl.training.metrics import check_tracker_names
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+CHECKPOINT_NAME = re.compile(r"step_(\d+)(?:\.old)?")  # .old: being replaced when a kill came
+ANY_STATE_NAME = re.compile(r"step_\d+(\.old|\.tmp)?")
+SECRET_NAME = re.compile(r"(^|[._-])(api[_-]?key|password|secret|(hf|auth|access)_token)$|^-*token$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+(?=@)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes and how it can be repeated and continued."""
+
+    output_dir: str
+    seed: int = 0
+    save_steps: int = 0  # optimizer steps between checkpoints; 0: only at the end
+    save_total_limit: int = 2  # checkpoints kept; 0: all
+    resume_from_checkpoint: str = "auto"  # "auto": newest complete one in output_dir; "none"; or a checkpoint directory
+    report_to: list[str] = field(default_factory=list)  # wandb, tensorboard; metrics.jsonl is always written
+    run_name: str = ""  # what trackers show; empty: they invent one
+    logging_steps: int = 1  # optimizer steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir must name a directory, got ''")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
+        for key, least in (("save_steps", 0), ("save_total_limit", 0), ("logging_steps", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        if not self.resume_from_checkpoint:
+            raise ValueError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
+        check_tracker_names(self.report_to)
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    limit: int,
+    is_main: bool,
+    barrier: Callable[[], None],
+) -> Path:
+    """Write a checkpoint that exists completely or not at all; returns its directory.
+
+    Args:
+        write: fills the directory it is given; called on every rank, which must not write the same file.
+        limit: checkpoints to keep, this one included; 0 keeps all.
+        barrier: returns when every rank has called it.
+    """
+    final = Path(output_dir) / "checkpoints" / f"step_{step:06d}"
+    temporary = final.with_name(final.name + ".tmp")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    try:
+        write(temporary)
+        barrier()
+        if is_main:
+            seal(temporary, step)
+            publish(temporary, final)
+    except Exception:
+        if is_main:  # give a full disk its space back
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if is_main:
+        prune(final, limit)
+    barrier()
+    return final
+
+
+def seal(directory: Path, step: int) -> None:
+    """Describe the directory's files in a manifest and force all of it to disk."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"step": step, "files": sizes}, indent=1), encoding="utf-8")
+    folders = [path for path in directory.rglob("*") if path.is_dir()]
+    for path in [*files, manifest, *folders, directory]:
+        force_to_disk(path)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a sealed directory its final name, in place of an earlier one of the same step."""
+    replaced = final.with_name(final.name + ".old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    force_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def force_to_disk(path: Path) -> None:
+    """fsync of a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(newest: Path, limit: int) -> None:
+    """Delete the oldest checkpoints beyond `limit`, what earlier kills left, and steps this run has not reached.
+
+    A later step than the one just saved belongs to a run that was given up; "auto" would resume from it.
+    """
+    reached = checkpoint_step(newest)
+    complete = {step: path for step, path in checkpoints_by_step(newest.parent).items() if is_complete(path)}
+    kept = [complete[step] for step in sorted(complete) if step <= reached][-limit if limit else 0 :]
+    for path in newest.parent.iterdir():
+        if ANY_STATE_NAME.fullmatch(path.name) and path not in kept:
+            shutil.rmtree(path)
+
+
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """Every directory named like a checkpoint, complete or not; step_10 goes before step_10.old."""
+    paths = [path for path in sorted(folder.glob("step_*"), reverse=True) if CHECKPOINT_NAME.fullmatch(path.name)]
+    return {checkpoint_step(path): path for path in paths}
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step after which the checkpoint was written."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint}: not a checkpoint directory: its name is not step_<number>")
+    return int(match[1])
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the manifest is there and every file it lists has its size."""
+    try:
+        files: Mapping[str, int] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint of the latest step; None when there is none. Warns once about what it passed over."""
+    folder = Path(output_dir) / "checkpoints"
+    steps = checkpoints_by_step(folder)
+    passed_over = [path.name for path in sorted(folder.glob("step_*.tmp"))]
+    found = None
+    for step in sorted(steps, reverse=True):
+        if is_complete(steps[step]):
+            found = steps[step]
+            break
+        passed_over.append(steps[step].name)
+    if passed_over:
+        logger.warning("%s: ignoring incomplete checkpoints: %s", folder, ", ".join(passed_over))
+    return found
+
+
+def resolve_resume(config: RunConfig) -> Path | None:
+    """The checkpoint to start from, or None for a fresh start."""
+    choice = config.resume_from_checkpoint
+    if choice == "none":
+        return None
+    if choice == "auto":
+        return newest_checkpoint(config.output_dir)
+    if not is_complete(Path(choice)):
+        raise ValueError(
+            f"resume_from_checkpoint={choice}: not a complete checkpoint (no {MANIFEST}, or files missing or "
+            "cut short): name another, or use auto or none"
+        )
+    checkpoint_step(Path(choice))
+    return Path(choice)
+
+
+def rng_state() -> dict[str, Any]:
+    """The random number generators of this process, in types that torch.load(weights_only=True) accepts."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (name, [int(key) for key in keys], *rest)
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()  # of this rank's device
+    return state
+
+
+def restore_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the generators back where `rng_state` found them."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "numpy" in state:
+        importlib.import_module("numpy").random.set_state(tuple(state["numpy"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def write_run_json(output_dir: str | Path, config: Mapping[str, Any]) -> Path:
+    """Record what ran, on what, from which code: enough to repeat the run, no host name and no secrets."""
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "argv": without_secrets(sys.argv),
+        **git_state(Path(__file__).resolve().parents[2]),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in ("dirl", "torch", "transformers", "accelerate")},
+        },
+        "hardware": hardware_summary(),
+        "config": hide_secrets(config),
+    }
+    path = Path(output_dir) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    return temporary.replace(path)
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """Arguments with the values of secret names (`hf_token=...`, `--api-key ...`) and known token shapes replaced."""
+    cleaned: list[str] = []
+    for argument in argv:
+        name, separator, _ = argument.partition("=")
+        if cleaned and "=" not in cleaned[-1] and cleaned[-1].startswith("-") and SECRET_NAME.search(cleaned[-1]):
+            cleaned.append("***")
+        elif separator and SECRET_NAME.search(name):
+            cleaned.append(f"{name}=***")
+        else:
+            cleaned.append(SECRET_VALUE.sub("***", argument))
+    return cleaned
+
+
+def hide_secrets(value: Any, name: str = "") -> Any:
+    """A nested configuration with its secrets replaced."""
+    if isinstance(value, Mapping):
+        return {key: hide_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hide_secrets(item, name) for item in value]
+    if isinstance(value, str) and value:
+        return "***" if SECRET_NAME.search(name) else SECRET_VALUE.sub("***", value)
+    return value
+
+
+def git_state(root: Path) -> dict[str, Any]:
+    """Commit of the checkout dirl runs from, and whether files differ from it; None when it is not its own checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        pass  # no git, or no commit yet
+    return {"git_commit": None, "git_dirty": None}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None when it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware_summary() -> dict[str, Any]:
+    """Processor, cores and GPUs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "gpus": gpus, "cuda": torch.version.cuda}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Evaluation. Without arguments: the SFT model of the embedded default (made first when missing).
+#   CONFIG=configs/sdar_8b/eval.yaml MODEL=/path/to/final DATASETS="math500 gsm8k" bash examples/eval.sh
+# MODEL and DATASETS (separated by spaces) stand for model.path=... and data.datasets=[...].
+# The other variables it reads (CONFIG, NUM_PROCESSES, ACCELERATE_CONFIG, DRY_RUN, ...) are listed in scripts/launch.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/launch.sh"
+choose_config eval
+if [[ -n ${DATASETS:-} ]]; then
+    read -ra names <<<"$DATASETS"
+    for i in "${!names[@]}"; do names[i]=$(absolute_if_here "${names[i]}"); done
+    set -- "data.datasets=[$(IFS=, && echo "${names[*]}")]" "$@"
+fi
+use_environment
+if [[ -n ${MODEL:-} ]]; then
+    set -- "model.path=$(absolute_if_here "$MODEL")" "$@"
+elif is_embedded_default; then
+    make_tiny_sft
+fi
+launch -m dirl.cli eval "$CONFIG" "$@"

@@ -1,0 +1,58 @@
+"""The strategies against Python loops over every row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dirl.diffusion.unmasking import UnmaskingRule, reveal_positions
+from tests.oracle import reference_reveal
+
+RULES = [
+    UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.0),
+    UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.6),
+    UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.95),
+    *(
+        UnmaskingRule(strategy, denoising_steps=steps)  # type: ignore[arg-type]
+        for strategy in ("low_confidence_static", "sequential", "random")
+        for steps in (0, 1, 2, 3, 100)
+    ),
+    UnmaskingRule("entropy_bounded", entropy_bound=0.0),
+    UnmaskingRule("entropy_bounded", entropy_bound=0.5),  # off the grid of sums of the coarse numbers below
+    UnmaskingRule("entropy_bounded", entropy_bound=100.0),
+]
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 4, 8])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_strategy_against_loops(rule: UnmaskingRule, block_length: int) -> None:
+    masked_NB = torch.rand(64, block_length) < 0.6
+    masked_NB[0], masked_NB[1] = True, False
+    # Coarse numbers, so that ties occur; unmasked positions carry numbers that must not matter.
+    confidence_NB, entropy_NB, uniform_NB = (torch.randint(0, 6, (64, block_length)) / 5 for _ in range(3))
+    found_NB = reveal_positions(rule, masked_NB, confidence_NB, entropy_NB, uniform_NB)
+    rows = zip(*(x.tolist() for x in (masked_NB, confidence_NB, entropy_NB, uniform_NB)), strict=True)
+    assert found_NB.tolist() == [reference_reveal(rule, *row) for row in rows]
+    assert not (found_NB & ~masked_NB).any()
+    assert torch.equal(found_NB.any(dim=1), masked_NB.any(dim=1))
+
+
+def test_threshold_is_inclusive_and_ties_go_left() -> None:
+    masked, nothing = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4)
+    confidence = torch.tensor([[0.5, 0.25, 0.5, 0.25]])
+    at_threshold = UnmaskingRule(confidence_threshold=0.5)
+    above = UnmaskingRule(confidence_threshold=0.75)
+    assert reveal_positions(at_threshold, masked, confidence, nothing, nothing).tolist() == [[True, False, True, False]]
+    assert reveal_positions(above, masked, confidence, nothing, nothing).tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("block_length", "steps", "count"), [(4, 0, 1), (4, 4, 1), (4, 2, 2), (4, 1, 4), (4, 9, 1), (8, 3, 3), (2, 2, 1)]
+)
+def test_reveals_per_step(block_length: int, steps: int, count: int) -> None:
+    assert UnmaskingRule("sequential", denoising_steps=steps).reveals_per_step(block_length) == count
+
+
+def test_an_unknown_strategy_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unmasking_strategy must be one of .*got 'low_confidence'"):
+        UnmaskingRule("low_confidence")  # type: ignore[arg-type]

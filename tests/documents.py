@@ -1,0 +1,52 @@
+"""Random documents with the views of their replay, as a decoder would have left them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.views import PADDING_DOCUMENT, Branch, PackedViews, ViewedDocument, replay_views
+
+
+def random_trajectory(prompt_length: int, num_blocks: int, block_length: int) -> Trajectory:
+    """Contiguous steps in each block, as a decoder makes them."""
+    completion_length = num_blocks * block_length - prompt_length % block_length
+    prompt_ids, completion_ids = torch.randint(0, 50, (prompt_length,)), torch.randint(50, 90, (completion_length,))
+    first_lane = prompt_length % block_length
+    steps: list[int] = []
+    while len(steps) < completion_length:
+        size = block_length - first_lane
+        num_steps = int(torch.randint(1, size + 1, ()))
+        drawn = torch.cat([torch.arange(num_steps), torch.randint(0, num_steps, (size - num_steps,))])
+        steps += (drawn[torch.randperm(size)] + 1).tolist()
+        first_lane = 0
+    return Trajectory(prompt_ids, completion_ids, torch.tensor(steps, dtype=torch.int64))
+
+
+def random_document(
+    prompt_length: int, blocks_of_branches: Sequence[int], block_length: int, mask_token_id: int
+) -> ViewedDocument:
+    """A prompt with one completion for each number of touched blocks."""
+    prompt_ids, branches = torch.randint(0, 50, (prompt_length,)), []
+    for num_blocks in blocks_of_branches:
+        drawn = random_trajectory(prompt_length, num_blocks, block_length)
+        trajectory = replace(drawn, prompt_ids=prompt_ids)
+        branches.append(Branch(trajectory.completion_ids, replay_views(trajectory, block_length, mask_token_id)))
+    return ViewedDocument(prompt_ids, branches)
+
+
+def padded_pack(packed: PackedViews, multiple: int) -> PackedViews:
+    """The pack with clean tokens of the padding document after it, up to a multiple of some length."""
+    zeros = torch.zeros(-len(packed) % multiple, dtype=torch.int64)
+    return replace(
+        packed,
+        token_ids_L=torch.cat([packed.token_ids_L, zeros]),
+        position_L=torch.cat([packed.position_L, zeros]),
+        document_L=torch.cat([packed.document_L, zeros + PADDING_DOCUMENT]),
+        branch_L=torch.cat([packed.branch_L, zeros]),
+        block_L=torch.cat([packed.block_L, zeros]),
+        view_L=torch.cat([packed.view_L, zeros]),
+    )

@@ -1,0 +1,207 @@
+"""Every plan of a pack == softmax over the pairs the rule allows, written out; and the tiles FlexAttention reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dirl.diffusion.views import PackedViews, pack
+from dirl.model.attention import (
+    FLEX_TILE,
+    AttentionPlan,
+    DensePlan,
+    FlexPlan,
+    tile_block_mask,
+    tile_reads,
+    training_plan,
+)
+from dirl.model.tiled_attention import TiledPlan, _tiles
+from tests.documents import padded_pack, random_document
+
+MASK = 99
+HEADS, KEY_HEADS, HEAD_DIM, SCALING = 4, 2, 8, 0.3
+# (prompt length, touched blocks of each completion) of each document
+PACKS = {
+    "one": [(3, [2])],
+    "short_prompts": [(0, [1]), (1, [2]), (3, [1, 2, 1]), (2, [4])],
+    "shared": [(13, [3, 5, 1]), (8, [2, 2]), (4, [1])],
+    "long": [(150, [60, 3]), (9, [70])],
+    "long_prompts": [(403, [4, 9, 2]), (260, [3])],
+}
+
+
+def make_pack(name: str, block_length: int = 4) -> PackedViews:
+    return pack([random_document(*shape, block_length, MASK) for shape in PACKS[name]], block_length)
+
+
+def allowed_pairs(packed: PackedViews) -> Tensor:
+    """The rule once more, from the words of DESIGN: which token may read which; (L, L) bool."""
+    document, branch, block, view = (
+        x.numpy() for x in (packed.document_L, packed.branch_L, packed.block_L, packed.view_L)
+    )
+    rows = []
+    for q in range(len(packed)):
+        is_sequence = (document == document[q]) & ((branch == 0) | (branch == branch[q]))
+        context = (view == 0) & (block < block[q])
+        rows.append(torch.from_numpy(is_sequence & (context | ((view == view[q]) & (block == block[q])))))
+    return torch.stack(rows)
+
+
+def random_qkv(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((HEADS, 2.0), (KEY_HEADS, 2.0), (KEY_HEADS, 1.0))
+    query, key, value = ((torch.randn(1, heads, length, HEAD_DIM) * scale).requires_grad_() for heads, scale in shapes)
+    return query, key, value
+
+
+def by_hand(qkv: tuple[Tensor, Tensor, Tensor], allowed_LL: Tensor) -> Tensor:
+    """Attention over all pairs in float64; (1, L, H, D)."""
+    query, key, value = (x[0].double() for x in qkv)
+    key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=0) for x in (key, value))
+    scores_HLL = (query @ key.transpose(1, 2) * SCALING).masked_fill(~allowed_LL, -torch.inf)
+    return (scores_HLL.softmax(-1) @ value).transpose(0, 1)[None].float()
+
+
+def attended(plan: AttentionPlan, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return plan.attend(0, *qkv, SCALING)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_dense_plan(name: str) -> None:
+    packed = make_pack(name)
+    qkv = random_qkv(len(packed))
+    torch.testing.assert_close(attended(DensePlan.packed(packed), qkv), by_hand(qkv, allowed_pairs(packed)))
+
+
+@pytest.mark.parametrize("chunk_tokens", [8, 40, 256])
+@pytest.mark.parametrize("name", PACKS)
+def test_tiled_plan_with_gradients(name: str, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirl.model.tiled_attention._CHUNK_TOKENS", chunk_tokens)
+    packed = make_pack(name)
+    qkv = random_qkv(len(packed))
+    found, expected = attended(TiledPlan(packed), qkv), by_hand(qkv, allowed_pairs(packed))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(found.shape)
+    gradients = (torch.autograd.grad((weight * output).sum(), qkv) for output in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 8])
+def test_tiled_plan_of_other_block_lengths(block_length: int) -> None:
+    packed = make_pack("shared", block_length)
+    qkv = random_qkv(len(packed))
+    torch.testing.assert_close(attended(TiledPlan(packed), qkv), by_hand(qkv, allowed_pairs(packed)))
+
+
+def test_tiled_plan_of_a_padded_pack() -> None:
+    packed = padded_pack(make_pack("shared"), FLEX_TILE)
+    qkv = random_qkv(len(packed))
+    found, expected = attended(TiledPlan(packed), qkv), by_hand(qkv, allowed_pairs(packed))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("chunk_tokens", [8, 64, 256])
+def test_every_token_is_asked_in_exactly_one_tile(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirl.model.tiled_attention._CHUNK_TOKENS", chunk_tokens)
+    packed = make_pack("long")
+    tiles = list(_tiles(packed))
+    asked = torch.cat([queries for queries, _ in tiles])
+    assert asked.sort().values.equal(torch.arange(len(packed)))
+    # Chunks do cut long documents, so that their cost is not quadratic.
+    assert max(len(queries) for queries, _ in tiles) <= max(2 * chunk_tokens, 4 + 4 * 4)  # a block is never cut
+    assert sum(len(queries) * len(keys) for queries, keys in tiles) < 0.6 * len(packed) ** 2
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_flex_plan_uncompiled(name: str) -> None:
+    packed = padded_pack(make_pack(name), FLEX_TILE)
+    is_real_L = packed.document_L >= 0
+    query, key, value = (x.detach() for x in random_qkv(len(packed)))  # no backward on the CPU
+    found = attended(FlexPlan(packed), (query, key, value))
+    expected = by_hand((query, key, value), allowed_pairs(packed))
+    torch.testing.assert_close(found[:, is_real_L], expected[:, is_real_L])
+
+
+@pytest.mark.slow
+def test_flex_plan_compiled_reads_the_listed_tiles_only() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    packed = padded_pack(make_pack("long_prompts"), FLEX_TILE)
+    query, key, value = (x.detach() for x in random_qkv(len(packed)))
+    found = torch.compile(flex_attention)(
+        query, key, value, block_mask=tile_block_mask(packed), scale=SCALING, enable_gqa=True
+    )
+    expected = by_hand((query, key, value), allowed_pairs(packed))
+    is_real_L = packed.document_L >= 0
+    torch.testing.assert_close(found.transpose(1, 2)[:, is_real_L], expected[:, is_real_L], atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+def test_flex_plan_on_cuda_with_gradients() -> None:
+    packed = padded_pack(make_pack("long_prompts"), FLEX_TILE)
+    qkv = tuple(torch.randn(1, heads, len(packed), 32) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    weight = torch.randn(1, len(packed), HEADS, 32) * (packed.document_L >= 0)[:, None, None]
+    outcomes = []
+    for device, make_plan in (("cpu", TiledPlan), ("cuda", FlexPlan)):
+        here = query, key, value = [x.to(device).requires_grad_() for x in qkv]
+        output = make_plan(packed.to(device)).attend(0, query, key, value, SCALING)
+        gradients = torch.autograd.grad((weight.to(device) * output).sum(), here)
+        outcomes.append([(weight.to(device) * output).detach().cpu(), *(g.cpu() for g in gradients)])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_tiles_cover_the_rule(name: str) -> None:
+    packed = padded_pack(make_pack(name), FLEX_TILE)
+    partial_NN, full_NN = tile_reads(packed)
+    allowed_NNTT = allowed_pairs(packed).unflatten(0, (-1, FLEX_TILE)).unflatten(2, (-1, FLEX_TILE)).transpose(1, 2)
+    some_NN, all_NN = allowed_NNTT.flatten(2).any(-1), allowed_NNTT.flatten(2).all(-1)
+    assert not (partial_NN & full_NN).any()
+    assert (some_NN <= (partial_NN | full_NN)).all(), "an allowed pair lies in a tile that is not read"
+    assert (full_NN <= all_NN).all(), "a tile read in full holds a forbidden pair"
+
+
+def test_tiles_are_sparse_and_some_are_read_in_full() -> None:
+    packed = pack([random_document(512, [9, 40], 4, MASK)], 4)
+    partial_NN, full_NN = tile_reads(padded_pack(packed, FLEX_TILE))
+    for tile in range(4):  # the prompt: in full what is before, in part itself, nothing after
+        assert full_NN[tile].nonzero().flatten().tolist() == list(range(tile))
+        assert partial_NN[tile, :-1].nonzero().flatten().tolist() == [tile]  # the last tile holds padding, too
+    assert full_NN[4:-1, :4].all()  # every completion reads the whole prompt
+    assert int(partial_NN.sum()) < 0.4 * partial_NN.numel()
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_block_mask_lists_the_tiles(name: str) -> None:
+    packed = padded_pack(make_pack(name), FLEX_TILE)
+    mask = tile_block_mask(packed)
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
+    lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    for (counts, indices), reads_NN in zip(lists, tile_reads(packed), strict=True):
+        for row, columns in enumerate(reads_NN):
+            listed = indices[0, 0, row, : int(counts[0, 0, row])]
+            assert listed.tolist() == columns.nonzero().squeeze(1).tolist()
+
+
+def test_a_pack_of_odd_length_is_refused_by_flex() -> None:
+    packed = make_pack("one")
+    with pytest.raises(ValueError, match=f"multiple of 128 tokens for FlexAttention, got {len(packed)}"):
+        tile_reads(packed)
+
+
+def test_block_causal_rows_with_padding() -> None:
+    positions, is_token = torch.arange(7).expand(2, 7), torch.tensor([[1] * 7, [1] * 5 + [0] * 2]).bool()
+    mask_B1LL = DensePlan.block_causal(positions, is_token, 2).mask_B1LL
+    for row in range(2):
+        for q in range(7):
+            for k in range(7):
+                expected = q == k or (q // 2 >= k // 2 and bool(is_token[row, k]))
+                assert bool(mask_B1LL[row, 0, q, k]) == expected, (row, q, k)
+
+
+def test_the_cpu_trains_on_tiles() -> None:
+    assert isinstance(training_plan(make_pack("one")), TiledPlan)
+    assert isinstance(training_plan(make_pack("one"), "sdpa"), TiledPlan)
+    assert isinstance(training_plan(padded_pack(make_pack("one"), FLEX_TILE), "flex"), FlexPlan)

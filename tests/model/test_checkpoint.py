@@ -1,0 +1,169 @@
+"""Directories in SDAR's own format, written by plain Qwen3 code: what loads, what is written back, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from dirl.data.chat import save_tokenizer
+from dirl.model.checkpoint import ModelConfig, load, load_model, save_model
+from dirl.model.sdar import SDARForCausalLM, SDARMoeForCausalLM
+from dirl.model.tiny import save_tiny_model, tiny
+
+ROPE_THETA = 5_000.0  # neither transformers' default nor the tiny model's: a loader that drops it is seen
+SIZES: dict[str, Any] = {
+    "vocab_size": 280,  # more rows than the tokenizer has tokens, as in SDAR
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+TOKENIZER = tiny()[1]
+
+
+def write_sdar_directory(path: Path, *, experts: bool = False) -> Any:
+    """A directory as SDAR publishes it, made without our code; returns the Qwen3 model whose weights it holds."""
+    theirs: Any
+    if experts:
+        theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS)).eval()
+    else:
+        theirs = Qwen3ForCausalLM(Qwen3Config(**SIZES)).eval()
+    theirs.save_pretrained(path)
+    save_tokenizer(TOKENIZER, path)
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_parameters"]
+    name = "SDARMoe" if experts else "SDAR"
+    config |= {
+        "model_type": "sdar_moe" if experts else "sdar",
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_sdar.{name}Config",
+            "AutoModelForCausalLM": f"modeling_sdar.{name}ForCausalLM",
+        },
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": None,
+        "block_size": 4,
+        "mask_token_id": 5,  # the tokenizer knows better
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return theirs
+
+
+def block_masked_logits(theirs: Any, ids: Tensor, block_length: int = 4) -> Tensor:
+    """Qwen3's own code with an explicit 4D block mask."""
+    block_L = torch.arange(ids.shape[1]) // block_length
+    allowed = (block_L[None, :] <= block_L[:, None])[None, None]
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        return theirs(ids, attention_mask=mask.expand(len(ids), -1, -1, -1)).logits
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["sdar", "sdar_moe"])
+def test_an_sdar_directory_has_the_logits_of_qwen3(tmp_path: Path, experts: bool) -> None:
+    theirs = write_sdar_directory(tmp_path, experts=experts)
+    model, tokenizer = load(str(tmp_path))
+    assert type(model) is (SDARMoeForCausalLM if experts else SDARForCausalLM)
+    assert (model.config.block_size, model.config.tokenizer_length) == (4, len(tokenizer))
+    assert model.config.mask_token_id == tokenizer.mask_token_id
+    ids = torch.randint(0, 280, (2, 22))
+    torch.testing.assert_close(logits(model, ids), block_masked_logits(theirs, ids), atol=2e-5, rtol=1e-5)
+    # The rotary base was read: with transformers' default the logits are others.
+    theirs.model.rotary_emb.inv_freq = 10_000.0 ** -(torch.arange(0, 8, 2) / 8)
+    assert float((logits(model, ids) - block_masked_logits(theirs, ids)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["sdar", "sdar_moe"])
+def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path, experts: bool) -> None:
+    write_sdar_directory(tmp_path / "original", experts=experts)
+    model, tokenizer = load(str(tmp_path / "original"))
+    save_model(model, tokenizer, tmp_path / "saved")
+    again, _ = load(str(tmp_path / "saved"))
+    ids = torch.randint(0, 280, (2, 22))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    names = {path: names_in(tmp_path / path) for path in ("original", "saved")}
+    assert names["saved"] == names["original"]
+    layer = "model.layers.0.mlp.experts.0.gate_proj.weight" if experts else "model.layers.0.mlp.gate_proj.weight"
+    assert layer in names["saved"]
+
+
+def names_in(path: Path) -> set[str]:
+    names: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+def test_config_is_written_for_older_code(tmp_path: Path) -> None:
+    write_sdar_directory(tmp_path / "original")
+    model, tokenizer = load(str(tmp_path / "original"))
+    save_model(model, tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["rope_theta"] == ROPE_THETA
+    assert (config["model_type"], config["architectures"]) == ("sdar", ["SDARForCausalLM"])
+    assert (config["block_size"], config["mask_token_id"]) == (4, tokenizer.mask_token_id)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=False)
+    ids = torch.randint(0, 280, (1, 9))
+    assert torch.equal(logits(plain, ids), logits(model, ids))
+
+
+def test_options_of_the_model(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    config = ModelConfig(path=str(tmp_path), dtype="bfloat16", block_length=8, gradient_checkpointing=True)
+    model = load_model(config, TOKENIZER)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config.block_size == 8
+    assert model.is_gradient_checkpointing
+    assert load_model(ModelConfig(path=str(tmp_path)), TOKENIZER).config.block_size == 4
+
+
+def assert_one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_directory_without_a_config_is_named(tmp_path: Path) -> None:
+    for path in (str(tmp_path), str(tmp_path / "nowhere"), "./a", "nowhere"):
+        with pytest.raises(FileNotFoundError) as error:
+            load_model(ModelConfig(path=path), TOKENIZER)
+        assert_one_line(error, "model.path", path, "Hugging Face directory")
+
+
+def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
+    Qwen3ForCausalLM(Qwen3Config(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
+    assert_one_line(error, "model.path", "qwen3", "sdar")
+
+
+def test_a_tokenizer_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    _, tokenizer = tiny()
+    tokenizer.add_tokens(["<|one_more|>"])
+    with pytest.raises(ValueError) as error:
+        load_model(ModelConfig(path=str(tmp_path)), tokenizer)
+    assert_one_line(error, "265", "264", "tokenizer")
+
+
+def test_a_negative_block_length_is_named() -> None:
+    with pytest.raises(ValueError, match="block_length must be >= 0"):
+        ModelConfig(block_length=-4)

@@ -1,0 +1,99 @@
+"""Hidden states -> scores in chunks of whole views, against one piece; and what a model may never emit."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.likelihood import Actions, ScoringRule, action_logprobs
+from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.diffusion.views import pack
+from dirl.model.attention import DensePlan
+from dirl.model.logprobs import PackedScorer, _chunks_of_views, score_actions, suppressed_by
+from tests.documents import random_document
+from tests.oracle import sharp_tiny_model
+
+VOCABULARY, HIDDEN = 11, 6
+RULE = ScoringRule(
+    TokenDistribution(0.9), UnmaskingRule(confidence_threshold=0.2), torch.arange(VOCABULARY) == VOCABULARY - 1
+)
+
+
+def random_actions(lengths: list[int]) -> Actions:
+    """Views of the given numbers of actions; the first of each is revealed."""
+    view_T = torch.arange(1, len(lengths) + 1).repeat_interleave(torch.tensor(lengths))
+    is_first_T = torch.cat([torch.arange(length) == 0 for length in lengths])
+    return Actions(torch.randint(0, VOCABULARY - 1, (len(view_T),)), is_first_T, view_T)
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 5, 7, 100])
+def test_chunks_never_cut_a_view_and_are_as_long_as_allowed(max_rows: int) -> None:
+    lengths = [3, 1, 1, 4, 2, 2, 6, 1]
+    view_T = random_actions(lengths).view_T
+    slices = _chunks_of_views(view_T, max_rows)
+    assert [index for rows in slices for index in range(len(view_T))[rows]] == list(range(len(view_T)))
+    borders = {sum(lengths[:i]) for i in range(len(lengths) + 1)}
+    for rows in slices:
+        assert {rows.start, rows.stop} <= borders
+        assert rows.stop - rows.start <= max_rows or len(view_T[rows].unique()) == 1
+    for one, other in pairwise(slices):
+        first_of_next = next(border for border in sorted(borders) if border > other.start)
+        assert first_of_next - one.start > max_rows, "the next view would have fitted"
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 4, 9])
+def test_chunks_change_neither_scores_nor_gradients(rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    actions = random_actions([3, 1, 2, 4, 4, 1])
+    hidden_TD, lm_head = torch.randn(len(actions), HIDDEN, requires_grad=True), nn.Linear(HIDDEN, VOCABULARY)
+    inputs = [hidden_TD, *lm_head.parameters()]
+
+    def gradients(logprob_T: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((torch.arange(len(actions)) * logprob_T).sum(), inputs)
+
+    expected = action_logprobs(lm_head(hidden_TD), actions, RULE)
+    monkeypatch.setattr("dirl.model.logprobs._LOGITS_PER_CHUNK", rows_per_chunk * VOCABULARY)
+    scores = score_actions(hidden_TD, lm_head, actions, RULE)
+    torch.testing.assert_close(scores.logprob_T, expected[0])
+    torch.testing.assert_close(scores.entropy_T, expected[1])
+    for one, other in zip(gradients(scores.logprob_T), gradients(expected[0]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_rank_without_actions_still_takes_part_in_backward() -> None:
+    hidden_TD = torch.randn(0, HIDDEN, requires_grad=True)
+    scores = score_actions(hidden_TD, nn.Linear(HIDDEN, VOCABULARY), random_actions([1])[0:0], RULE)
+    assert scores.logprob_T.shape == scores.entropy_T.shape == (0,)
+    scores.logprob_T.sum().backward()
+    assert hidden_TD.grad is not None
+
+
+def test_suppressed_ids_come_from_the_models_configuration() -> None:
+    model, tokenizer = sharp_tiny_model()
+    assert suppressed_by(model).nonzero().flatten().tolist() == [tokenizer.mask_token_id]
+    model.config.tokenizer_length = 200
+    assert suppressed_by(model).nonzero().flatten().tolist() == list(range(200, 264))
+    model.config.tokenizer_length = None
+    assert suppressed_by(model).nonzero().flatten().tolist() == [tokenizer.mask_token_id]
+
+
+def test_packed_scorer_is_a_dense_forward_and_action_logprobs() -> None:
+    model, tokenizer = sharp_tiny_model()
+    assert isinstance(tokenizer.mask_token_id, int)
+    documents = [random_document(*shape, 4, tokenizer.mask_token_id) for shape in ((9, [2, 3]), (2, [4]))]
+    packed = pack(documents, 4)
+    rule = ScoringRule(TokenDistribution(), UnmaskingRule(confidence_threshold=0.05), suppressed_by(model))
+    with torch.no_grad():
+        scores = PackedScorer(model)(packed, rule)
+        logits_LV = model(
+            input_ids=packed.token_ids_L[None],
+            position_ids=packed.position_L[None],
+            attention_plan=DensePlan.packed(packed),
+        ).logits[0]
+    actions = Actions(packed.target_T, packed.is_reveal_T, packed.view_T)
+    logprob_T, entropy_T = action_logprobs(logits_LV[packed.action_index_T], actions, rule)
+    torch.testing.assert_close(scores.logprob_T, logprob_T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.entropy_T, entropy_T, atol=1e-5, rtol=1e-5)

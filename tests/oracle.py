@@ -1,0 +1,182 @@
+"""The slow obvious way, written once: one plain forward pass per denoising step on clean context + current block.
+
+Nothing here uses packs, plans, tiles or caches; only `model(input_ids)` with the block mask, torch's own softmax and
+Python loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.tiny import tiny
+from dirl.rollout.engine import Completion, SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def sharp_tiny_model(
+    seed: int = 0, scale: float = 2.0, *, sharpness: float = 7.0, block_length: int = 4
+) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
+    """A tiny model whose layers and logits are scaled up: what it reads matters, and it is far from uniform.
+
+    A sampled token has a median probability of about 0.03 (0.004 without the scaling).
+    """
+    model, tokenizer = tiny(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(scale)
+        model.model.norm.weight.mul_(sharpness)
+    model.config.block_size = block_length
+    return model.eval(), tokenizer
+
+
+def make_extreme(model: BlockDiffusionModel, token_ids: Sequence[int], factor: float) -> None:
+    """Scale the (tied) embeddings of some tokens: their logits become large, of either sign, from state to state."""
+    with torch.no_grad():
+        model.lm_head.weight[list(token_ids)] *= factor
+
+
+def state_logits(model: BlockDiffusionModel, clean_ids: list[int], block: int, noisy_block: list[int]) -> Tensor:
+    """Logits of one block in one state, the blocks before it clean; (B, V) float32."""
+    block_length = model.config.block_size
+    ids = clean_ids[: block * block_length] + noisy_block
+    return model(torch.tensor([ids])).logits[0, -block_length:].float()
+
+
+def confidence_probs(logits_BV: Tensor, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
+    """Probabilities after temperature and suppression only: what confidence is read from; (B, V)."""
+    logits_BV = logits_BV.clone()
+    logits_BV[:, model.config.mask_token_id] = -torch.inf
+    logits_BV[:, model.config.tokenizer_length :] = -torch.inf
+    return (logits_BV / (sampling.temperature or 1.0)).softmax(-1)
+
+
+def sampling_probs(logits_BV: Tensor, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
+    """Probabilities after temperature, then top-k, then top-p, each by sorting and zeroing; (B, V)."""
+    rows = confidence_probs(logits_BV, model, sampling)
+    return torch.stack([sorted_and_cut(row_V, sampling.top_k, sampling.top_p) for row_V in rows])
+
+
+def sorted_and_cut(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """One row of probabilities after top-k, then top-p, renormalised after each; (V,)."""
+    if top_k:
+        kept = probs_V.sort(descending=True).indices[:top_k]
+        probs_V = torch.zeros_like(probs_V).index_put((kept,), probs_V[kept])
+        probs_V = probs_V / probs_V.sum()
+    if top_p < 1:
+        values, order = probs_V.sort(descending=True)
+        count = 1
+        while float(values[:count].sum()) < top_p:
+            count += 1
+        kept = order[:count]
+        probs_V = torch.zeros_like(probs_V).index_put((kept,), probs_V[kept])
+        probs_V = probs_V / probs_V.sum()
+    return probs_V
+
+
+def reference_reveal(
+    rule: UnmaskingRule,
+    masked: Sequence[bool],
+    confidence: Sequence[float],
+    entropy: Sequence[float],
+    uniform: Sequence[float],
+) -> list[bool]:
+    """Which positions of one block a step reveals, by the words of the strategies."""
+    lanes = [lane for lane, is_masked in enumerate(masked) if is_masked]
+    count = math.ceil(len(masked) / min(rule.denoising_steps or len(masked), len(masked)))
+    if rule.strategy == "low_confidence_dynamic":
+        chosen = [lane for lane in lanes if confidence[lane] >= rule.confidence_threshold]
+        if lanes and not chosen:
+            chosen = [max(lanes, key=lambda lane: (confidence[lane], -lane))]
+    elif rule.strategy == "low_confidence_static":
+        chosen = sorted(lanes, key=lambda lane: (-confidence[lane], lane))[:count]
+    elif rule.strategy == "sequential":
+        chosen = lanes[:count]
+    elif rule.strategy == "random":
+        chosen = sorted(lanes, key=lambda lane: (-uniform[lane], lane))[:count]
+    else:
+        chosen = []
+        for lane in sorted(lanes, key=lambda lane: (entropy[lane], lane)):
+            together = [entropy[other] for other in [*chosen, lane]]
+            if sum(together) - max(together) > rule.entropy_bound:
+                break
+            chosen.append(lane)
+    return [lane in chosen for lane in range(len(masked))]
+
+
+@dataclass(frozen=True)
+class DecodedState:
+    """One denoising step of a completion, as the decoder had it."""
+
+    block: int
+    noisy: list[int]  # (B,) ids the model read
+    revealed: list[int]  # lanes of the block revealed in this step
+    held: list[int]  # lanes that stayed masked
+
+
+def decoded_states(completion: Completion, block_length: int, mask_token_id: int) -> Iterator[DecodedState]:
+    """Every denoising step of a completion, in order."""
+    clean = completion.prompt_ids + completion.token_ids
+    steps = [0] * len(completion.prompt_ids) + completion.step_map
+    for block in range(len(completion.prompt_ids) // block_length, len(clean) // block_length):
+        here = slice(block * block_length, (block + 1) * block_length)
+        for step in range(1, max(steps[here]) + 1):
+            yield DecodedState(
+                block=block,
+                noisy=[mask_token_id if s >= step else t for t, s in zip(clean[here], steps[here], strict=True)],
+                revealed=[lane for lane, s in enumerate(steps[here]) if s == step],
+                held=[lane for lane, s in enumerate(steps[here]) if s > step],
+            )
+
+
+def brute_force_logprobs(model: BlockDiffusionModel, completion: Completion, sampling: SamplingConfig) -> Tensor:
+    """Log-probability of each completion token at the step it was revealed, with gradients; (R,)."""
+    block_length = model.config.block_size
+    clean = completion.prompt_ids + completion.token_ids
+    found: dict[int, Tensor] = {}
+    for state in decoded_states(completion, block_length, model.config.mask_token_id):
+        logits_BV = state_logits(model, clean, state.block, state.noisy)
+        probs_BV = sampling_probs(logits_BV, model, sampling)
+        for lane in state.revealed:
+            position = state.block * block_length + lane
+            found[position] = probs_BV[lane, clean[position]].log()
+    return torch.stack([found[p] for p in range(len(completion.prompt_ids), len(clean))])
+
+
+def brute_force_actions(model: BlockDiffusionModel, completion: Completion, sampling: SamplingConfig) -> Tensor:
+    """Log-probability of every action, reveals and holds, in the order of steps and positions; (T,)."""
+    block_length = model.config.block_size
+    clean = completion.prompt_ids + completion.token_ids
+    actions = []
+    for state in decoded_states(completion, block_length, model.config.mask_token_id):
+        logits_BV = state_logits(model, clean, state.block, state.noisy)
+        confidence_BV = confidence_probs(logits_BV.detach(), model, sampling)
+        sampled_BV = sampling_probs(logits_BV, model, sampling)
+        tokens = clean[state.block * block_length :][:block_length]
+        bar = _bar([float(confidence_BV[lane, tokens[lane]]) for lane in state.revealed], sampling)
+        for lane in sorted(state.revealed + state.held):
+            if lane in state.revealed:
+                actions.append(sampled_BV[lane, tokens[lane]].log())
+            else:
+                actions.append(sampled_BV[lane][confidence_BV[lane] < bar].sum().log())
+    return torch.stack(actions)
+
+
+def _bar(revealed_confidences: list[float], sampling: SamplingConfig) -> float:
+    """The confidence that held tokens must stay below."""
+    if sampling.unmasking_strategy == "low_confidence_dynamic":
+        is_fallback = revealed_confidences[0] < sampling.confidence_threshold
+        return revealed_confidences[0] if is_fallback else sampling.confidence_threshold
+    if sampling.unmasking_strategy == "low_confidence_static":
+        return min(revealed_confidences)
+    return math.inf

@@ -1,0 +1,49 @@
+"""Decoded groups of completions and the packs that replay them: what the parity tests are about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.views import PackedViews, ViewedDocument, pack
+from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.replay import completion_branch
+from dirl.rollout.torch_engine import TorchEngine
+from tests.oracle import make_extreme, sharp_tiny_model
+
+
+def group_of_completions(
+    sampling: SamplingConfig, block_length: int, *, group_size: int = 2
+) -> tuple[BlockDiffusionModel, list[list[Completion]]]:
+    """Completions of prompts of every length modulo the block, some ended by EOS inside a block."""
+    model, tokenizer = sharp_tiny_model(block_length=block_length)
+    assert isinstance(tokenizer.eos_token_id, int)
+    make_extreme(model, [tokenizer.eos_token_id], 3.0)
+    lengths = range(1, 2 * block_length + 2) if block_length <= 4 else (1, 3, 7, 8, 10, 13, 16)
+    prompts = [torch.randint(0, 256, (length,)).tolist() for length in lengths]
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]
+    completions = TorchEngine(model, tokenizer).generate(repeated, sampling, list(range(len(repeated))))
+    return model, [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
+
+
+def packed(groups: Sequence[Sequence[Completion]], model: BlockDiffusionModel, *, shared: bool) -> PackedViews:
+    """All completions in one pack, a group's prompt once or once per completion."""
+    block_length, mask_token_id = model.config.block_size, model.config.mask_token_id
+    documents = [
+        ViewedDocument(
+            torch.tensor(part[0].prompt_ids), [completion_branch(c, block_length, mask_token_id) for c in part]
+        )
+        for group in groups
+        for part in ([group] if shared else [[completion] for completion in group])
+    ]
+    return pack(documents, block_length)
+
+
+def replayed(pack_: PackedViews, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
+    rule = ScoringRule(sampling.distribution, sampling.unmasking, suppressed_by(model))
+    return PackedScorer(model, "sdpa")(pack_, rule).logprob_T

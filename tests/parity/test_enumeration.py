@@ -1,0 +1,220 @@
+"""Every decoding path of a tabular model, enumerated: the trajectory likelihood is the probability of what happened.
+
+The model is a table: logits of every position in every state of (finished blocks, current block). A step's true
+outcome probabilities come from drawing every joint sample of the masked positions, as the decoder draws them, asking
+`reference_reveal` what is shown, and adding up; nothing of the likelihood's formula is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.likelihood import Actions, Likelihood, ScoringRule, action_logprobs
+from dirl.diffusion.unmasking import UnmaskingRule
+from tests.oracle import reference_reveal, sorted_and_cut
+
+MASK = -1
+State = tuple[int, ...]  # finished tokens, then the current block with MASK where it is masked
+Path = list["Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step that can happen: which lanes are revealed as what."""
+
+    state: State
+    tokens: tuple[tuple[int, int], ...]  # (lane of the whole sequence, token), revealed
+    probability: Tensor  # float64, by adding up joint samples, with gradient
+
+
+@dataclass(frozen=True)
+class Table:
+    """A tabular model with a way to decode."""
+
+    num_blocks: int
+    block_length: int
+    vocabulary: int
+    unmasking: UnmaskingRule
+    distribution: TokenDistribution
+    seed: int
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Float64 logits of every (state, lane, token): the parameters."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (len(self.states), self.length, self.vocabulary)
+        return (torch.randn(shape, generator=generator) * 1.5).double().requires_grad_()
+
+    @property
+    def length(self) -> int:
+        return self.num_blocks * self.block_length
+
+    @cached_property
+    def states(self) -> dict[State, int]:
+        every = product(range(MASK, self.vocabulary), repeat=self.length)
+        return {state: index for index, state in enumerate(every)}
+
+    def logits_at(self, state: State) -> tuple[list[int], Tensor]:
+        """Masked lanes of the current block, and their logits; (M,), (M, V)."""
+        first = state.index(MASK) // self.block_length * self.block_length
+        lanes = [lane for lane in range(first, first + self.block_length) if state[lane] == MASK]
+        return lanes, self.logits[self.states[state], lanes]
+
+    def outcomes(self, state: State) -> list[Outcome]:
+        """All that the next step can do, from every joint sample of the masked lanes."""
+        if state not in self._outcomes:
+            self._outcomes[state] = self._find_outcomes(state)
+        return self._outcomes[state]
+
+    @cached_property
+    def _outcomes(self) -> dict[State, list[Outcome]]:
+        return {}
+
+    def _find_outcomes(self, state: State) -> list[Outcome]:
+        lanes, logits_MV = self.logits_at(state)
+        first = lanes[0] // self.block_length * self.block_length
+        plain = (logits_MV / self.distribution.temperature).softmax(-1)
+        sampled = torch.stack([sorted_and_cut(row, self.distribution.top_k, self.distribution.top_p) for row in plain])
+        entropy = [float(-(row[row > 0] * row[row > 0].log()).sum()) for row in sampled.detach()]
+        masked = [first + lane in lanes for lane in range(self.block_length)]
+        found: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
+        for drawn in product(range(self.vocabulary), repeat=len(lanes)):
+            probabilities = [sampled[i, token] for i, token in enumerate(drawn)]
+            if not all(map(float, [p.detach() for p in probabilities])):
+                continue
+            confidence, uncertainty = [0.0] * self.block_length, [0.0] * self.block_length
+            for i, (lane, token) in enumerate(zip(lanes, drawn, strict=True)):
+                confidence[lane - first], uncertainty[lane - first] = float(plain[i, token].detach()), entropy[i]
+            shown = reference_reveal(self.unmasking, masked, confidence, uncertainty, [0.0] * self.block_length)
+            tokens = tuple((lane, t) for lane, t in zip(lanes, drawn, strict=True) if shown[lane - first])
+            found.setdefault(tokens, []).append(prod(probabilities[1:], start=probabilities[0]))
+        return [Outcome(state, tokens, torch.stack(parts).sum()) for tokens, parts in found.items()]
+
+    def paths(self, state: State) -> Iterator[Path]:
+        if MASK not in state:
+            yield []
+            return
+        for outcome in self.outcomes(state):
+            for rest in self.paths(after(outcome)):
+                yield [outcome, *rest]
+
+    def logprob(self, outcome: Outcome, likelihood: Likelihood) -> Tensor:
+        """What the package says of this step, summed over its actions."""
+        lanes, logits_MV = self.logits_at(outcome.state)
+        revealed = dict(outcome.tokens)
+        if likelihood == "reveal":
+            kept = [i for i, lane in enumerate(lanes) if lane in revealed]
+            lanes, logits_MV = [lanes[i] for i in kept], logits_MV[kept]
+        actions = Actions(
+            target_T=torch.tensor([revealed.get(lane, 0) for lane in lanes]),
+            is_reveal_T=torch.tensor([lane in revealed for lane in lanes]),
+            view_T=torch.ones(len(lanes), dtype=torch.int64),
+        )
+        suppressed_V = torch.zeros(self.vocabulary, dtype=torch.bool)
+        rule = ScoringRule(self.distribution, self.unmasking, suppressed_V)
+        return action_logprobs(logits_MV, actions, rule)[0].double().sum()
+
+
+def after(outcome: Outcome) -> State:
+    revealed = dict(outcome.tokens)
+    return tuple(revealed.get(lane, token) for lane, token in enumerate(outcome.state))
+
+
+RULES = {
+    "dynamic": UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.5),
+    "dynamic_low": UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.25),
+    "static": UnmaskingRule("low_confidence_static"),
+    "static_two": UnmaskingRule("low_confidence_static", denoising_steps=2),
+    "sequential": UnmaskingRule("sequential"),
+    "entropy_bounded": UnmaskingRule("entropy_bounded", entropy_bound=0.8),
+}
+PLAIN, CUT = TokenDistribution(), TokenDistribution(0.8, 3, 0.9)
+SHAPES = {"one_block": (1, 3, 4), "two_blocks": (2, 2, 3)}
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    return SHAPES[request.param]
+
+
+@pytest.mark.parametrize("distribution", [PLAIN, CUT], ids=["plain", "cut"])
+@pytest.mark.parametrize("rule", RULES)
+def test_each_outcome_has_its_true_probability(
+    shape: tuple[int, int, int], rule: str, distribution: TokenDistribution
+) -> None:
+    table = Table(*shape, RULES[rule], distribution, seed=1)
+    start: State = (MASK,) * table.length
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for path in table.paths(start):
+            total += torch.stack([table.logprob(outcome, "trajectory") for outcome in path]).sum().exp()
+        for state, outcomes in table._outcomes.items():
+            for outcome in outcomes:
+                found = float(table.logprob(outcome, "trajectory").exp())
+                assert found == pytest.approx(float(outcome.probability), abs=1e-6), (state, outcome.tokens)
+    assert float(total) == pytest.approx(1.0, abs=1e-6)
+
+
+def probability(path: Path) -> Tensor:
+    return torch.stack([outcome.probability for outcome in path]).prod()
+
+
+def expected_reward_gradient(table: Table, paths: list[Path], reward: Callable[[Path], float]) -> Tensor:
+    """Autograd through sum over paths of probability times reward."""
+    expectation = torch.stack([reward(path) * probability(path) for path in paths]).sum()
+    return torch.autograd.grad(expectation, table.logits)[0]
+
+
+def score_function_gradient(table: Table, paths: list[Path], advantages: list[float], likelihood: Likelihood) -> Tensor:
+    """Sum over paths of probability times advantage times the gradient of the package's log-probability."""
+    logprobs = {id(o): table.logprob(o, likelihood) for path in paths for o in path}
+    with torch.no_grad():
+        weights = [float(probability(path)) * a for path, a in zip(paths, advantages, strict=True)]
+    scores = [w * torch.stack([logprobs[id(o)] for o in path]).sum() for w, path in zip(weights, paths, strict=True)]
+    return torch.autograd.grad(torch.stack(scores).sum(), table.logits)[0]
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize("rule", ["dynamic", "static", "sequential"])
+def test_trajectory_scores_give_the_true_policy_gradient(
+    shape: tuple[int, int, int], rule: str, record_property: Callable[[str, object], None]
+) -> None:
+    table = Table(*shape, RULES[rule], PLAIN, seed=2)
+    paths = list(table.paths((MASK,) * table.length))
+    rewards = torch.randn((table.vocabulary,) * table.length, generator=torch.Generator().manual_seed(3))
+
+    def reward(path: Path) -> float:
+        return float(rewards[after(path[-1])])
+
+    with torch.no_grad():
+        mean = sum(reward(path) * float(probability(path)) for path in paths)
+    truth = expected_reward_gradient(table, paths, reward)
+    figures: dict[str, float] = {}
+    for likelihood in get_args(Likelihood):
+        for name, baseline in (("no_baseline", 0.0), ("mean_baseline", mean)):
+            found = score_function_gradient(table, paths, [reward(path) - baseline for path in paths], likelihood)
+            figures[f"{likelihood}/{name}/cosine"] = cosine(found, truth)
+            figures[f"{likelihood}/{name}/norm_ratio"] = float(found.norm() / truth.norm())
+    for key, value in figures.items():
+        record_property(key, value)
+    print(rule, shape, {key: round(value, 4) for key, value in figures.items()})
+    for name in ("no_baseline", "mean_baseline"):
+        assert figures[f"trajectory/{name}/cosine"] >= 0.9999
+        assert figures[f"trajectory/{name}/norm_ratio"] == pytest.approx(1.0, abs=1e-3)
+        if rule == "sequential":  # no position is chosen by looking at tokens: the two are the same
+            assert figures[f"reveal/{name}/cosine"] >= 0.9999
+        else:
+            assert figures[f"trajectory/{name}/cosine"] > figures[f"reveal/{name}/cosine"] + 1e-4

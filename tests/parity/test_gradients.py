@@ -1,0 +1,151 @@
+"""Gradient of a packed step == sum of the gradients of its documents by brute force, to 1e-5 of its norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
+from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.diffusion.views import Branch, ViewedDocument, noisy_views, pack
+from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
+from dirl.rollout.engine import SamplingConfig
+from dirl.sft.loss import nelbo_loss
+from tests.oracle import brute_force_actions, brute_force_logprobs, sharp_tiny_model, state_logits
+from tests.parity.packs import group_of_completions, packed, replayed
+
+SAMPLING = {
+    "dynamic": SamplingConfig(confidence_threshold=0.1, max_completion_length=12),
+    "static": SamplingConfig(
+        unmasking_strategy="low_confidence_static",
+        denoising_steps=2,
+        max_completion_length=12,
+        temperature=0.8,
+        top_k=30,
+    ),
+}
+
+
+def gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    """All parameters' gradients in one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def assert_same_gradient(found: Tensor, expected: Tensor) -> None:
+    assert float(expected.norm()) > 1e-3
+    assert float((found - expected).norm() / expected.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("block_length", [2, 4])
+def test_sum_of_logprobs(block_length: int, shared: bool) -> None:
+    sampling = SAMPLING["dynamic"]
+    model, groups = group_of_completions(sampling, block_length)
+    pack_ = packed(groups, model, shared=shared).reveals_only()
+    found = gradient(replayed(pack_, model, sampling).sum(), model)
+    one_by_one = [brute_force_logprobs(model, c, sampling).sum() for group in groups for c in group]
+    assert_same_gradient(found, torch.stack([gradient(loss, model) for loss in one_by_one]).sum(0))
+
+
+@pytest.mark.parametrize("strategy", SAMPLING)
+def test_policy_loss_with_holds_clipping_and_reference(strategy: str) -> None:
+    sampling, config = SAMPLING[strategy], PolicyLossConfig(epsilon=0.1, epsilon_high=0.2, beta=0.05)
+    model, groups = group_of_completions(sampling, 4)
+    completions = [completion for group in groups for completion in group]
+    pack_ = packed(groups, model, shared=True)
+    advantage_N, coefficient_N = torch.randn(len(completions)), torch.rand(len(completions))
+    logprob_T = replayed(pack_, model, sampling)
+    behavior_T = (logprob_T + 0.3 * torch.randn(len(logprob_T))).detach()
+    ref_T = (logprob_T + 0.5 * torch.randn(len(logprob_T))).detach()
+    result = policy_loss(
+        logprob_T, behavior_T, advantage_N[pack_.branch_T], coefficient_N[pack_.branch_T], config, ref_T
+    )
+    assert int(result.clipped_low) and int(result.clipped_high) and not bool(pack_.is_reveal_T.all())
+    expected, loss_sum = torch.zeros(()), 0.0
+    for branch, completion in enumerate(completions):
+        mine_T = pack_.branch_T == branch
+        actions = zip(brute_force_actions(model, completion, sampling), behavior_T[mine_T], ref_T[mine_T], strict=True)
+        loss = torch.zeros(())
+        for logprob, behavior, ref in actions:
+            ratio, advantage = (logprob - behavior).exp(), advantage_N[branch]
+            surrogate = min(ratio * advantage, ratio.clamp(0.9, 1.2) * advantage)
+            kl = (ref - logprob).exp() - (ref - logprob) - 1
+            loss = loss - coefficient_N[branch] * (surrogate - 0.05 * kl)
+        expected, loss_sum = expected + gradient(loss, model), loss_sum + loss.item()
+    assert result.loss.item() == pytest.approx(loss_sum, rel=1e-4)
+    assert_same_gradient(gradient(result.loss, model), expected)
+
+
+@pytest.mark.parametrize("noise", [NoiseConfig(min_noise=0.1), NoiseConfig(complementary=True)], ids=["plain", "pairs"])
+def test_nelbo_of_given_masks(noise: NoiseConfig) -> None:
+    model, _ = sharp_tiny_model()
+    viewed = [
+        noisy_document(*lengths, noise, model.config.mask_token_id) for lengths in ((5, 7), (1, 11), (8, 4), (2, 2))
+    ]
+    pack_ = pack(viewed, 4)
+    rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
+    loss = nelbo_loss(PackedScorer(model, "sdpa")(pack_, rule).logprob_T, pack_.weight_T, denominator=24.0)
+    by_hand = sum_over_views(model, viewed) / 24.0
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert_same_gradient(gradient(loss, model), gradient(by_hand, model))
+
+
+def noisy_document(prompt_length: int, completion_length: int, noise: NoiseConfig, mask: int) -> ViewedDocument:
+    """A random document with noisy views; the last token of its completion is context only."""
+    generator = torch.Generator().manual_seed(prompt_length)
+    prompt_ids, completion_ids = torch.randint(0, 256, (prompt_length,)), torch.randint(0, 256, (completion_length,))
+    blocks = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids)).blocks(4)
+    scored_KB = torch.ones_like(blocks.token_ids_KB, dtype=torch.bool)
+    scored_KB[-1, -1] = False
+    levels_K = draw_noise_levels(len(scored_KB), noise, generator)
+    views = noisy_views(blocks, scored_KB, levels_K, mask, noise=noise, generator=generator)
+    return ViewedDocument(prompt_ids, [Branch(completion_ids, views)])
+
+
+def sum_over_views(model: BlockDiffusionModel, documents: Sequence[ViewedDocument]) -> Tensor:
+    """The NELBO with one plain forward on [clean prefix | noisy block] for each view."""
+    total = torch.zeros(())
+    for document in documents:
+        views = document.branches[0].views
+        clean = document.prompt_ids.tolist() + document.branches[0].completion_ids.tolist()
+        for view, block in enumerate(views.block_V.tolist()):
+            noisy = views.token_ids_VB[view].tolist()
+            logits_BV = state_logits(model, clean, block, noisy)
+            for lane, token in enumerate(noisy):
+                if token == model.config.mask_token_id:
+                    probs_V = logits_BV[lane, : model.config.mask_token_id].softmax(-1)  # the mask is the last id
+                    total = total - views.weight_VB[view, lane] * probs_V[clean[block * 4 + lane]].log()
+    return total
+
+
+def test_packs_add_up() -> None:
+    """One pack of all groups == the sum over packs of one group each: accumulation is exact."""
+    sampling = SAMPLING["dynamic"]
+    model, groups = group_of_completions(sampling, 4)
+    whole = gradient(replayed(packed(groups, model, shared=True), model, sampling).sum(), model)
+    parts = [replayed(packed([group], model, shared=True), model, sampling).sum() for group in groups]
+    assert_same_gradient(torch.stack([gradient(part, model) for part in parts]).sum(0), whole)
+
+
+def test_gradient_checkpointing_and_chunked_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SAMPLING["dynamic"]
+    model, groups = group_of_completions(sampling, 4)
+    pack_ = packed(groups, model, shared=True)
+    weight_T = torch.randn(len(pack_.target_T))
+
+    def step() -> Tensor:
+        return gradient((weight_T * replayed(pack_, model, sampling)).sum(), model)
+
+    expected = step()
+    monkeypatch.setattr("dirl.model.logprobs._LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    assert_same_gradient(step(), expected)

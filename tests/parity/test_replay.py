@@ -1,0 +1,124 @@
+"""Three roads to one number: packed replay == one forward per denoising step == what the engine recorded.
+
+Float32, to 1e-5 nats, on a model whose distributions are sharp and whose layers amplify what they read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dirl.diffusion.views import PackedViews
+from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.replay import logprobs
+from tests.oracle import brute_force_actions, brute_force_logprobs
+from tests.parity.packs import group_of_completions, packed, replayed
+
+TOLERANCE = 1e-5
+STRATEGIES = {
+    "dynamic": SamplingConfig(confidence_threshold=0.1, max_completion_length=20),
+    "static": SamplingConfig(
+        unmasking_strategy="low_confidence_static", denoising_steps=2, max_completion_length=20, temperature=0.8
+    ),
+    "sequential": SamplingConfig(unmasking_strategy="sequential", max_completion_length=16),
+    "entropy_bounded": SamplingConfig(
+        unmasking_strategy="entropy_bounded", entropy_bound=3.0, max_completion_length=20, temperature=0.7
+    ),
+    "random": SamplingConfig(unmasking_strategy="random", denoising_steps=2, max_completion_length=20),
+}
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
+    "hot": {"temperature": 1.5},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8},
+    "all": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "greedy": {"temperature": 0.0},
+}
+
+
+def in_token_order(logprob_T: Tensor, pack_: PackedViews) -> list[Tensor]:
+    """Reveal log-probabilities of each completion, in the order of its tokens."""
+    found = []
+    for branch in range(pack_.num_branches):
+        mine_T = (pack_.branch_T == branch) & pack_.is_reveal_T
+        by_index = dict(zip(pack_.completion_index_T[mine_T].tolist(), logprob_T[mine_T], strict=True))
+        found.append(torch.stack([by_index[i] for i in range(len(by_index))]))
+    return found
+
+
+@torch.no_grad()
+def assert_three_roads_meet(sampling: SamplingConfig, block_length: int) -> list[Completion]:
+    model, groups = group_of_completions(sampling, block_length, group_size=6 if block_length == 2 else 2)
+    completions = [completion for group in groups for completion in group]
+    brute = [brute_force_logprobs(model, completion, sampling) for completion in completions]
+    roads: dict[str, list[Tensor]] = {
+        "engine": [torch.tensor(completion.logprobs) for completion in completions],
+        "replay.logprobs": logprobs(model, completions, sampling),
+    }
+    for shared in (False, True):
+        pack_ = packed(groups, model, shared=shared)
+        roads[f"pack, shared={shared}"] = in_token_order(replayed(pack_, model, sampling), pack_)
+    for road, found in roads.items():
+        differences = [float((one - oracle).abs().max()) for one, oracle in zip(found, brute, strict=True)]
+        assert max(differences) <= TOLERANCE, (road, differences)
+    return completions
+
+
+@pytest.mark.parametrize("block_length", [2, 4, 8])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_replay_equals_brute_force_equals_engine(strategy: str, block_length: int) -> None:
+    completions = assert_three_roads_meet(STRATEGIES[strategy], block_length)
+    # The cases that go wrong elsewhere are among them.
+    assert sum(c.num_denoising_steps for c in completions) < sum(len(c.token_ids) for c in completions) or (
+        strategy == "sequential" or block_length == 2
+    )
+    assert {"stop", "length"} == {completion.finish_reason for completion in completions}
+    assert any(completion.completion_length < len(completion.token_ids) for completion in completions)
+    assert {len(completion.prompt_ids) % block_length for completion in completions} >= {0, 1, block_length - 1}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("strategy", ["dynamic", "static"])
+def test_replay_under_the_distribution_that_was_sampled(strategy: str, distribution: str) -> None:
+    sampling = replace(STRATEGIES[strategy], **DISTRIBUTIONS[distribution])
+    assert_three_roads_meet(sampling, block_length=4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@torch.no_grad()
+def test_holds_of_a_pack_equal_brute_force(strategy: str) -> None:
+    sampling = STRATEGIES[strategy]
+    model, groups = group_of_completions(sampling, 4)
+    pack_ = packed(groups, model, shared=True)
+    found_T = replayed(pack_, model, sampling)
+    completions = [completion for group in groups for completion in group]
+    held_T = ~pack_.is_reveal_T
+    assert int(held_T.sum()) > 20
+    for branch, completion in enumerate(completions):
+        oracle_T = brute_force_actions(model, completion, sampling)
+        torch.testing.assert_close(found_T[pack_.branch_T == branch], oracle_T, atol=2 * TOLERANCE, rtol=0)
+
+
+def test_the_states_matter() -> None:
+    """A completion scored under another step map is far off: the tolerance has teeth."""
+    sampling = STRATEGIES["sequential"]
+    model, groups = group_of_completions(sampling, 4)
+    completion = max((c for group in groups for c in group), key=lambda c: len(c.token_ids))
+    other = replace(completion, step_map=[1] * len(completion.token_ids))
+    with torch.no_grad():
+        (right,), (wrong,) = (logprobs(model, [c], sampling) for c in (completion, other))
+    assert float((right - wrong).abs().max()) > 0.1
+
+
+def test_replay_of_many_completions_spans_several_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirl.rollout.replay._TOKENS_PER_PACK", 60)
+    sampling = STRATEGIES["dynamic"]
+    model, groups = group_of_completions(sampling, 4, group_size=1)
+    completions = [completion for group in groups for completion in group]
+    with torch.no_grad():
+        found = logprobs(model, completions, sampling)
+    for one, completion in zip(found, completions, strict=True):
+        torch.testing.assert_close(one, torch.tensor(completion.logprobs), atol=TOLERANCE, rtol=0)
