@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dirl.data.rows import DataError
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MASK_TOKEN = "<|MASK|>"  # not "<MASK>", which is five ordinary tokens of the SDAR vocabulary
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")  # SDAR's eos_token is the second, its chat template ends turns by the first
+END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+)  # SDAR's eos_token; its chat template's
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -89,11 +92,13 @@ def render_messages(
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; add one to it")
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; add one to it"
+        )
     try:
         # return_dict=False: transformers 5 returns a BatchEncoding otherwise
         ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [dict(message) for message in messages],  # type: ignore[arg-type]
             tokenize=True,
             add_generation_prompt=add_generation_prompt,
             return_dict=False,
@@ -135,5 +140,5 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
     """Id of a token of the vocabulary; None where it is absent (transformers itself answers with the unk token)."""
-    token_id = tokenizer.convert_tokens_to_ids(token)
+    token_id: Any = tokenizer.convert_tokens_to_ids(token)
     return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None

@@ -41,7 +41,12 @@ def read_rows(path: str, *, split: str) -> Iterator[NumberedRow]:
 
 
 def convert_rows(
-    path: str, rows: Iterator[NumberedRow], convert: Callable[[dict[str, object]], T], *, limit: int, skip_bad_rows: bool
+    path: str,
+    rows: Iterator[NumberedRow],
+    convert: Callable[[dict[str, object]], T],
+    *,
+    limit: int,
+    skip_bad_rows: bool,
 ) -> tuple[list[T], int]:
     """The first `limit` (0: all) converted rows, and how many bad ones were skipped on the way.
 

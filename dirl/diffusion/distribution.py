@@ -30,21 +30,27 @@ class TokenDistribution:
             logits_TV = logits_TV / self.temperature
         return torch.log_softmax(logits_TV, dim=-1)
 
-    def sampling_logprobs(self, confidence_TV: Tensor) -> Tensor:
+    def sampling_logprobs(self, confidence_TV: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Renormalised float32 log-probabilities after top-k, then top-p; ruled-out tokens are -inf; (T, V).
 
         Which tokens stay is a constant for autograd; their renormalisation is not.
+
+        Args:
+            drawn: rows, and for each the token that was drawn there, which therefore stays: at the edge of the kept set
+                rounding, a newer policy, or a reference may rank it lower, and -inf would end a training run.
         """
         if self.top_k and self.top_k < confidence_TV.shape[-1]:
             kth = confidence_TV.detach().topk(self.top_k, dim=-1).values[..., -1:]
-            confidence_TV = _keep(confidence_TV, confidence_TV.detach() >= kth)
+            confidence_TV = _keep(confidence_TV, confidence_TV.detach() >= kth, drawn)
         if self.top_p < 1.0:
-            confidence_TV = _keep(confidence_TV, _nucleus(confidence_TV.detach(), self.top_p))
+            confidence_TV = _keep(confidence_TV, _nucleus(confidence_TV.detach(), self.top_p), drawn)
         return confidence_TV
 
 
-def _keep(logprobs_TV: Tensor, kept_TV: Tensor) -> Tensor:
-    """The distribution conditioned on the kept tokens."""
+def _keep(logprobs_TV: Tensor, kept_TV: Tensor, drawn: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The distribution conditioned on the kept tokens and those that were drawn."""
+    if drawn is not None:
+        kept_TV[drawn] = True
     return torch.log_softmax(logprobs_TV.masked_fill(~kept_TV, -torch.inf), dim=-1)
 
 

@@ -61,7 +61,8 @@ def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> t
     a position is sampled from, whatever was done there.
     """
     confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V)
-    sampling_TV = rule.distribution.sampling_logprobs(confidence_TV)
+    row_T = actions.is_reveal_T.nonzero().squeeze(1)
+    sampling_TV = rule.distribution.sampling_logprobs(confidence_TV, drawn=(row_T, actions.target_T[row_T]))
     reveal_T = sampling_TV.gather(1, actions.target_T[:, None]).squeeze(1)
     with torch.no_grad():
         entropy_T = entropy(sampling_TV)

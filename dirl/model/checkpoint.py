@@ -57,6 +57,11 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
     return model
 
 
+def default_device() -> torch.device:
+    """The first GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load(
     path: str, *, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:

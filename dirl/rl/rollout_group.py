@@ -8,7 +8,6 @@ Source: DAPO (arXiv 2503.14476), section 3.2.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from dirl.data.prompt_stream import PromptStream
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
 from dirl.rollout.build import EngineConfig
+from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
@@ -171,24 +171,3 @@ class Collector:
             )
             for start, prompt in zip(range(0, len(completions), size), prompts, strict=True)
         ]
-
-
-def reward_columns(
-    problems: Sequence[Problem], completions: Sequence[Completion], max_completion_length: int
-) -> dict[str, list[object]]:
-    """The columns every reward function may ask for: the data set's own, and what decoding knows."""
-    names = sorted({name for problem in problems for name in problem.columns})
-    columns: dict[str, list[object]] = {name: [p.columns.get(name) for p in problems] for name in names}
-    return columns | {
-        "answer": [problem.answer for problem in problems],
-        "completion_length": [completion.completion_length for completion in completions],
-        "num_denoising_steps": [completion.num_denoising_steps for completion in completions],
-        "finish_reason": [completion.finish_reason for completion in completions],
-        "max_completion_length": [max_completion_length] * len(completions),
-    }
-
-
-def stable_seed(*parts: int) -> int:
-    """A 63-bit seed that is the same in every process and for every number of ranks."""
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -22,7 +22,7 @@ from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
-from dirl.eval.evaluate import evaluate_problems
+from dirl.eval.evaluate import Evaluator, Mode
 from dirl.model.checkpoint import ModelConfig, load_model, save_model
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
@@ -182,24 +182,23 @@ class RLTrainer:
     def evaluate(self) -> dict[str, float]:
         """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
         config = self.config
-        modes = {"eval": (config.rollout, config.eval.num_samples)}
+        evaluator = Evaluator(
+            self.engine,
+            self.tokenizer,
+            self.rubric,
+            seed=config.seed,
+            system_prompt=config.data.system_prompt,
+            suffix=config.data.suffix,
+        )
+        modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples)}
         if config.eval.greedy:
-            modes["eval/greedy"] = (replace(config.rollout, temperature=0.0), 1)
+            modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1)
         metrics: dict[str, float] = {}
-        for name, (sampling, num_samples) in modes.items():
-            result = evaluate_problems(
-                self.engine,
-                self.tokenizer,
-                self.heldout,
-                self.rubric,
-                sampling=sampling,
-                num_samples=num_samples,
-                seed=config.seed,
-                system_prompt=config.data.system_prompt,
-                suffix=config.data.suffix,
-            )
+        for name, mode in modes.items():
+            result = evaluator.evaluate(self.heldout, mode)
             metrics[f"{name}/accuracy"] = result.avg_at_k
             metrics[f"{name}/tokens_per_step"] = result.tokens_per_step
+            metrics[f"{name}/standard_error"] = result.standard_error
         return metrics
 
     def _load(self, path: str, split: str, limit: int) -> list[Problem]:

@@ -72,9 +72,16 @@ class TorchEngine:
     def update_weights(self, model: nn.Module) -> None:
         if model is not self.model:
             self._is_stale = True
+            theirs, ours = (dict(m.named_parameters()) for m in (model, self.model))
+            for name in theirs.keys() | ours.keys():
+                shapes = [tuple(m[name].shape) if name in m else "absent" for m in (theirs, ours)]
+                if shapes[0] != shapes[1]:  # copy_ would broadcast, and skip what the engine lacks
+                    raise ValueError(
+                        f"update_weights: {name} is {shapes[0]} in the pushed model and {shapes[1]} in the engine; "
+                        "push a model of the same configuration"
+                    )
             with torch.no_grad():
-                theirs = dict(model.named_parameters())
-                for name, parameter in self.model.named_parameters():
+                for name, parameter in ours.items():
                     parameter.copy_(theirs[name])
         self._is_stale = False
         self.weights_version += 1

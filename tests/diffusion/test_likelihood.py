@@ -56,6 +56,13 @@ def by_hand(logits_TV: Tensor, unmasking: UnmaskingRule, distribution: TokenDist
     return found
 
 
+def targets_can_be_drawn(logits_TV: Tensor, distribution: TokenDistribution) -> bool:
+    probs_TV = (logits_TV / distribution.temperature).masked_fill(SUPPRESSED_V, -torch.inf).softmax(-1)
+    sampled = [sorted_and_cut(row_V, distribution.top_k, distribution.top_p) for row_V in probs_TV]
+    flat = [action for step in STEPS for action in step]
+    return all(float(q[token]) > 0 for q, (is_reveal, token) in zip(sampled, flat, strict=True) if is_reveal)
+
+
 RULES = [
     UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.2),
     UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.9),
@@ -72,12 +79,26 @@ def test_actions_against_the_definitions(rule: UnmaskingRule, distribution: Toke
     checked = 0
     for seed in range(40):
         logits_TV = torch.randn(14, VOCABULARY, generator=torch.Generator().manual_seed(seed))
-        found = scored(logits_TV, rule, distribution)
-        if not found.isfinite().all():  # a target fell out of the nucleus: such a trajectory cannot happen
+        if not targets_can_be_drawn(logits_TV, distribution):  # such a trajectory cannot happen
             continue
+        found = scored(logits_TV, rule, distribution)
         assert found.tolist() == pytest.approx(by_hand(logits_TV, rule, distribution), abs=2e-6)
         checked += 1
     assert checked >= 5
+
+
+@pytest.mark.parametrize("distribution", [TokenDistribution(top_k=2), TokenDistribution(top_p=0.5)], ids=str)
+def test_a_token_drawn_at_the_edge_of_the_kept_set_stays_finite(distribution: TokenDistribution) -> None:
+    # The engine kept tokens 0 and 2; here rounding, or a newer policy, ranks token 1 above 2.
+    logits_TV = torch.tensor([[2.0, 1.0, 1.0 - 1e-6, 0.0]], requires_grad=True)
+    rule = ScoringRule(distribution, UnmaskingRule(), torch.zeros(4, dtype=torch.bool))
+    drawn = Actions(torch.tensor([2]), torch.tensor([True]), torch.tensor([1]))
+    logprob_T, _ = action_logprobs(logits_TV, drawn, rule)
+    kept = [0, 1, 2] if distribution.top_k else [0, 2]
+    expected = 1.0 - math.log(sum(math.exp(logits_TV[0, v].item()) for v in kept))
+    assert logprob_T.tolist() == pytest.approx([expected], abs=1e-5)
+    (gradient_TV,) = torch.autograd.grad(logprob_T.sum(), logits_TV)
+    assert gradient_TV[0, 2] > 0 and gradient_TV.isfinite().all()
 
 
 def test_holds_are_certain_where_the_strategy_does_not_look_at_tokens() -> None:
@@ -95,7 +116,7 @@ def test_an_impossible_hold_takes_the_floor_without_a_gradient() -> None:
     logits_TV[1, 1] = 200.0
     logits_TV.requires_grad_()
     found = scored(logits_TV, UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.5))
-    assert float(found[1]) == -30.0
+    assert found[1].item() == -30.0
     (gradient_TV,) = torch.autograd.grad(found.sum(), logits_TV)
     assert gradient_TV.isfinite().all()
     assert (gradient_TV[1] == 0).all()
@@ -110,6 +131,15 @@ def test_a_row_with_nothing_below_the_bar_has_a_finite_gradient() -> None:
     assert gradient_TV.isfinite().all()
 
 
+def test_a_token_at_the_threshold_is_revealed_and_so_cannot_be_held() -> None:
+    # Two tokens of probability one half each, and a threshold of one half.
+    suppressed_V = torch.arange(VOCABULARY) > 1
+    rule = ScoringRule(TokenDistribution(), UnmaskingRule(confidence_threshold=0.5), suppressed_V)
+    held = Actions(torch.tensor([0, 0]), torch.tensor([True, False]), torch.tensor([1, 1]))
+    logprob_T, _ = action_logprobs(torch.zeros(2, VOCABULARY), held, rule)
+    assert logprob_T.tolist() == pytest.approx([math.log(0.5), -30.0])
+
+
 def test_gradient_of_a_hold_is_that_of_its_log_mass() -> None:
     logits_TV = torch.randn(14, VOCABULARY, requires_grad=True)
     (found_TV,) = torch.autograd.grad(scored(logits_TV, UnmaskingRule("low_confidence_static"))[1], logits_TV)
@@ -121,8 +151,9 @@ def test_gradient_of_a_hold_is_that_of_its_log_mass() -> None:
 
 
 def test_entropy_is_that_of_the_sampling_distribution_everywhere() -> None:
-    logits_TV = torch.randn(14, VOCABULARY, requires_grad=True)
     distribution = TokenDistribution(0.7, 3, 1.0)
+    drawn = (torch.randn(14, VOCABULARY) for _ in range(1000))
+    logits_TV = next(logits for logits in drawn if targets_can_be_drawn(logits, distribution)).requires_grad_()
     _, entropy_T = action_logprobs(logits_TV, actions(), ScoringRule(distribution, RULES[0], SUPPRESSED_V))
     probs_TV = (logits_TV.detach() / 0.7).masked_fill(SUPPRESSED_V, -torch.inf).softmax(-1)
     expected = [-sum(p * math.log(p) for p in sorted_and_cut(row, 3, 1.0).tolist() if p) for row in probs_TV]

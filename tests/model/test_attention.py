@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirl.diffusion.views import PackedViews, pack
+from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, replay_views
 from dirl.model.attention import (
     FLEX_TILE,
     AttentionPlan,
@@ -28,6 +29,10 @@ PACKS = {
     "shared": [(13, [3, 5, 1]), (8, [2, 2]), (4, [1])],
     "long": [(150, [60, 3]), (9, [70])],
     "long_prompts": [(403, [4, 9, 2]), (260, [3])],
+    # Tiles that hold one branch's clean tokens only, and queries of another branch behind them.
+    "long_branches": [(0, [64, 100])],
+    # A tile that holds branches of two documents and no trunk, behind the trunk of the first.
+    "short_after_long": [(256, [4]), (1, [20])],
 }
 
 
@@ -161,6 +166,19 @@ def test_tiles_cover_the_rule(name: str) -> None:
     assert not (partial_NN & full_NN).any()
     assert (some_NN <= (partial_NN | full_NN)).all(), "an allowed pair lies in a tile that is not read"
     assert (full_NN <= all_NN).all(), "a tile read in full holds a forbidden pair"
+
+
+def test_a_tile_that_ends_in_the_block_where_the_queries_begin_is_not_read_in_full() -> None:
+    # 64 blocks of one view each but for the first, which has two: the views of tile 3 begin at block 31, the last
+    # clean block of tile 0.
+    step_map = torch.ones(256, dtype=torch.int64)
+    step_map[0] = 2
+    trajectory = Trajectory(step_map[:0], torch.arange(256), step_map)
+    document = ViewedDocument(step_map[:0], [Branch(trajectory.completion_ids, replay_views(trajectory, 4, MASK))])
+    packed = padded_pack(pack([document], 4), FLEX_TILE)
+    assert int(packed.block_L[3 * FLEX_TILE]) == int(packed.block_L[FLEX_TILE - 1]) == 31
+    partial_NN, full_NN = tile_reads(packed)
+    assert partial_NN[3, 0] and not full_NN[3, 0]
 
 
 def test_tiles_are_sparse_and_some_are_read_in_full() -> None:

@@ -20,6 +20,7 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, RolloutEngine, RolloutError, SamplingConfig
 from tests.oracle import (
     brute_force_logprobs,
+    confidence_probs,
     make_extreme,
     reference_reveal,
     sampling_probs,
@@ -179,10 +180,18 @@ class EngineContract:
                 if strategy == "sequential":
                     assert steps == sorted(steps)
 
-    def test_greedy_reveals_what_the_strategy_says(self) -> None:
-        """Every token and every step of greedy decoding, derived again from plain forward passes."""
+    @pytest.mark.parametrize("top_k", [0, 2])
+    @pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "low_confidence_static"])
+    def test_greedy_reveals_what_the_strategy_says(self, strategy: UnmaskingStrategy, top_k: int) -> None:
+        """Every token and step of greedy decoding from plain forwards; confidence is read before top-k cuts."""
         model, _ = likely_to_stop()
-        sampling = SamplingConfig(temperature=0.0, confidence_threshold=0.1, max_completion_length=12)
+        sampling = SamplingConfig(
+            temperature=0.0,
+            top_k=top_k,
+            unmasking_strategy=strategy,
+            confidence_threshold=0.1,
+            max_completion_length=12,
+        )
         for completion in self.decode(random_prompts([3, 4, 9]), sampling):
             assert (completion.token_ids, completion.step_map) == greedy_by_hand(model, completion, sampling)
 
@@ -289,7 +298,7 @@ class EngineContract:
         donor, tokenizer = likely_to_stop(seed=5)
         engine = self.make_engine(*likely_to_stop(seed=6))
         broken = deepcopy(donor)
-        broken.model.norm.weight = nn.Parameter(torch.ones(7))
+        broken.model.norm.weight = nn.Parameter(broken.model.norm.weight.to("meta"))  # nothing there to copy
         with pytest.raises((RuntimeError, ValueError, KeyError)):
             engine.update_weights(broken)
         assert engine.weights_version == 0
@@ -323,8 +332,8 @@ def greedy_by_hand(
         masked = [lane >= len(tail) for lane in range(block_length)]
         while any(masked):
             with torch.no_grad():
-                probs_BV = sampling_probs(state_logits(model, sequence, start // block_length, block), model, sampling)
-            confidence, token = (x.tolist() for x in probs_BV.max(-1))
+                logits_BV = state_logits(model, sequence, start // block_length, block)
+            confidence, token = (x.tolist() for x in confidence_probs(logits_BV, model, sampling).max(-1))
             shown = reference_reveal(sampling.unmasking, masked, confidence, [0.0] * block_length, [0.0] * block_length)
             step = max(when) + 1
             block = [t if now else old for t, now, old in zip(token, shown, block, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
@@ -57,6 +58,20 @@ def test_it_decodes_with_the_module_it_was_given() -> None:
     with torch.no_grad():
         model.model.norm.weight.mul_(-1)
     assert engine.generate(random_prompts([5, 6]), DYNAMIC, [0, 1]) != before
+
+
+@pytest.mark.parametrize("wrong", ["broadcast", "more", "fewer"])
+def test_a_push_from_another_configuration_is_named(wrong: str) -> None:
+    (ours, tokenizer), (donor, _) = likely_to_stop(), likely_to_stop(seed=5)
+    if wrong == "broadcast":
+        donor.model.norm.weight = nn.Parameter(torch.ones(1))
+    elif wrong == "more":  # untied where the engine's are tied
+        donor.lm_head.weight = nn.Parameter(torch.zeros_like(donor.lm_head.weight))
+    else:
+        ours.lm_head.weight = nn.Parameter(torch.zeros_like(ours.lm_head.weight))
+    name = "model.norm.weight" if wrong == "broadcast" else "lm_head.weight"
+    with pytest.raises(ValueError, match=rf"update_weights: {name} is .* same configuration"):
+        TorchEngine(ours, tokenizer).update_weights(donor)
 
 
 def test_prompts_read_in_several_passes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

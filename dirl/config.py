@@ -1,0 +1,148 @@
+"""YAML and dotted overrides -> frozen, typed dataclasses, or one line that says what is wrong.
+
+Precedence: dataclass default < YAML (with `${oc.env:NAME,default}`) < `key=value` on the command line. Configuration
+stands beside what it configures; this file only reads and writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: one line naming the key or file, the value and the remedy."""
+
+
+def load_config(schema: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of `schema` from a YAML file (None: defaults only) and `key=value` overrides.
+
+    Raises:
+        ConfigError: missing or unreadable file, unknown key, wrong type, bad choice, or a value the dataclass refuses.
+    """
+    layers = [_read_yaml(Path(path))] if path is not None else []
+    layers += [_read_override(override) for override in overrides]
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_source(path)}: {_first_line(error)}") from error
+    return _build(schema, values, "", path)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries and lists."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration; `load_config` reads it back equal."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
+    if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of keys to values")
+    return loaded
+
+
+def _read_override(override: str) -> DictConfig:
+    key, separator, _ = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {override!r} must be key=value, such as learning_rate=1e-5 or model.path=DIR")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {override!r} cannot be read: {_first_line(error)}") from error
+
+
+def _build(schema: type[Config], values: Any, prefix: str, path: str | Path | None) -> Config:
+    """One dataclass from a mapping of the same names."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{_source(path)}: {prefix or 'the file'} must be a mapping of keys, got {values!r}")
+    hints = typing.get_type_hints(schema)
+    names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if name not in names:
+            raise ConfigError(f"{_source(path)}: unknown key {key!r}{_suggestion(str(name), names, schema)}")
+        hint = hints[str(name)]
+        if dataclasses.is_dataclass(hint):
+            arguments[name] = _build(hint, value, key, path)  # type: ignore[arg-type]
+        else:
+            arguments[name] = _convert(value, hint, key, path)
+    try:
+        return schema(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{_source(path)}: {prefix + ': ' if prefix else ''}{error}") from error
+
+
+def _convert(value: Any, hint: Any, key: str, path: str | Path | None) -> Any:
+    """A YAML value as the field's type; nothing is guessed beyond int -> float and numbers written as 1e-5."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in inner:
+            choices = ", ".join(map(str, inner))
+            raise ConfigError(f"{_source(path)}: {key} must be one of {choices}, got {value!r}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_convert(item, inner[0], f"{key}[{i}]", path) for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {name: _convert(item, inner[1], f"{key}.{name}", path) for name, item in value.items()}
+    if hint is float and not isinstance(value, bool):
+        value = _as_float(value)
+    if origin is None and type(value) is hint:
+        return value
+    raise ConfigError(f"{_source(path)}: {key} must be {_name(hint)}, got {value!r}")
+
+
+def _as_float(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 (no dot) as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _suggestion(name: str, names: Sequence[str], schema: type[Any]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    nested = [key for key in _dotted_keys(schema) if key.endswith(f".{name}")]
+    if close or nested:
+        return f"; did you mean {(close or nested)[0]!r}?"
+    return f"; known keys: {', '.join(names)}"
+
+
+def _dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(schema).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            yield from _dotted_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _name(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+
+
+def _source(path: str | Path | None) -> str:
+    return str(path) if path is not None else "configuration"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,49 @@
+"""A name or a path -> problems to evaluate on; and the numbers of the paper to stand beside ours."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dirl.data.problems import Problem, load_problems
+
+NAMES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")
+
+# Accuracy (%), tokens per step, output length on NAMES in order. Source: DiRL (arXiv 2512.22234), Table 1.
+PAPER_TABLE = {
+    "Qwen2.5-7B-Instruct": "73.8/1.0/628.1 89.8/1.0/308.9 9.0/1.0/1005.5 5.6/1.0/970.5 36.6/1.0/862.0",
+    "Qwen2.5-32B-Instruct": "81.1/1.0/554.6 94.0/1.0/291.2 12.9/1.0/831.7 11.9/1.0/839.7 45.7/1.0/742.4",
+    "SDAR-8B-Chat static": "71.5/1.0/603.4 89.5/1.0/712.9 5.6/1.0/1342.4 8.5/1.0/920.8 35.6/1.0/890.4",
+    "SDAR-8B-Chat dynamic": "71.9/2.4/616.6 89.9/2.8/708.8 9.2/2.4/1274.2 9.4/2.1/889.8 36.0/2.4/896.4",
+    "TraDo-8B-Instruct static": "76.7/1.0/618.1 90.4/1.0/324.7 11.5/1.0/1036.1 13.5/1.0/988.0 40.2/1.0/864.3",
+    "TraDo-8B-Instruct dynamic": "75.6/2.3/618.6 91.1/2.1/315.2 11.7/2.0/1091.4 15.0/1.9/996.2 40.3/2.1/868.0",
+    "DiRL-8B-Instruct static": "85.1/1.0/1917.2 93.1/1.0/707.4 21.5/1.0/5434.2 22.9/1.0/5019.0 47.3/1.0/3556.4",
+    "DiRL-8B-Instruct dynamic": "83.1/2.0/2000.7 93.0/2.2/730.1 20.6/1.7/5468.5 20.8/1.7/5129.6 46.4/1.8/3614.5",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set under the name it has in reports."""
+
+    name: str
+    problems: list[Problem]
+
+
+def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Benchmark:
+    """A benchmark by name (data/eval/NAME.json, or $DIRL_DATA/NAME.json), by path, or a task's held-out problems.
+
+    Raises:
+        FileNotFoundError: a known name whose file is not there.
+    """
+    if name_or_path not in NAMES:
+        problems = load_problems(name_or_path, split="heldout", limit=limit, seed=seed)
+        return Benchmark(name_or_path if name_or_path.startswith("task:") else Path(name_or_path).stem, problems)
+    folder = Path(os.environ.get("DIRL_DATA", "data/eval"))
+    file = folder / f"{name_or_path}.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"data.datasets: {file} does not exist; run `bash download.sh data`, or set DIRL_DATA to its folder"
+        )
+    return Benchmark(name_or_path, load_problems(str(file), limit=limit))
