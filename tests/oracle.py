@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def sharp_tiny_model(
-    seed: int = 0, *, sharpness: float = 7.0, block_length: int = 4
+    seed: int = 0, *, sharpness: float = 5.0, block_length: int = 4
 ) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
     """A tiny model that is far from uniform and to which every token it reads matters.
 

@@ -41,7 +41,7 @@ def make_pack(name: str, block_length: int = 4) -> PackedViews:
 
 
 def allowed_pairs(packed: PackedViews) -> Tensor:
-    """The rule once more, from the words of DESIGN: which token may read which; (L, L) bool."""
+    """The rule once more, from its words: which token may read which; (L, L) bool."""
     document, branch, block, view = (
         x.numpy() for x in (packed.document_L, packed.branch_L, packed.block_L, packed.view_L)
     )

@@ -23,7 +23,7 @@ def group_of_completions(
     """Completions of prompts of every length modulo the block, some ended by EOS inside a block."""
     model, tokenizer = sharp_tiny_model(block_length=block_length)
     assert isinstance(tokenizer.eos_token_id, int)
-    make_extreme(model, [tokenizer.eos_token_id], 3.0)
+    make_extreme(model, [tokenizer.eos_token_id], 4.0)
     lengths = range(1, 2 * block_length + 2) if block_length <= 4 else (1, 3, 7, 8, 10, 13, 16)
     prompts = [torch.randint(0, 256, (length,)).tolist() for length in lengths]
     repeated = [prompt for prompt in prompts for _ in range(group_size)]

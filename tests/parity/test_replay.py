@@ -21,13 +21,13 @@ from tests.parity.packs import group_of_completions, packed, replayed
 
 TOLERANCE = 1e-5
 STRATEGIES = {
-    "dynamic": SamplingConfig(confidence_threshold=0.1, max_completion_length=20),
+    "dynamic": SamplingConfig(confidence_threshold=0.05, max_completion_length=20),
     "static": SamplingConfig(
         unmasking_strategy="low_confidence_static", denoising_steps=2, max_completion_length=20, temperature=0.8
     ),
     "sequential": SamplingConfig(unmasking_strategy="sequential", max_completion_length=16),
     "entropy_bounded": SamplingConfig(
-        unmasking_strategy="entropy_bounded", entropy_bound=3.0, max_completion_length=20, temperature=0.7
+        unmasking_strategy="entropy_bounded", entropy_bound=4.0, max_completion_length=20, temperature=0.8
     ),
     "random": SamplingConfig(unmasking_strategy="random", denoising_steps=2, max_completion_length=20),
 }

@@ -35,7 +35,7 @@ FIXED_COUNTS: tuple[UnmaskingStrategy, ...] = ("low_confidence_static", "sequent
 def likely_to_stop(block_length: int = 4, seed: int = 0) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
     """The sharp tiny model, whose completions of 20 tokens end at an EOS about as often as not."""
     model, tokenizer = sharp_tiny_model(seed, block_length=block_length)
-    make_extreme(model, stop_token_ids(tokenizer), 3.0)
+    make_extreme(model, stop_token_ids(tokenizer), 4.0)
     return model, tokenizer
 
 
