@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from dirl.diffusion.trajectory import Trajectory
-from dirl.diffusion.views import PADDING_DOCUMENT, Branch, PackedViews, ViewedDocument, replay_views
+from dirl.diffusion.views import Branch, ViewedDocument, replay_views
 
 
 def random_trajectory(prompt_length: int, num_blocks: int, block_length: int) -> Trajectory:
@@ -36,17 +36,3 @@ def random_document(
         trajectory = replace(drawn, prompt_ids=prompt_ids)
         branches.append(Branch(trajectory.completion_ids, replay_views(trajectory, block_length, mask_token_id)))
     return ViewedDocument(prompt_ids, branches)
-
-
-def padded_pack(packed: PackedViews, multiple: int) -> PackedViews:
-    """The pack with clean tokens of the padding document after it, up to a multiple of some length."""
-    zeros = torch.zeros(-len(packed) % multiple, dtype=torch.int64)
-    return replace(
-        packed,
-        token_ids_L=torch.cat([packed.token_ids_L, zeros]),
-        position_L=torch.cat([packed.position_L, zeros]),
-        document_L=torch.cat([packed.document_L, zeros + PADDING_DOCUMENT]),
-        branch_L=torch.cat([packed.branch_L, zeros]),
-        block_L=torch.cat([packed.block_L, zeros]),
-        view_L=torch.cat([packed.view_L, zeros]),
-    )

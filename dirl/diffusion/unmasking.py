@@ -35,7 +35,7 @@ class UnmaskingRule:
             raise ValueError(f"unmasking_strategy must be one of {get_args(UnmaskingStrategy)}, got {self.strategy!r}")
 
     def reveals_per_step(self, block_length: int) -> int:
-        """Positions revealed a step by the strategies with a fixed count."""
+        """Positions revealed a step by the strategies with a fixed count; rounded up, so a block may end early."""
         steps = self.denoising_steps or block_length
         return -(-block_length // min(steps, block_length))
 

@@ -28,8 +28,6 @@ from torch import Generator, Tensor
 from dirl.diffusion.noising import NoiseConfig, draw_mask, nelbo_weights
 from dirl.diffusion.trajectory import Trajectory, TrajectoryBlocks
 
-PADDING_DOCUMENT = -1  # document id of tokens that only fill a pack up to a fixed length
-
 
 @dataclass(frozen=True)
 class Views:
@@ -79,7 +77,7 @@ class PackedViews:
 
     token_ids_L: Tensor  # int64
     position_L: Tensor  # int64, position in the original sequence
-    document_L: Tensor  # int64, PADDING_DOCUMENT for padding
+    document_L: Tensor  # int64
     branch_L: Tensor  # int64, 0 for a trunk, else 1 + the number of the branch in the pack
     block_L: Tensor  # int64, position // block_length
     view_L: Tensor  # int64, 0 for clean tokens, else unique in the pack
@@ -105,6 +103,21 @@ class PackedViews:
         """The same pack without its hold actions: all that the reveal likelihood and SFT need."""
         kept = self.is_reveal_T
         return self._map(lambda name, tensor: tensor[kept] if name.endswith("_T") else tensor)
+
+    def padded(self, multiple: int) -> PackedViews:
+        """The same pack, filled up to a multiple of some length by one more document without actions.
+
+        Its id is larger than the others, so that tiles of ids stay sorted and the mask block-sparse.
+        """
+        zeros = torch.zeros(-len(self) % multiple, dtype=torch.int64, device=self.token_ids_L.device)
+        document = zeros + self.document_L[-1] + 1
+
+        def fill(name: str, tensor: Tensor) -> Tensor:
+            if not name.endswith("_L"):
+                return tensor
+            return torch.cat([tensor, document if name == "document_L" else zeros])
+
+        return self._map(fill)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> PackedViews:
         changed: dict[str, Any] = {k: change(k, v) for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -167,7 +167,13 @@ def training_plan(packed: PackedViews, attention: AttentionName = "auto") -> Att
     """The plan of a training forward pass: FlexAttention on CUDA, SDPA tiles elsewhere, unless one is asked for."""
     from dirl.model.tiled_attention import TiledPlan
 
-    on_cuda = packed.token_ids_L.is_cuda
-    if attention == "flex" or (attention == "auto" and on_cuda):
-        return FlexPlan(packed)
-    return TiledPlan(packed)
+    return FlexPlan(packed) if uses_flex(packed, attention) else TiledPlan(packed)
+
+
+def uses_flex(packed: PackedViews, attention: AttentionName) -> bool:
+    return attention == "flex" or (attention == "auto" and packed.token_ids_L.is_cuda)
+
+
+def padded_for_flex(packed: PackedViews) -> PackedViews:
+    """The pack at one of four lengths an octave: FlexAttention compiles anew for every length it meets."""
+    return packed.padded(max(FLEX_TILE, 1 << max(0, len(packed).bit_length() - 3)))

@@ -77,5 +77,6 @@ def save_model(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, p
     # transformers 5 keeps the rotary base under rope_parameters only; older SDAR code would fall back to 10000.
     config_file = Path(path, "config.json")
     config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
     config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

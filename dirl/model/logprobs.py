@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from dirl.diffusion.distribution import suppressed_tokens
 from dirl.diffusion.likelihood import Actions, ScoringRule, action_logprobs
 from dirl.diffusion.views import PackedViews
-from dirl.model.attention import AttentionName, training_plan
+from dirl.model.attention import AttentionName, padded_for_flex, training_plan, uses_flex
 from dirl.model.sdar import BlockDiffusionModel
 
 _LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MB
@@ -42,6 +42,8 @@ class PackedScorer(nn.Module):
 
     def forward(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         """Scores of the pack's actions under the model, as the decoder would have assigned them."""
+        if uses_flex(packed, self.attention):
+            packed = padded_for_flex(packed)
         hidden_LD = self.model.model(
             input_ids=packed.token_ids_L[None],
             position_ids=packed.position_L[None],

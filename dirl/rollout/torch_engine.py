@@ -49,7 +49,7 @@ class TorchEngine:
             raise ValueError(f"generate needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         block_length = self.model.config.block_size
         requests = [
-            Request(i, prompt, seed, max(len(prompt) + sampling.max_completion_length, block_length) // block_length)
+            Request(i, prompt, seed, (len(prompt) + sampling.max_completion_length) // block_length)
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         for request in requests:

@@ -13,12 +13,13 @@ from dirl.model.attention import (
     AttentionPlan,
     DensePlan,
     FlexPlan,
+    padded_for_flex,
     tile_block_mask,
     tile_reads,
     training_plan,
 )
 from dirl.model.tiled_attention import TiledPlan, _tiles
-from tests.documents import padded_pack, random_document
+from tests.documents import random_document
 
 MASK = 99
 HEADS, KEY_HEADS, HEAD_DIM, SCALING = 4, 2, 8, 0.3
@@ -100,7 +101,7 @@ def test_tiled_plan_of_other_block_lengths(block_length: int) -> None:
 
 
 def test_tiled_plan_of_a_padded_pack() -> None:
-    packed = padded_pack(make_pack("shared"), FLEX_TILE)
+    packed = make_pack("shared").padded(FLEX_TILE)
     qkv = random_qkv(len(packed))
     found, expected = attended(TiledPlan(packed), qkv), by_hand(qkv, allowed_pairs(packed))
     torch.testing.assert_close(found, expected)
@@ -120,7 +121,7 @@ def test_every_token_is_asked_in_exactly_one_tile(chunk_tokens: int, monkeypatch
 
 @pytest.mark.parametrize("name", PACKS)
 def test_flex_plan_uncompiled(name: str) -> None:
-    packed = padded_pack(make_pack(name), FLEX_TILE)
+    packed = make_pack(name).padded(FLEX_TILE)
     is_real_L = packed.document_L >= 0
     query, key, value = (x.detach() for x in random_qkv(len(packed)))  # no backward on the CPU
     found = attended(FlexPlan(packed), (query, key, value))
@@ -132,7 +133,7 @@ def test_flex_plan_uncompiled(name: str) -> None:
 def test_flex_plan_compiled_reads_the_listed_tiles_only() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    packed = padded_pack(make_pack("long_prompts"), FLEX_TILE)
+    packed = make_pack("long_prompts").padded(FLEX_TILE)
     query, key, value = (x.detach() for x in random_qkv(len(packed)))
     found = torch.compile(flex_attention)(
         query, key, value, block_mask=tile_block_mask(packed), scale=SCALING, enable_gqa=True
@@ -144,7 +145,7 @@ def test_flex_plan_compiled_reads_the_listed_tiles_only() -> None:
 
 @pytest.mark.gpu
 def test_flex_plan_on_cuda_with_gradients() -> None:
-    packed = padded_pack(make_pack("long_prompts"), FLEX_TILE)
+    packed = make_pack("long_prompts").padded(FLEX_TILE)
     qkv = tuple(torch.randn(1, heads, len(packed), 32) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     weight = torch.randn(1, len(packed), HEADS, 32) * (packed.document_L >= 0)[:, None, None]
     outcomes = []
@@ -159,7 +160,7 @@ def test_flex_plan_on_cuda_with_gradients() -> None:
 
 @pytest.mark.parametrize("name", PACKS)
 def test_tiles_cover_the_rule(name: str) -> None:
-    packed = padded_pack(make_pack(name), FLEX_TILE)
+    packed = make_pack(name).padded(FLEX_TILE)
     partial_NN, full_NN = tile_reads(packed)
     allowed_NNTT = allowed_pairs(packed).unflatten(0, (-1, FLEX_TILE)).unflatten(2, (-1, FLEX_TILE)).transpose(1, 2)
     some_NN, all_NN = allowed_NNTT.flatten(2).any(-1), allowed_NNTT.flatten(2).all(-1)
@@ -175,7 +176,7 @@ def test_a_tile_that_ends_in_the_block_where_the_queries_begin_is_not_read_in_fu
     step_map[0] = 2
     trajectory = Trajectory(step_map[:0], torch.arange(256), step_map)
     document = ViewedDocument(step_map[:0], [Branch(trajectory.completion_ids, replay_views(trajectory, 4, MASK))])
-    packed = padded_pack(pack([document], 4), FLEX_TILE)
+    packed = pack([document], 4).padded(FLEX_TILE)
     assert int(packed.block_L[3 * FLEX_TILE]) == int(packed.block_L[FLEX_TILE - 1]) == 31
     partial_NN, full_NN = tile_reads(packed)
     assert partial_NN[3, 0] and not full_NN[3, 0]
@@ -183,7 +184,7 @@ def test_a_tile_that_ends_in_the_block_where_the_queries_begin_is_not_read_in_fu
 
 def test_tiles_are_sparse_and_some_are_read_in_full() -> None:
     packed = pack([random_document(512, [9, 40], 4, MASK)], 4)
-    partial_NN, full_NN = tile_reads(padded_pack(packed, FLEX_TILE))
+    partial_NN, full_NN = tile_reads(packed.padded(FLEX_TILE))
     for tile in range(4):  # the prompt: in full what is before, in part itself, nothing after
         assert full_NN[tile].nonzero().flatten().tolist() == list(range(tile))
         assert partial_NN[tile, :-1].nonzero().flatten().tolist() == [tile]  # the last tile holds padding, too
@@ -193,7 +194,7 @@ def test_tiles_are_sparse_and_some_are_read_in_full() -> None:
 
 @pytest.mark.parametrize("name", PACKS)
 def test_block_mask_lists_the_tiles(name: str) -> None:
-    packed = padded_pack(make_pack(name), FLEX_TILE)
+    packed = make_pack(name).padded(FLEX_TILE)
     mask = tile_block_mask(packed)
     assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
     lists = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
@@ -222,4 +223,14 @@ def test_block_causal_rows_with_padding() -> None:
 def test_the_cpu_trains_on_tiles() -> None:
     assert isinstance(training_plan(make_pack("one")), TiledPlan)
     assert isinstance(training_plan(make_pack("one"), "sdpa"), TiledPlan)
-    assert isinstance(training_plan(padded_pack(make_pack("one"), FLEX_TILE), "flex"), FlexPlan)
+    assert isinstance(training_plan(make_pack("one").padded(FLEX_TILE), "flex"), FlexPlan)
+
+
+def test_packs_are_padded_to_few_lengths() -> None:
+    packed = pack([random_document(9, [30], 4, MASK)], 4)
+    lengths = set()
+    for length in range(len(packed), 6000, 37):
+        grown = padded_for_flex(packed.padded(length))
+        lengths.add(len(grown))
+        assert len(grown) % FLEX_TILE == 0 and length <= len(grown) <= max(1.25 * length, length + FLEX_TILE)
+    assert len(lengths) <= 20
