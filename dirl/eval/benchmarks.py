@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +32,43 @@ class Benchmark:
     problems: list[Problem]
 
 
+def load_benchmarks(names_or_paths: Sequence[str], *, limit: int = 0, seed: int = 0) -> list[Benchmark]:
+    """Several benchmarks, whose samples are told apart by name.
+
+    Raises:
+        ValueError: none, or two of the same name.
+    """
+    benchmarks = [load_benchmark(name, limit=limit, seed=seed) for name in names_or_paths]
+    names = [benchmark.name for benchmark in benchmarks]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"data.datasets must name one or more data sets of different names, got {names}")
+    return benchmarks
+
+
 def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Benchmark:
-    """A benchmark by name (data/eval/NAME.json, or $DIRL_DATA/NAME.json), by path, or a task's held-out problems.
+    """A benchmark by name in any case (data/eval/NAME.json, or $DIRL_DATA/NAME.json), by path, or a held-out task.
 
     Raises:
         FileNotFoundError: a known name whose file is not there.
+        ValueError: neither a known name nor a path.
     """
-    if name_or_path not in NAMES:
-        problems = load_problems(name_or_path, split="heldout", limit=limit, seed=seed)
-        return Benchmark(name_or_path if name_or_path.startswith("task:") else Path(name_or_path).stem, problems)
-    folder = Path(os.environ.get("DIRL_DATA", "data/eval"))
-    file = folder / f"{name_or_path}.json"
+    if name_or_path.startswith("task:"):
+        return Benchmark(name_or_path, load_problems(name_or_path, split="heldout", limit=limit, seed=seed))
+    name = {known.lower(): known for known in NAMES}.get(name_or_path.lower())
+    path = name_or_path if name is None else _file_of(name)
+    if name is None and not Path(path).suffix and "/" not in path:
+        raise ValueError(
+            f"data.datasets: unknown data set {path!r}; known are {', '.join(NAMES)}, paths of .json, .jsonl or "
+            ".parquet files, and task:noisy_sums"
+        )
+    return Benchmark(name or Path(path).stem, load_problems(path, split="test", limit=limit))
+
+
+def _file_of(name: str) -> str:
+    file = Path(os.environ.get("DIRL_DATA", "data/eval"), f"{name}.json")
     if not file.is_file():
         raise FileNotFoundError(
-            f"data.datasets: {file} does not exist; run `bash download.sh data`, or set DIRL_DATA to its folder"
+            f"data.datasets: {file} does not exist; fetch the data with download.sh, then set DIRL_DATA to the folder "
+            f"that holds {file.name}"
         )
-    return Benchmark(name_or_path, load_problems(str(file), limit=limit))
+    return str(file)

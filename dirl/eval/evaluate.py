@@ -1,37 +1,46 @@
 """A model and data sets -> samples.jsonl, results.json and report.md.
 
-A decoding mode is a name for changes to the sampling: `dynamic` (threshold), `static` (one token a step) and `greedy`
-(dynamic at temperature 0). Samples are written as they come, so that a killed evaluation continues; a changed
-configuration is refused, not mixed in. Each sample has a seed of its own, from (seed, problem, sample).
+A decoding mode is a name for changes to the sampling: `dynamic` (threshold), `static` (one token a step), `greedy`
+(dynamic at temperature 0) and `custom` (none). Samples are written as they come, so that a killed evaluation continues.
+Each has a seed of its own, from (seed, problem, sample): it does not matter which are decoded together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer, render_prompt
 from dirl.data.problems import Problem
-from dirl.eval.benchmarks import load_benchmark
+from dirl.eval.benchmarks import Benchmark, load_benchmarks
 from dirl.eval.report import write_report
 from dirl.eval.results import ModeResult, Sample, summarise
+from dirl.eval.sample_store import SampleStore, Which
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
 from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rollout.build import EngineConfig, build_engine
 from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
+from dirl.training.distributed import Distributed
+from dirl.training.run_state import write_run_json
 
-ModeName = Literal["dynamic", "static", "greedy"]
+logger = logging.getLogger(__name__)
+
+ModeName = Literal["dynamic", "static", "greedy", "custom"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,7 @@ class EvalConfig:
     modes: list[ModeName] = field(default_factory=lambda: list[ModeName](["dynamic"]))
     confidence_thresholds: list[float] = field(default_factory=list)  # further dynamic runs, for a sweep
     chunk_size: int = 512  # completions between two writes of samples.jsonl
-    overwrite: bool = False  # start again where samples of another configuration are found
+    overwrite: bool = False  # start again where samples of another configuration or model are found
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
@@ -66,16 +75,21 @@ class EvalConfig:
         for key in ("num_samples", "chunk_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.data.limit < 0:
+            raise ValueError(f"data.limit must be >= 0 (0: all), got {self.data.limit}")
         if "accuracy" not in self.reward.functions:
             raise ValueError("reward.functions must hold accuracy: an evaluation counts right answers")
+        if not self.decoding_modes:
+            raise ValueError("modes is empty; name at least one of dynamic, static, greedy, custom")
+        default = SamplingConfig()
+        for key in ("unmasking_strategy", "denoising_steps"):
+            value = getattr(self.sampling, key)
+            if "custom" not in self.modes and value != getattr(default, key):
+                raise ValueError(f"sampling.{key}={value} is read by the mode custom only; add custom to modes")
 
     @property
-    def fingerprint(self) -> str:
-        """Changes with everything that changes a sample."""
-        relevant = config_to_dict(self)
-        for key in ("output_dir", "chunk_size", "overwrite", "modes", "confidence_thresholds", "engine"):
-            del relevant[key]
-        return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=8).hexdigest()
+    def decoding_modes(self) -> list[Mode]:
+        return decoding_modes(self.modes, self.confidence_thresholds, self.sampling, self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -92,15 +106,16 @@ def decoding_modes(
 ) -> list[Mode]:
     """The modes of an evaluation. Greedy completions of a problem are all alike: one is enough."""
     dynamic = replace(sampling, unmasking_strategy="low_confidence_dynamic")
-    static = replace(sampling, unmasking_strategy="low_confidence_static", denoising_steps=0)
     samplings: dict[ModeName, SamplingConfig] = {
         "dynamic": dynamic,
-        "static": static,
+        "static": replace(sampling, unmasking_strategy="low_confidence_static", denoising_steps=0),
         "greedy": replace(dynamic, temperature=0.0),
+        "custom": sampling,
     }
     chosen: dict[str, SamplingConfig] = {name: samplings[name] for name in names}
     for threshold in thresholds:
-        chosen[f"dynamic@{threshold:g}"] = replace(dynamic, confidence_threshold=threshold)
+        if "dynamic" not in names or threshold != sampling.confidence_threshold:
+            chosen[f"dynamic@{threshold:g}"] = replace(dynamic, confidence_threshold=threshold)
     return [Mode(name, s, num_samples if s.temperature > 0 else 1) for name, s in chosen.items()]
 
 
@@ -122,22 +137,26 @@ class Evaluator:
 
     def evaluate(self, problems: Sequence[Problem], mode: Mode, *, dataset: str = "") -> ModeResult:
         """All samples of all problems in one go."""
-        todo = list(product(range(len(problems)), range(mode.num_samples)))
-        start = time.perf_counter()
-        samples = self.samples(problems, mode, todo)
-        return summarise(dataset, mode.name, mode.sampling, samples, seconds=time.perf_counter() - start)
+        judged = self.judge(problems, mode, list(product(range(len(problems)), range(mode.num_samples))))
+        return summarise(dataset, mode.name, mode.sampling, [sample for sample, _ in judged])
 
-    def samples(self, problems: Sequence[Problem], mode: Mode, todo: Sequence[tuple[int, int]]) -> list[Sample]:
-        """The samples named by (problem index, sample index)."""
+    def judge(self, problems: Sequence[Problem], mode: Mode, todo: Sequence[Which]) -> list[tuple[Sample, Completion]]:
+        """The samples named by (problem index, sample index), in that order.
+
+        Right is what the reward `accuracy` (the total, in a rubric without it) puts above 0.
+        """
         asked = [problems[problem] for problem, _ in todo]
+        prompts = {
+            problem: render_prompt(
+                self.tokenizer, problems[problem].question, system_prompt=self.system_prompt, suffix=self.suffix
+            )
+            for problem, _ in todo
+        }
+        start = time.perf_counter()
         completions = self.engine.generate(
-            [
-                render_prompt(self.tokenizer, problem.question, system_prompt=self.system_prompt, suffix=self.suffix)
-                for problem in asked
-            ],
-            mode.sampling,
-            [stable_seed(self.seed, *which) for which in todo],
+            [prompts[problem] for problem, _ in todo], mode.sampling, [stable_seed(self.seed, *which) for which in todo]
         )
+        seconds = (time.perf_counter() - start) / max(len(todo), 1)
         scores = self.rubric.score(
             [problem.question for problem in asked],
             [completion.text for completion in completions],
@@ -145,24 +164,26 @@ class Evaluator:
             step_maps=[completion.step_map for completion in completions],
             columns=reward_columns(asked, completions, mode.sampling.max_completion_length),
         )
+        rewards = scores.parts.get("accuracy", scores.total)
         return [
-            _sample(which, completion, accuracy)
-            for which, completion, accuracy in zip(todo, completions, scores.parts["accuracy"], strict=True)
+            (_sample(which, completion, is_right=(reward or 0.0) > 0, seconds=seconds), completion)
+            for which, completion, reward in zip(todo, completions, rewards, strict=True)
         ]
 
 
 def run_evaluation(config: EvalConfig) -> Path:
     """Evaluate every data set in every mode; returns the report's path."""
+    if (world_size := Distributed().world_size) > 1:
+        raise ValueError(f"an evaluation runs in one process, got {world_size}; set NUM_PROCESSES=1")
     directory = Path(config.output_dir)
-    benchmarks = [load_benchmark(name, limit=config.data.limit, seed=config.data.seed) for name in config.data.datasets]
+    benchmarks = load_benchmarks(config.data.datasets, limit=config.data.limit, seed=config.data.seed)
     tokenizer = load_tokenizer(config.model.path)
-    store = SampleStore(directory, config)
     model = load_model(config.model, tokenizer)
+    store = SampleStore(directory, sample_settings(config, model, benchmarks), overwrite=config.overwrite)
+    save_config(config, directory / "config.yaml")
+    run_json = write_run_json(directory, config_to_dict(config))
     model.to(default_device())  # type: ignore[arg-type]
-    engine = build_engine(model, tokenizer, config.engine)
-    modes = decoding_modes(config.modes, config.confidence_thresholds, config.sampling, config.num_samples)
-    results = []
-    with Rubric(config.reward) as rubric:
+    with Rubric(config.reward) as rubric, closing(build_engine(model, tokenizer, config.engine)) as engine:
         evaluator = Evaluator(
             engine,
             tokenizer,
@@ -171,74 +192,73 @@ def run_evaluation(config: EvalConfig) -> Path:
             system_prompt=config.data.system_prompt,
             suffix=config.data.suffix,
         )
-        for benchmark, mode in product(benchmarks, modes):
-            done = store.load(benchmark.name, mode.name)
-            todo = product(range(len(benchmark.problems)), range(mode.num_samples))
-            missing = [which for which in todo if which not in done]
-            start, new_tokens = time.perf_counter(), 0
-            for chunk in _chunks(missing, config.chunk_size):
-                samples = evaluator.samples(benchmark.problems, mode, chunk)
-                store.append(benchmark.name, mode.name, samples)
-                done |= {(s.problem, s.sample): s for s in samples}
-                new_tokens += sum(sample.completion_length for sample in samples)
-            seconds = time.perf_counter() - start
-            # A continued evaluation decoded only part of its samples: time those.
-            timed = seconds if len(missing) == len(done) else 0.0
-            ordered = [done[which] for which in sorted(done)]
-            results.append(summarise(benchmark.name, mode.name, mode.sampling, ordered, seconds=timed))
-    engine.close()
-    return write_report(directory, config.model.path, results)
+        results = [
+            _evaluate_resumably(evaluator, store, benchmark, mode, config.chunk_size)
+            for benchmark, mode in product(benchmarks, config.decoding_modes)
+        ]
+    return write_report(directory, config.model.path, results, run_json)
 
 
-class SampleStore:
-    """samples.jsonl: a header line with the configuration's fingerprint, then one line a sample."""
+def sample_settings(config: EvalConfig, model: nn.Module, benchmarks: Sequence[Benchmark]) -> dict[str, object]:
+    """Everything a sample depends on besides its data set's name, its mode and its two indices, by dotted key.
 
-    def __init__(self, directory: Path, config: EvalConfig) -> None:
-        self.path = directory / "samples.jsonl"
-        header = {"fingerprint": config.fingerprint}
-        if self.path.exists() and not config.overwrite:
-            lines = self._lines()
-            if not lines or lines[0] != header:
-                raise FileExistsError(
-                    f"{self.path} holds samples of another configuration; choose another output_dir or overwrite=true"
-                )
-            return
-        save_config(config, directory / "config.yaml")
-        self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-
-    def load(self, dataset: str, mode: str) -> dict[tuple[int, int], Sample]:
-        """What is there already, by (problem, sample)."""
-        rows = [row for row in self._lines()[1:] if (row.pop("dataset"), row.pop("mode")) == (dataset, mode)]
-        return {(row["problem"], row["sample"]): Sample(**row) for row in rows}
-
-    def append(self, dataset: str, mode: str, samples: Sequence[Sample]) -> None:
-        rows = [{"dataset": dataset, "mode": mode, **asdict(sample)} for sample in samples]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """Complete lines; one that a kill cut short is cut off the file too, so that the next append starts clean."""
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.path.write_text(whole, encoding="utf-8")
-        return [json.loads(line) for line in whole.splitlines()]
+    Weights count by content, not by path: a model trained again under the same name is another model.
+    """
+    parts = config_to_dict(config)
+    settings: dict[str, object] = {"seed": config.seed, "engine.engine": config.engine.engine}
+    settings |= {f"model.{key}": parts["model"][key] for key in ("dtype", "block_length")}
+    settings |= {f"data.{key}": parts["data"][key] for key in ("system_prompt", "suffix")}
+    settings |= {f"sampling.{key}": value for key, value in parts["sampling"].items()}
+    settings |= {f"reward.{key}": value for key, value in parts["reward"].items() if not key.startswith("grader_")}
+    settings |= {f"problems.{benchmark.name}": _digest_of_problems(benchmark) for benchmark in benchmarks}
+    return {**settings, "model.weights": digest_of_weights(model)}
 
 
-def _sample(which: tuple[int, int], completion: Completion, accuracy: float | None) -> Sample:
+def digest_of_weights(model: nn.Module) -> str:
+    """A hash of names and values; about a second per GB."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest_of_problems(benchmark: Benchmark) -> str:
+    text = json.dumps([[problem.question, problem.answer] for problem in benchmark.problems])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _evaluate_resumably(
+    evaluator: Evaluator, store: SampleStore, benchmark: Benchmark, mode: Mode, chunk_size: int
+) -> ModeResult:
+    """One data set in one mode: what is not on disk yet is decoded, a chunk at a time."""
+    wanted = list(product(range(len(benchmark.problems)), range(mode.num_samples)))
+    done = store.load(benchmark.name, mode.name)
+    missing = [which for which in wanted if which not in done]
+    for start in range(0, len(missing), chunk_size):
+        judged = evaluator.judge(benchmark.problems, mode, missing[start : start + chunk_size])
+        store.append(benchmark.name, mode.name, judged)
+        done |= {(sample.problem, sample.sample): sample for sample, _ in judged}
+        logger.info(
+            "%s %s: %d of %d samples", benchmark.name, mode.name, sum(which in done for which in wanted), len(wanted)
+        )
+    result = summarise(benchmark.name, mode.name, mode.sampling, [done[which] for which in wanted])
+    logger.info(
+        "%s %s: avg@%d %.1f %%, %.2f tokens per step, length %.0f",
+        *(benchmark.name, mode.name, mode.num_samples, 100 * result.avg_at_k),
+        *(result.tokens_per_step, result.output_length_mean),
+    )
+    return result
+
+
+def _sample(which: Which, completion: Completion, *, is_right: bool, seconds: float) -> Sample:
     return Sample(
         problem=which[0],
         sample=which[1],
-        is_right=bool(accuracy),
+        correct=is_right,
         answer=extract_boxed(completion.text),
-        text=completion.text,
-        token_ids=completion.token_ids,
-        step_map=completion.step_map,
         completion_length=completion.completion_length,
         num_denoising_steps=completion.num_denoising_steps,
-        is_truncated=completion.is_truncated,
+        finish_reason=completion.finish_reason,
+        seconds=seconds,
     )
-
-
-def _chunks(items: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -4,34 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
-from dirl.eval.results import ModeResult
+from dirl.eval.results import ModeResult, Sample
+from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
+from dirl.eval.statistics import Difference, paired_bootstrap
+from dirl.training.plots import STYLE
 
 _DEFINITIONS = """\
-- **accuracy**: avg@k, the share of right samples in percent, +- its standard error over problems
-- **tokens/step**: all tokens up to and including EOS over all denoising forward passes
-- **length**: mean tokens up to and including EOS
+- **accuracy**: avg@k, the mean over problems of the share of right samples, in percent
+- **±**: standard error of avg@k over problems (what other problems of the kind would change), then over sampling (what
+  other random numbers would change on these problems; 0 where k is 1)
+- **tokens per step**: all tokens up to and including EOS over all denoising forward passes; **mean of ratios**: tokens
+  over passes of each sample, averaged
+- **length**: tokens up to and including EOS
 - **pass@k**: unbiased probability that one of k samples is right; **maj@k**: share of problems whose most frequent
-  boxed answer is right (samples without an answer do not vote)
+  boxed answer is right (compared as text; samples without one do not vote; of equally frequent ones the first counts)
 - **truncated**: samples that reached max_completion_length; **no answer**: samples without a boxed answer
-"""
+- **tokens/s**: tokens up to and including EOS over seconds of decoding, grading not included"""
+_DETAILS = (
+    *("data set", "mode", "problems", "k", "avg@k", "maj@k", "pass@k", "tokens per step, mean of ratios"),
+    *("length p50/p95", "truncated %", "no answer %", "tokens/s"),
+)
 
 
-def write_report(directory: Path, model: str, results: Sequence[ModeResult]) -> Path:
-    """Write all artefacts of an evaluation; returns the path of report.md."""
-    payload = {"model": model, "results": [asdict(result) for result in results]}
-    (directory / "results.json").write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
-    sweep = [result for result in results if result.mode.startswith("dynamic@")]
-    if sweep:
+def write_report(directory: Path, model: str, results: Sequence[ModeResult], run_json: Path) -> Path:
+    """Write all artefacts of an evaluation; returns the path of report.md.
+
+    Args:
+        run_json: where the run was recorded; its configuration, versions, commit and hardware go into results.json.
+    """
+    run = json.loads(run_json.read_text(encoding="utf-8"))
+    record = {key: run[key] for key in ("config", "versions", "git_commit", "git_dirty", "hardware")}
+    payload = {"model": model, **record, "results": [asdict(result) for result in results]}
+    _write(directory / "results.json", json.dumps(payload, indent=2, allow_nan=False) + "\n")
+    has_sweep = any(result.mode.startswith("dynamic@") for result in results)
+    if has_sweep:
         plot_thresholds(results, directory / "plots" / "thresholds.png")
-    report = directory / "report.md"
-    report.write_text(report_text(model, results, has_sweep=bool(sweep)), encoding="utf-8")
-    return report
+    return _write(directory / "report.md", report_text(model, results, has_sweep=has_sweep))
 
 
 def report_text(model: str, results: Sequence[ModeResult], *, has_sweep: bool) -> str:
@@ -39,16 +55,14 @@ def report_text(model: str, results: Sequence[ModeResult], *, has_sweep: bool) -
     datasets = list(dict.fromkeys(result.dataset for result in results))
     modes = list(dict.fromkeys(result.mode for result in results))
     found = {(result.mode, result.dataset): result for result in results}
-    rows = [[f"{model} {mode}", *[_cell(found.get((mode, dataset))) for dataset in datasets]] for mode in modes]
+    rows = [_row(f"{model} {mode}", [_cell(found.get((mode, dataset))) for dataset in datasets]) for mode in modes]
     if set(datasets) & set(NAMES):
-        rows += [[f"{name} (paper)", *_paper_cells(cells, datasets)] for name, cells in PAPER_TABLE.items()]
-    details = [_detail_row(result) for result in results]
-    head = ["data set", "mode", "problems", "k", "avg@k", "maj@k", "pass@k", "length p50/p95", "truncated", "no answer"]
+        rows += [_row(f"{name} (paper)", _paper_cells(cells, datasets)) for name, cells in PAPER_TABLE.items()]
     parts = [
         "# Evaluation",
-        "Accuracy (%) / tokens per step / output length:",
-        _table(["model", *datasets], rows),
-        _table([*head, "tokens/s"], details),
+        "Accuracy (%) / tokens per step / output length, and the mean accuracy over the data sets:",
+        _table(["model", *datasets, "average"], rows),
+        _table(_DETAILS, [_detail_row(result) for result in results]),
         _DEFINITIONS,
     ]
     if has_sweep:
@@ -57,23 +71,78 @@ def report_text(model: str, results: Sequence[ModeResult], *, has_sweep: bool) -
 
 
 def plot_thresholds(results: Sequence[ModeResult], path: Path) -> None:
-    """Accuracy against tokens per step over the confidence threshold, one line a data set."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for dataset in dict.fromkeys(result.dataset for result in results):
-        mine = [r for r in results if r.dataset == dataset and (r.mode == "static" or r.mode.startswith("dynamic@"))]
-        mine.sort(key=lambda result: result.tokens_per_step)
-        x, y = [r.tokens_per_step for r in mine], [100 * r.avg_at_k for r in mine]
-        axes.errorbar(x, y, yerr=[100 * r.standard_error for r in mine], marker="o", capsize=3, label=dataset)
-        for result, where in zip(mine, zip(x, y, strict=True), strict=True):
-            label = "static" if result.mode == "static" else f"{result.confidence_threshold:g}"
-            axes.annotate(label, where, textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.set_xlabel("tokens per denoising step")
-    axes.set_ylabel("accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """Accuracy against tokens per step: one line a data set, one point a threshold, and static decoding."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        for dataset in dict.fromkeys(result.dataset for result in results):
+            points = sweep_points(results, dataset)
+            speeds, accuracies, errors, labels = zip(*points, strict=True)
+            axes.errorbar(speeds, accuracies, yerr=errors, marker="o", capsize=3, label=dataset)
+            for label, where in zip(labels, zip(speeds, accuracies, strict=True), strict=True):
+                axes.annotate(label, where, textcoords="offset points", xytext=(4, 5), fontsize=8)
+        axes.set(title="Accuracy against speed", xlabel="tokens per denoising step", ylabel="accuracy (%)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.savefig(path)
+
+
+def sweep_points(results: Sequence[ModeResult], dataset: str) -> list[tuple[float, float, float, str]]:
+    """(tokens per step, accuracy in %, its standard error, label) of each threshold and of static, slowest first."""
+    return sorted(
+        (
+            result.tokens_per_step,
+            100 * result.avg_at_k,
+            100 * result.standard_error,
+            "static" if result.mode == "static" else f"{result.confidence_threshold:g}",
+        )
+        for result in results
+        if result.dataset == dataset and result.mode.split("@")[0] in ("static", "dynamic")
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Run b against run a on one data set in one mode; accuracies in [0, 1]."""
+
+    dataset: str
+    mode: str
+    num_problems: int
+    accuracy_a: float
+    accuracy_b: float
+    difference: Difference
+
+
+def compare_runs(a: Path, b: Path) -> list[Comparison]:
+    """Every data set and mode that two output directories share, problem by problem.
+
+    Raises:
+        ValueError: they share none, or one data set with other problems.
+    """
+    samples_a, samples_b = read_samples(a / SAMPLES), read_samples(b / SAMPLES)
+    header_a, header_b = read_header(a), read_header(b)
+    shared = [key for key in samples_a if key in samples_b]
+    if not shared:
+        raise ValueError(f"{a} and {b} share no data set and mode: nothing to compare")
+    comparisons = []
+    for dataset, mode in shared:
+        means_a, means_b = _problem_means(samples_a[dataset, mode]), _problem_means(samples_b[dataset, mode])
+        digest = f"problems.{dataset}"
+        if means_a.keys() != means_b.keys() or header_a.get(digest) != header_b.get(digest):
+            raise ValueError(f"{a} and {b} hold other problems of {dataset}; evaluate both on the same, to the end")
+        values_a, values_b = ([means[problem] for problem in sorted(means)] for means in (means_a, means_b))
+        difference = paired_bootstrap(values_a, values_b)
+        centres = fmean(values_a), fmean(values_b)
+        comparisons.append(Comparison(dataset, mode, len(values_a), *centres, difference))
+    return comparisons
+
+
+def _problem_means(samples: dict[Which, Sample]) -> dict[int, float]:
+    """Share of right samples of each problem."""
+    by_problem: dict[int, list[bool]] = {}
+    for sample in samples.values():
+        by_problem.setdefault(sample.problem, []).append(sample.correct)
+    return {problem: fmean(correct) for problem, correct in by_problem.items()}
 
 
 def _paper_cells(cells: str, datasets: Sequence[str]) -> list[str]:
@@ -81,27 +150,34 @@ def _paper_cells(cells: str, datasets: Sequence[str]) -> list[str]:
     return [by_name.get(dataset, "") for dataset in datasets]
 
 
+def _row(name: str, cells: Sequence[str]) -> list[str]:
+    """The cells and, where none is missing, their mean accuracy."""
+    average = "" if "" in cells else f"{fmean(float(cell.split('/')[0]) for cell in cells):.1f}"
+    return [name, *cells, average]
+
+
 def _detail_row(result: ModeResult) -> list[str]:
+    errors = f"{_percent(result.standard_error)} ± {_percent(result.standard_error_sampling)}"
     return [
         result.dataset,
         result.mode,
         str(result.num_problems),
         str(result.num_samples),
-        _percent(result.avg_at_k),
+        f"{_percent(result.avg_at_k)} ± {errors}",
         _percent(result.maj_at_k),
-        " ".join(f"{k}:{_percent(value)}" for k, value in result.pass_at_k.items()),
+        ", ".join(f"{k}: {_percent(value)}" for k, value in result.pass_at_k.items()),
+        f"{result.tokens_per_step:.2f}, {result.tokens_per_step_mean:.2f}",
         f"{result.output_length_p50:g}/{result.output_length_p95:g}",
         _percent(result.truncated),
         _percent(result.no_answer),
-        f"{result.tokens_per_s:.0f}" if result.tokens_per_s else "-",
+        f"{result.tokens_per_s:.0f}",
     ]
 
 
 def _cell(result: ModeResult | None) -> str:
     if result is None:
         return ""
-    accuracy = f"{100 * result.avg_at_k:.1f}+-{100 * result.standard_error:.1f}"
-    return f"{accuracy}/{result.tokens_per_step:.1f}/{result.output_length_mean:.1f}"
+    return f"{_percent(result.avg_at_k)}/{result.tokens_per_step:.1f}/{result.output_length_mean:.1f}"
 
 
 def _percent(share: float) -> str:
@@ -111,3 +187,10 @@ def _percent(share: float) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _write(path: Path, text: str) -> Path:
+    """The whole file or none of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    return temporary.replace(path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 from dirl.eval import statistics
 from dirl.rollout.engine import SamplingConfig
@@ -13,18 +13,16 @@ from dirl.rollout.engine import SamplingConfig
 
 @dataclass(frozen=True)
 class Sample:
-    """One judged completion."""
+    """One judged completion, without its tokens; samples.jsonl holds it with them."""
 
     problem: int  # index in the data set
     sample: int  # 0..k-1
-    is_right: bool
+    correct: bool
     answer: str | None  # content of the last box; None: no answer
-    text: str
-    token_ids: list[int]
-    step_map: list[int]
     completion_length: int  # tokens up to and including EOS
     num_denoising_steps: int
-    is_truncated: bool
+    finish_reason: Literal["stop", "length"]
+    seconds: float  # its share of the time its chunk took to decode
 
 
 @dataclass(frozen=True)
@@ -34,37 +32,39 @@ class ModeResult:
     dataset: str
     mode: str
     temperature: float
-    confidence_threshold: float
+    confidence_threshold: float | None  # None: the strategy has none
     num_problems: int
     num_samples: int
     avg_at_k: float
-    pass_at_k: dict[str, float]
+    pass_at_k: dict[str, float]  # for 1, 2, 4, ... up to num_samples
     maj_at_k: float
-    standard_error: float  # over problems
-    standard_error_sampling: float  # over random numbers, on these problems
+    standard_error: float  # of avg_at_k, over problems; 0 for a single one
+    standard_error_sampling: float  # of avg_at_k, over random numbers on these problems; 0 for single samples
     tokens_per_step: float  # all tokens up to EOS / all denoising steps
+    tokens_per_step_mean: float  # the same ratio of each sample, averaged
     output_length_mean: float
     output_length_p50: float
     output_length_p95: float
     truncated: float
     no_answer: float
-    tokens_per_s: float  # 0 where the evaluation was continued
-    seconds: float
+    tokens_per_s: float  # tokens up to EOS / seconds
+    seconds: float  # spent decoding, over all runs that added samples
 
 
-def summarise(
-    dataset: str, mode: str, sampling: SamplingConfig, samples: Sequence[Sample], *, seconds: float
-) -> ModeResult:
+def summarise(dataset: str, mode: str, sampling: SamplingConfig, samples: Sequence[Sample]) -> ModeResult:
     """The numbers of samples that are sorted by problem."""
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.problem)]
-    correct = [[sample.is_right for sample in group] for group in groups]
+    correct = [[sample.correct for sample in group] for group in groups]
     k = len(groups[0])
     lengths = [sample.completion_length for sample in samples]
+    steps = [sample.num_denoising_steps for sample in samples]
+    seconds = sum(sample.seconds for sample in samples)
+    has_threshold = sampling.unmasking_strategy == "low_confidence_dynamic"
     return ModeResult(
         dataset=dataset,
         mode=mode,
         temperature=sampling.temperature,
-        confidence_threshold=sampling.confidence_threshold,
+        confidence_threshold=sampling.confidence_threshold if has_threshold else None,
         num_problems=len(groups),
         num_samples=k,
         avg_at_k=statistics.average(correct),
@@ -72,16 +72,18 @@ def summarise(
         maj_at_k=statistics.majority(correct, [[sample.answer for sample in group] for group in groups]),
         standard_error=statistics.standard_error_over_problems(correct),
         standard_error_sampling=statistics.standard_error_over_sampling(correct),
-        tokens_per_step=sum(lengths) / sum(sample.num_denoising_steps for sample in samples),
+        tokens_per_step=sum(lengths) / sum(steps),
+        tokens_per_step_mean=sum(n / s for n, s in zip(lengths, steps, strict=True)) / len(samples),
         output_length_mean=sum(lengths) / len(lengths),
         output_length_p50=statistics.percentile(lengths, 0.5),
         output_length_p95=statistics.percentile(lengths, 0.95),
-        truncated=sum(sample.is_truncated for sample in samples) / len(samples),
+        truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         no_answer=sum(sample.answer is None for sample in samples) / len(samples),
-        tokens_per_s=sum(lengths) / seconds if seconds else 0.0,
+        tokens_per_s=sum(lengths) / seconds if seconds > 0 else 0.0,
         seconds=seconds,
     )
 
 
 def _powers_of_two(k: int) -> list[int]:
-    return [2**i for i in range(int(math.log2(k)) + 1)]
+    """1, 2, 4, ... up to k."""
+    return [2**i for i in range(k.bit_length())]

@@ -1,4 +1,4 @@
-"""Right and wrong samples of each problem -> avg@k, pass@k, maj@k and standard errors.
+"""Right and wrong samples of each problem -> avg@k, pass@k, maj@k, standard errors, and whether two runs differ.
 
 Shapes: one inner list a problem, one entry a sample.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 
 Correct = Sequence[Sequence[bool]]
 
@@ -64,3 +67,41 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The value below which `share` of the sorted values lie (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far run b is above run a on the same problems."""
+
+    mean: float
+    low: float  # 2.5th and 97.5th percentile of the bootstrap
+    high: float
+    p_value: float  # two-sided, of no difference
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the 95 % interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, num_resamples: int = 10_000, seed: int = 0
+) -> Difference:
+    """Mean of b - a over problems, with a 95 % interval from drawing problems with replacement.
+
+    Pairing takes the difficulty of the problems out of the comparison; it is the larger part of either standard error.
+
+    Args:
+        a, b: one number per problem (its share of right samples), the same problems in the same order.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13; p-value by inverting the interval.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"a paired comparison needs the same problems on both sides, got {len(a)} and {len(b)}")
+    differences = torch.tensor(b, dtype=torch.float64) - torch.tensor(a, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randint(len(a), (len(a),), generator=generator) for _ in range(num_resamples))
+    means = sorted(float(differences[index].mean()) for index in drawn)
+    tail = min(sum(mean <= 0 for mean in means), sum(mean >= 0 for mean in means))
+    # One more on both sides, so that no finite number of resamples claims certainty.
+    p_value = min(1.0, 2 * (tail + 1) / (num_resamples + 1))
+    return Difference(float(differences.mean()), percentile(means, 0.025), percentile(means, 0.975), p_value)
