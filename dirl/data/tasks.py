@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "heldout"]
 NUM_TERMS = (3, 4)  # each the length of half of the questions
 HELDOUT_PERCENT = 25  # of the 1000 + 10000 possible questions
-MAX_ERROR = 3  # a wrong result is off by 1 to MAX_ERROR, up or down, and never negative
+MAX_ERROR = 1  # a wrong result is off by at most this, up or down, and never negative
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", MASK_TOKEN)
 CHAT_TEMPLATE = (

@@ -64,7 +64,7 @@ class RewardConfig:
 class Scores:
     """Rewards of a batch, one entry per completion."""
 
-    total: list[float]  # weighted sum of the parts that apply
+    total: list[float]  # weighted sum of the parts that apply, as `combine` says
     parts: dict[str, list[float | None]]  # by function name, unweighted
     counters: dict[str, int]  # how often the grader gave each verdict; empty when nothing was graded
 
@@ -95,6 +95,7 @@ class Rubric:
     def __init__(self, config: RewardConfig) -> None:
         self.functions = _resolve_all(config.functions)
         self.weights = dict(zip(self.functions, config.weights or [1.0] * len(self.functions), strict=True))
+        self.combine = config.combine
         self._parameters = {name: dict(config.parameters.get(name, {})) for name in self.functions}
         _check_parameters(config.parameters, self.functions)
         self._is_grading = any(map(_wants_grades, self.functions.values()))
@@ -114,11 +115,13 @@ class Rubric:
         completion_ids: list[list[int]],
         step_maps: list[list[int]],
         columns: Mapping[str, list[Any]],
+        group_size: int = 1,
     ) -> Scores:
         """Rewards of a batch.
 
         Args:
             columns: one list per name, one entry per completion; `answer` holds the golds.
+            group_size: completions of one prompt, which stand together; `combine=normalize_then_sum` needs it.
         Raises:
             RewardError: a column of the wrong length, a function that raised or returned what is no reward, or a
                 completion to which no function applies.
@@ -138,7 +141,7 @@ class Rubric:
             granted = {"is_right": is_right} if _wants_grades(function) else {}
             rewards = _call(name, function, {**arguments, **granted, **self._parameters[name]})
             parts[name] = _check_rewards(name, rewards, len(completions))
-        total = combine_parts(parts, list(self.weights.values()))
+        total = combine_parts(parts, list(self.weights.values()), group_size=group_size, combine=self.combine)
         return Scores(total, parts, count_verdicts(verdicts) if verdicts else {})
 
     def close(self) -> None:

@@ -58,7 +58,8 @@ def build_policy_batches(
     """Completions of each group with advantage and coefficient; collective, since normalisers are global."""
     num_tokens_N = torch.tensor([len(c.token_ids) for group in groups for c in group.completions])
     local_tokens, local_completions = float(num_tokens_N.sum()), float(len(num_tokens_N))
-    all_tokens, all_completions = distributed.sum(local_tokens, local_completions)
+    # At least 1: dynamic sampling may leave fewer groups than steps_per_generation, and a step then has none.
+    all_tokens, all_completions = (max(count, 1.0) for count in distributed.sum(local_tokens, local_completions))
     if loss_type == "bnpo":
         all_tokens = max(local_tokens, 1.0) * distributed.world_size
     coefficients = completion_coefficients(

@@ -159,6 +159,7 @@ class Collector:
             completion_ids=[completion.token_ids for completion in completions],
             step_maps=[completion.step_map for completion in completions],
             columns=reward_columns(repeated, completions, self.config.max_completion_length),
+            group_size=size,
         )
         for name, count in scores.counters.items():
             counters[name] = counters.get(name, 0) + count

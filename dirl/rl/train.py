@@ -234,6 +234,8 @@ class RLTrainer:
         if self.last is None or not self.distributed.is_main:
             return
         groups = [*self.last.groups, *self.last.dropped]
+        if not groups:  # fewer prompts than ranks
+            return
         run.say(sample_line(groups[0]))
         if run.is_due(self.config.completions_steps):
             path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,6 +29,9 @@ class Distributed:
             mixed_precision="bf16" if bf16 else "no",
             # The loops step the scheduler once per optimizer step; accelerate would step it once per process.
             step_scheduler_with_optimizer=False,
+            # The buffers are constants, and ranks score without gradients different numbers of packs: a broadcast in
+            # each forward pass would wait for a rank that has none.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
 
     @property

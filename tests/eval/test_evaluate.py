@@ -172,6 +172,14 @@ def test_a_rubric_without_accuracy_counts_rewards_above_zero() -> None:
     assert result.avg_at_k == 0.5
 
 
+def test_accuracy_alone_decides_beside_other_rewards() -> None:
+    with Rubric(RewardConfig(functions=["boxed", "accuracy"])) as rubric:
+        engine = ScriptedEngine(TOKENIZER, lambda question, *_: "\\boxed{2}")  # a box earns a reward, right or wrong
+        problems = [Problem("1+1=", "2", {}), Problem("2+2=", "4", {})]
+        result = Evaluator(engine, TOKENIZER, rubric).evaluate(problems, Mode("m", SamplingConfig(), 1))
+    assert result.avg_at_k == 0.5
+
+
 def test_modes() -> None:
     sampling = SamplingConfig(temperature=0.7, confidence_threshold=0.8, unmasking_strategy="sequential", top_k=3)
     modes = decoding_modes(["dynamic", "static", "greedy", "custom"], [0.5, 0.8, 1.0], sampling, 4)

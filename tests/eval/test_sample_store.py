@@ -131,10 +131,10 @@ def test_data_sets_may_be_added_one_after_another(tmp_path: Path) -> None:
     filled(tmp_path)
     other = {key: value for key, value in SETTINGS.items() if key != "problems.A"} | {"problems.B": "b"}
     SampleStore(tmp_path, other).append("B", "dynamic", [judged(0, 0)])
+    with pytest.raises(ConfigError, match=r"problems\.A"):  # remembered, though the last run did not ask for A
+        SampleStore(tmp_path, {**other, "problems.A": "changed"})
     store = SampleStore(tmp_path, {**SETTINGS, "problems.B": "b"})
     assert (len(store.load("A", "dynamic")), len(store.load("B", "dynamic"))) == (4, 1)
-    with pytest.raises(ConfigError, match=r"problems\.A"):  # remembered, though B came later
-        SampleStore(tmp_path, {**other, "problems.A": "changed"})
 
 
 def test_foreign_samples_are_not_touched(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Two steps, a checkpoint and two more are four steps, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dirl.data.conversations import Document
+from dirl.data.problems import Problem
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.tiny import tiny
+from dirl.reward.rubric import RewardConfig
+from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.train import RLConfig, RLTrainer
+from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+
+
+class Killed(RuntimeError):
+    """The process is gone."""
+
+
+def even_length(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+    return [float(len(completion) % 2 == 0) for completion in completions]
+
+
+def sft_trainer(output_dir: Path) -> SFTTrainer:
+    model, tokenizer = tiny()
+    config = SFTConfig(
+        output_dir=str(output_dir),
+        max_steps=4,
+        global_batch_size=4,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        save_steps=2,
+        data=SFTDataConfig(num_heldout=2),
+    )
+    documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
+    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+
+
+def rl_trainer(output_dir: Path) -> RLTrainer:
+    model, tokenizer = tiny()
+    config = RLConfig(
+        output_dir=str(output_dir),
+        max_steps=4,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        save_steps=2,
+        beta=0.1,
+        rollout=RolloutConfig(prompts_per_step=3, num_generations=4, max_completion_length=12),
+        reward=RewardConfig(functions=[f"{__file__}:even_length"]),
+    )
+    problems = [Problem("?" * length, "0", {}) for length in range(1, 8)]
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
+def numbers(output_dir: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = ("timing_s/", "perf/", "time")
+    return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
+
+
+def weights(model: BlockDiffusionModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("make", [sft_trainer, rl_trainer])
+def test_resumed_equals_uninterrupted(
+    make: Callable[[Path], SFTTrainer | RLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(tmp_path / "whole")
+    whole.train()
+
+    killed = make(tmp_path / "parts")
+    step = killed.step
+
+    def step_until_killed() -> dict[str, float]:
+        if killed.steps_done == 3:  # one step beyond the checkpoint: it is done again
+            raise Killed
+        return step()
+
+    monkeypatch.setattr(killed, "step", step_until_killed)
+    with pytest.raises(Killed):
+        killed.train()
+    after_kill = weights(killed.model)
+    torch.manual_seed(123)
+
+    resumed = make(tmp_path / "parts")
+    resumed.train()
+    assert [row["step"] for row in numbers(tmp_path / "parts")] == [1, 2, 3, 4]
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    expected = weights(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.model).items())
+    assert not all(torch.equal(value, expected[name]) for name, value in after_kill.items())

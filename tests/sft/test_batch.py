@@ -1,0 +1,56 @@
+"""Documents -> noisy views: what is scored, and that noise depends on seed and place only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dirl.data.conversations import Document
+from dirl.diffusion.noising import NoiseConfig
+from dirl.sft.batch import batch_noise_levels, make_example, pack_micro_batches, view_document
+
+MASK, FILL, BLOCK = 99, 98, 4
+
+
+@pytest.mark.parametrize("prompt_length", range(1, 6))
+@pytest.mark.parametrize("score_fill", [True, False])
+def test_the_last_block_is_filled_and_scored_on_request(prompt_length: int, score_fill: bool) -> None:
+    document = Document(list(range(prompt_length)), list(range(50, 57)))
+    example = make_example(document, BLOCK, FILL, score_fill=score_fill)
+    num_fill = -(prompt_length + 7) % BLOCK
+    assert example.completion_ids.tolist() == document.completion_ids + [FILL] * num_fill
+    assert example.num_scored == 7 + num_fill * score_fill
+    scored = example.blocks.token_ids_KB[example.scored_KB].tolist()
+    assert scored == document.completion_ids + [FILL] * num_fill * score_fill
+
+
+def test_unscored_fill_is_never_masked() -> None:
+    example = make_example(Document([1, 2], [50, 51, 52]), BLOCK, FILL, score_fill=False)
+    for seed in range(20):
+        views = view_document(example, torch.ones(2), MASK, noise=NoiseConfig(), seed=seed).branches[0].views
+        assert views.token_ids_VB.tolist() == [[1, 2, MASK, MASK], [MASK, FILL, FILL, FILL]]
+
+
+def test_complementary_pairs_score_every_token_once() -> None:
+    noise = NoiseConfig(complementary=True)
+    examples = [make_example(Document([1] * n, list(range(50, 61))), BLOCK, FILL, score_fill=True) for n in range(1, 6)]
+    for seed, (example, levels_K) in enumerate(zip(examples, batch_noise_levels(examples, noise, 3), strict=True)):
+        document = view_document(example, levels_K, MASK, noise=noise, seed=seed)
+        (packed,) = pack_micro_batches([document], BLOCK, lambda lengths: [list(range(len(lengths)))])
+        assert sorted(packed.completion_index_T.tolist()) == list(range(example.num_scored))
+
+
+@pytest.mark.parametrize("noise_level", ["block", "sequence"])
+def test_noise_levels_depend_on_the_seed_and_spread_over_the_batch(noise_level: str) -> None:
+    noise = NoiseConfig(noise_level=noise_level)  # type: ignore[arg-type]
+    examples = [make_example(Document([1], [50] * n), BLOCK, FILL, score_fill=True) for n in range(3, 43)]
+    levels = batch_noise_levels(examples, noise, 7)
+    assert all(torch.equal(a, b) for a, b in zip(levels, batch_noise_levels(examples, noise, 7), strict=True))
+    assert not torch.equal(levels[0], batch_noise_levels(examples, noise, 8)[0])
+    assert [len(level_K) for level_K in levels] == [len(example.scored_KB) for example in examples]
+    drawn = torch.cat([level_K[:1] if noise_level == "sequence" else level_K for level_K in levels])
+    if noise_level == "sequence":
+        assert all(len(level_K.unique()) == 1 for level_K in levels)
+    # One level in each of as many equal intervals as there are levels.
+    gaps = drawn.sort().values.diff() * len(drawn)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 1 - noise.min_noise), rtol=1e-2, atol=1e-2)

@@ -1,0 +1,108 @@
+"""The SFT trainer: reproducible noise, the held-out loss, and learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dirl.data.conversations import Document
+from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.views import PackedViews
+from dirl.model.tiny import tiny
+from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+from dirl.training.distributed import Distributed
+
+CONFIG = SFTConfig(
+    output_dir="unused",
+    max_steps=2,
+    global_batch_size=6,
+    learning_rate=3e-3,
+    data=SFTDataConfig(num_heldout=4),
+)
+DOCUMENTS = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 25)]
+
+
+class OneOf(Distributed):
+    """A rank of several, without the others."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self._rank, self._world_size = rank, world_size
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+
+def trainer(config: SFTConfig, documents: Sequence[Document] = DOCUMENTS) -> SFTTrainer:
+    model, tokenizer = tiny()
+    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+
+
+def noisy_sequences(packs: Sequence[PackedViews]) -> list[list[int]]:
+    """The tokens of every document of some packs, noisy copies included, in any order."""
+    return sorted(p.token_ids_L[p.document_L == d].tolist() for p in packs for d in p.document_L.unique().tolist())
+
+
+def test_noise_does_not_depend_on_the_number_of_ranks() -> None:
+    trained = trainer(CONFIG)
+    alone = noisy_sequences(trained._packs(trained.examples, seed=5))
+    assert alone == noisy_sequences(trained._packs(trained.examples, seed=5))
+    assert alone != noisy_sequences(trained._packs(trained.examples, seed=6))
+    for world_size in (2, 5, 20):
+        together = []
+        for rank in range(world_size):
+            trained.distributed = OneOf(rank, world_size)
+            together += noisy_sequences(trained._packs(trained.examples, seed=5))
+        assert sorted(together) == alone
+
+
+def test_every_document_is_trained_on_or_held_out() -> None:
+    trained = trainer(CONFIG)
+    lengths = sorted(len(example.prompt_ids) + example.num_scored for example in [*trained.examples, *trained.heldout])
+    assert len(trained.heldout) == 4
+    assert lengths == sorted(-(-len(document) // 4) * 4 for document in DOCUMENTS)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_heldout_loss_and_its_deciles(complementary: bool) -> None:
+    """Against sums over the masked tokens; the loss of an untrained model is near that of guessing."""
+    trained = trainer(replace(CONFIG, noise=NoiseConfig(complementary=complementary)))
+    metrics = trained.evaluate()
+    assert metrics == trained.evaluate()
+    packs = trained._packs(trained.heldout, seed=(CONFIG.seed * 1_000_003 - 7_919 + 12_345) % (1 << 63))
+    total, cells = 0.0, [[0.0, 0] for _ in range(10)]
+    for packed in packs:
+        with torch.no_grad():
+            logprobs = trained.learner.module(packed, trained.rule).logprob_T.tolist()
+        for logprob, weight in zip(logprobs, packed.weight_T.tolist(), strict=True):
+            total -= logprob * weight
+            cell = cells[min(int(10 / (weight * (2 if complementary else 1))), 9)]
+            cell[0] -= logprob
+            cell[1] += 1
+    assert metrics["eval/loss"] == pytest.approx(total / sum(e.num_scored for e in trained.heldout), rel=1e-5)
+    deciles = {f"eval/loss_noise_decile_{i}": nats / n for i, (nats, n) in enumerate(cells) if n}
+    assert {name: metrics[name] for name in deciles} == pytest.approx(deciles, rel=1e-5)
+    assert set(metrics) == {"eval/loss", *deciles}
+
+
+def test_training_lowers_the_heldout_loss_and_writes_the_run(tmp_path: Path) -> None:
+    trained = trainer(replace(CONFIG, output_dir=str(tmp_path), max_steps=15))
+    before = trained.evaluate()["eval/loss"]
+    final = trained.train()
+    assert trained.evaluate()["eval/loss"] < 0.8 * before
+    assert (final / "config.json").is_file()
+    assert {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_nothing_left_to_train_on_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"data\.num_heldout=4 leaves none of 4 documents"):
+        trainer(CONFIG, DOCUMENTS[:4])

@@ -1,0 +1,110 @@
+"""One optimizer step over micro-batches; what happens to gradients that are not finite; bins of documents."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dirl.training.distributed import Distributed
+from dirl.training.optimizer import Learner, OptimizerConfig, TrainingDiverged, parameter_groups, split_by_budget
+
+
+class Quadratic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 0.5]]))
+        self.vector = nn.Parameter(torch.tensor([4.0, -1.0]))
+
+    def forward(self, scale: float) -> Tensor:
+        return scale * (self.matrix.square().sum() + self.vector.square().sum())
+
+
+def learner(max_grad_norm: float = 0.0) -> Learner:
+    config = OptimizerConfig(
+        learning_rate=0.1, lr_scheduler_type="linear", max_steps=10, max_grad_norm=max_grad_norm, weight_decay=0.1
+    )
+    return Learner(Quadratic(), config, Distributed())
+
+
+def losses(trained: Learner, *scales: float) -> list[partial[Tensor]]:
+    return [partial(trained.module, scale) for scale in scales]
+
+
+def test_update_is_adamw_on_the_sum_of_losses() -> None:
+    ours, reference = learner(), Quadratic()
+    optimizer = torch.optim.AdamW(
+        [{"params": [reference.matrix], "weight_decay": 0.1}, {"params": [reference.vector], "weight_decay": 0.0}],
+        lr=0.1,
+    )
+    for step in range(3):
+        metrics = ours.update(losses(ours, 0.25, 0.5, 0.25), partial(ours.module, 0.0))
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1 * (1 - step / 10)
+        loss = reference(1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in reference.parameters() if p.grad is not None))
+        optimizer.step()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        assert metrics["learning_rate"] == pytest.approx(0.1 * (1 - step / 10))
+    for ours_p, reference_p in zip(ours.module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours_p, reference_p)
+
+
+def test_without_losses_the_rank_still_takes_part() -> None:
+    ours = learner()
+    assert ours.update([], partial(ours.module, 0.0))["grad_norm"] == 0.0
+
+
+def test_only_matrices_are_decayed() -> None:
+    module = Quadratic()
+    decayed, plain = parameter_groups(module, 0.3)
+    assert (decayed["params"], decayed["weight_decay"]) == ([module.matrix], 0.3)
+    assert (plain["params"], plain["weight_decay"]) == ([module.vector], 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    ours = learner(max_grad_norm=1.0)
+    before = [parameter.clone() for parameter in ours.module.parameters()]
+    assert ours.update(losses(ours, 1.0, bad), partial(ours.module, 0.0))["skipped_steps"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, ours.module.parameters(), strict=True))
+    assert not ours.optimizer.state
+    assert ours.update(losses(ours, 1.0), partial(ours.module, 0.0))["skipped_steps"] == 0
+    assert not any(torch.equal(a, b) for a, b in zip(before, ours.module.parameters(), strict=True))
+
+
+def test_three_in_a_row_stop_the_run_and_two_do_not() -> None:
+    ours = learner()
+    for scale in (math.nan, math.nan, 1.0, math.nan, math.nan):
+        ours.update(losses(ours, scale), partial(ours.module, 0.0))
+    with pytest.raises(TrainingDiverged, match="three steps in a row"):
+        ours.update(losses(ours, math.nan), partial(ours.module, 0.0))
+
+
+def test_bins_hold_every_item_once_within_the_budget() -> None:
+    lengths = torch.randint(1, 50, (60,)).tolist()
+    bins = split_by_budget(lengths, 64)
+    assert sorted(index for members in bins for index in members) == list(range(60))
+    assert all(sum(lengths[index] for index in members) <= 64 for members in bins)
+    # First fit leaves at most one bin half empty.
+    assert sum(sum(lengths[index] for index in members) <= 32 for members in bins) <= 1
+    assert split_by_budget([], 64) == []
+
+
+def test_an_item_over_the_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="65 packed tokens, max_tokens_per_micro_batch is 64"):
+        split_by_budget([3, 65], 64)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_steps", 0), ("warmup_steps", -1), ("learning_rate", math.nan), ("lr_scheduler_type", "cosin")],
+)
+def test_impossible_settings_are_errors(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key):
+        OptimizerConfig(**{key: value})  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""The shell of a loop: what it logs, when it saves, where it continues."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from dirl.data.prompt_stream import PromptStream
+from dirl.training.distributed import Distributed
+from dirl.training.optimizer import Learner, OptimizerConfig
+from dirl.training.run import Run
+from dirl.training.run_state import RunConfig
+
+
+def new_run(config: RunConfig, *, num_items: int = 10) -> Run:
+    learner = Learner(nn.Linear(2, 2), OptimizerConfig(max_steps=7), Distributed())
+    return Run(config, {}, learner, PromptStream(num_items, config.seed), 7)
+
+
+def go(run: Run, until: int) -> list[int]:
+    taken: list[int] = []
+    with run:
+        while run.step < until:
+            taken += run.source.take(3)  # type: ignore[attr-defined]
+            run.step += 1
+            run.save_if_due()
+            run.log({"number": float(run.step)}, "")
+    return taken
+
+
+def logged_steps(output_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+def test_saves_and_logs_when_due_and_at_the_end(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=3, save_total_limit=0, logging_steps=2)
+    go(new_run(config), 7)
+    assert saved_steps(tmp_path) == ["step_000003", "step_000006", "step_000007"]
+    assert logged_steps(tmp_path) == [2, 4, 6, 7]
+
+
+def test_continues_the_stream_and_forgets_lines_after_the_checkpoint(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
+    expected = PromptStream(10, config.seed).take(21)
+    assert go(new_run(config), 5) == expected[:15]
+    resumed = new_run(config)
+    assert resumed.step == 4
+    assert logged_steps(tmp_path) == [1, 2, 3, 4]
+    assert go(resumed, 7) == expected[12:]
+    assert logged_steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    assert new_run(config).is_finished
+
+
+def test_none_starts_afresh(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
+    go(new_run(config), 4)
+    assert new_run(replace(config, resume_from_checkpoint="none")).step == 0
+
+
+def test_other_data_is_an_error(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
+    go(new_run(config), 2)
+    with pytest.raises(ValueError, match="num_items=10, this run 11"):
+        new_run(config, num_items=11)
