@@ -10,7 +10,7 @@ Shapes: T actions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -92,13 +92,16 @@ class PolicyUpdater:
         """All optimizer steps of one batch of rollouts; their mean metrics."""
         config = self.config
         minibatches = [
-            self._with_behavior(self._micro_batches(groups[part], advantages[part]))
+            [(batch, self._behavior(batch)) for batch in self._micro_batches(groups[part], advantages[part])]
             for part in _parts(len(groups), config.steps_per_generation)
         ]
-        statistics, steps = ActionStatistics(), []
-        for iteration in range(config.num_iterations):
+        statistics = ActionStatistics()
+        steps: list[dict[str, float]] = []
+        for _ in range(config.num_iterations):
             for micro_batches in minibatches:
-                losses = [partial(self._loss, batch, statistics, is_first=iteration == 0) for batch in micro_batches]
+                # Only before the first step are these still the weights that the engine sampled with.
+                compares = not steps
+                losses = [partial(self._loss, *pair, statistics, compares=compares) for pair in micro_batches]
                 steps.append(self.learner.update(losses, self._empty_loss))
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["learning_rate"] = steps[-1]["learning_rate"]
@@ -122,25 +125,23 @@ class PolicyUpdater:
         )
         return [batch.to(self.distributed.device) for batch in batches]
 
-    def _with_behavior(self, batches: list[PolicyBatch]) -> list[PolicyBatch]:
-        """Off-policy, fill in what the engine did not record, under the policy that sampled."""
+    def _behavior(self, batch: PolicyBatch) -> Tensor | None:
+        """Log-probabilities of the policy that sampled; None: it is the one that is trained, strictly on-policy."""
         if self.config.steps_per_rollout == 1:
-            return batches
-        filled = []
-        for batch in batches:
-            recorded_T = batch.recorded_logprob_T
-            if bool(recorded_T.isnan().any()):
-                with torch.no_grad():
-                    scored_T = self.learner.module(batch.packed, self.rule).logprob_T
-                recorded_T = torch.where(recorded_T.isnan(), scored_T, recorded_T)
-            filled.append(replace(batch, recorded_logprob_T=recorded_T))
-        return filled
+            return None
+        recorded_T = batch.recorded_logprob_T
+        if not bool(recorded_T.isnan().any()):
+            return recorded_T
+        with torch.no_grad():
+            scored_T = self.learner.module(batch.packed, self.rule).logprob_T
+        return torch.where(recorded_T.isnan(), scored_T, recorded_T)
 
-    def _loss(self, batch: PolicyBatch, statistics: ActionStatistics, *, is_first: bool) -> Tensor:
+    def _loss(
+        self, batch: PolicyBatch, behavior_T: Tensor | None, statistics: ActionStatistics, *, compares: bool
+    ) -> Tensor:
         scores = self.learner.module(batch.packed, self.rule)
         logprob_T = scores.logprob_T
-        is_on_policy = self.config.steps_per_rollout == 1
-        behavior_T = logprob_T.detach() if is_on_policy else batch.recorded_logprob_T
+        behavior_T = logprob_T.detach() if behavior_T is None else behavior_T
         ref_logprob_T = None
         if self.reference is not None:
             with torch.no_grad():
@@ -156,7 +157,7 @@ class PolicyUpdater:
             kl=result.kl,
             tokens=len(batch.packed),
         )
-        if is_first:
+        if compares:
             self._compare_with_engine(
                 logprob_T.detach()[is_reveal_T], batch.recorded_logprob_T[is_reveal_T], statistics
             )

@@ -9,15 +9,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from dirl.data.chat import render_prompt
+from dirl.data.conversations import Document
 from dirl.data.problems import Problem
-from dirl.data.tasks import noisy_sums_problems
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
-from dirl.reward.rubric import RewardConfig
+from dirl.reward.rubric import RewardConfig, Scores
 from dirl.rl.rollout_group import RolloutConfig
 from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
@@ -76,52 +78,65 @@ def test_impossible_settings_are_errors() -> None:
         trainer(replace(CONFIG, data=RLDataConfig(max_prompt_length=1)))
 
 
-def sampled_accuracies(
-    model: BlockDiffusionModel,
-    tokenizer: PreTrainedTokenizerBase,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    is_shuffled: bool,
-) -> list[float]:
-    """True accuracy of the rollouts of 15 RL steps, the rewards given back in order or permuted over the batch."""
+def copying(num: int, error_rate: float) -> list[tuple[Problem, str]]:
+    """Questions that ask for a number to be repeated, and the answer of a teacher who gets it wrong at times."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(num):
+        number = rng.randrange(10, 100)
+        said = rng.randrange(10, 100) if rng.random() < error_rate else number
+        rows.append((Problem(f"{number}=", str(number), {}), f"\\boxed{{{said}}}"))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
+    """A model that imitates a teacher who is wrong in 40 % of the cases."""
+    model, tokenizer = tiny()
+    documents = [
+        Document(render_prompt(tokenizer, problem.question), [*tokenizer.encode(said), tokenizer.eos_token_id])
+        for problem, said in copying(4000, error_rate=0.4)
+    ]
+    config = SFTConfig(
+        output_dir="unused",
+        max_steps=300,
+        global_batch_size=32,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        adam_beta2=0.98,
+        data=SFTDataConfig(num_heldout=0),
+    )
+    trained = SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+    for _ in range(config.max_steps):
+        trained.step()
+    return model, tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_only_the_true_reward_teaches(
+    taught: tuple[BlockDiffusionModel, PreTrainedTokenizerBase], is_shuffled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: rewards permuted over the batch must not gain. Four steps see 1024 completions: sigma 0.02."""
+    model, tokenizer = taught
     config = RLConfig(
         output_dir="unused",
-        max_steps=15,
+        max_steps=24,
         learning_rate=3e-4,
         lr_scheduler_type="constant",
         scale_rewards="group",
-        rollout=RolloutConfig(prompts_per_step=32, num_generations=8, max_completion_length=48, max_sampling_rounds=1),
+        rollout=RolloutConfig(prompts_per_step=32, num_generations=8, max_completion_length=12, max_sampling_rounds=1),
     )
-    problems = noisy_sums_problems(1000, 0)
+    problems = [problem for problem, _ in copying(1000, error_rate=0.0)]
     trained = RLTrainer(config, model=copy.deepcopy(model), tokenizer=tokenizer, problems=problems)
     if is_shuffled:
         score, rng = trained.rubric.score, random.Random(0)
 
-        def shuffled(*args, **named):  # type: ignore[no-untyped-def]
+        def shuffled(*args: Any, **named: Any) -> Scores:
             scores = score(*args, **named)
             return replace(scores, total=rng.sample(scores.total, len(scores.total)))
 
         monkeypatch.setattr(trained.rubric, "score", shuffled)
-    return [trained.step()["completions/accuracy"] for _ in range(config.max_steps)]
-
-
-@pytest.mark.slow
-def test_only_the_true_reward_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five steps see 1280 completions of 160 prompts: the mean of as many differs by 0.03 (one sigma) by chance."""
-    model, tokenizer = tiny()
-    sft = SFTConfig(
-        output_dir="unused",
-        max_steps=300,
-        learning_rate=4e-3,
-        warmup_steps=20,
-        adam_beta2=0.98,
-        data=SFTDataConfig(limit=20000, num_heldout=0),
-    )
-    taught = SFTTrainer(sft, model=model, tokenizer=tokenizer)
-    for _ in range(sft.max_steps):
-        taught.step()
-    gains = {}
-    for is_shuffled in (False, True):
-        accuracies = sampled_accuracies(model, tokenizer, monkeypatch, is_shuffled=is_shuffled)
-        gains[is_shuffled] = statistics.fmean(accuracies[-5:]) - statistics.fmean(accuracies[:5])
-    assert gains[True] < 0.06 < gains[False], gains
+    accuracies = [trained.step()["completions/accuracy"] for _ in range(config.max_steps)]
+    gain = statistics.fmean(accuracies[-4:]) - statistics.fmean(accuracies[:4])
+    assert (gain < 0.06) if is_shuffled else (gain > 0.12), (gain, accuracies)

@@ -1,0 +1,95 @@
+"""Configuration: precedence, round trips, and errors that are one line, exit with 2 and write nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dirl.cli import main
+from dirl.config import ConfigError, load_config, save_config
+from dirl.eval.evaluate import EvalConfig
+from dirl.rl.train import RLConfig
+from dirl.sft.train import SFTConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SCHEMAS = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig}
+
+
+@pytest.mark.parametrize("size", ["tiny", "sdar_8b"])
+@pytest.mark.parametrize("stage", SCHEMAS)
+def test_shipped_configs_load_and_survive_a_round_trip(size: str, stage: str, tmp_path: Path) -> None:
+    config = load_config(SCHEMAS[stage], CONFIGS / size / f"{stage}.yaml")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(SCHEMAS[stage], tmp_path / "config.yaml") == config
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1e-4\nmodel:\n  path: ${oc.env:DIRL_TEST_MODEL,fallback}\nmax_steps: 7\n")
+    config = load_config(SFTConfig, file, ["max_steps=9", "data.path=x.jsonl"])
+    assert (config.learning_rate, config.max_steps, config.data.path) == (1e-4, 9, "x.jsonl")
+    assert config.model.path == "fallback" and config.warmup_steps == SFTConfig.warmup_steps
+    monkeypatch.setenv("DIRL_TEST_MODEL", "from the environment")
+    assert load_config(SFTConfig, file).model.path == "from the environment"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learning_rte=1", ["'learning_rte'", "did you mean 'learning_rate'"]),
+        ("num_generations=4", ["did you mean 'rollout.num_generations'"]),
+        ("rollout.num_generation=4", ["'rollout.num_generation'", "num_generations"]),
+        ("max_steps=many", ["max_steps", "whole number", "'many'"]),
+        ("max_steps=1.5", ["max_steps", "whole number"]),
+        ("bf16=1", ["bf16", "true or false"]),
+        ("rollout.unmasking_strategy=best", ["rollout.unmasking_strategy", "low_confidence_dynamic", "'best'"]),
+        ("rollout.num_generations=1", ["rollout", "num_generations must be at least 2", "got 1"]),
+        ("epsilon=1.5", ["epsilon must be in [0, 1)", "1.5"]),
+        ("reward.functions=[nothing_like_it]", ["nothing_like_it"]),
+        ("no_equals_sign", ["key=value"]),
+        ("model=x", ["model", "mapping"]),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(
+    override: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_directory: Path
+) -> None:
+    output_dir = tmp_path / "run"
+    arguments = [
+        "rl",
+        str(CONFIGS / "tiny/rl.yaml"),
+        f"output_dir={output_dir}",
+        f"model.path={tiny_directory}",
+        override,
+    ]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dirl: error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not output_dir.exists()
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "just text"])
+def test_unusable_files(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"c\.yaml") as caught:
+        load_config(SFTConfig, file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(SFTConfig, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.path"])
+def test_missing_inputs(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_directory: Path) -> None:
+    arguments = ["sft", str(CONFIGS / "tiny/sft.yaml"), f"output_dir={tmp_path / 'run'}"]
+    arguments += [f"model.path={tiny_directory}", f"{key}={tmp_path}/absent.json"]
+    assert main(arguments) == 2
+    assert f"{tmp_path}/absent.json" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    assert main(["tiny-model", str(directory)]) == 0
+    return directory
