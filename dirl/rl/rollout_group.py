@@ -46,7 +46,7 @@ class RolloutConfig(SamplingConfig, EngineConfig):
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
 
-class NoSignal(RuntimeError):
+class NoSignal(ValueError):
     """No group of a step had differing rewards."""
 
 

@@ -28,7 +28,7 @@ from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import ScaleRewards, group_advantages
-from dirl.rl.rollout_group import Collected, Collector, RolloutConfig, RolloutGroup, render_prompts
+from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, sample_line, summarise, throughput
 from dirl.rl.update import PolicyUpdater, UpdateConfig
 from dirl.rollout.build import build_engine
@@ -139,8 +139,15 @@ class RLTrainer:
             self.timings, self.steps_done = run.timings, run.step
             self.engine.update_weights(self.model)
             while not run.is_finished:
-                with run.timings.phase("step"):
-                    metrics = self.step()
+                try:
+                    with run.timings.phase("step"):
+                        metrics = self.step()
+                except NoSignal as reason:
+                    if self.steps_done == 0:
+                        raise
+                    run.say(f"training ends early: {reason}")
+                    run.save()
+                    break
                 run.step = self.steps_done
                 self._log_completions(run)
                 if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
