@@ -124,8 +124,8 @@ def _as_float(value: Any) -> Any:
 def _suggestion(name: str, names: Sequence[str], schema: type[Any]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     nested = [key for key in _dotted_keys(schema) if key.endswith(f".{name}")]
-    if close or nested:
-        return f"; did you mean {(close or nested)[0]!r}?"
+    if nested or close:
+        return f"; did you mean {(nested or close)[0]!r}?"
     return f"; known keys: {', '.join(names)}"
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-MASK_TOKEN = "<|MASK|>"  # not "<MASK>", which is five ordinary tokens of the SDAR vocabulary
+MASK_TOKEN = "<|MASK|>"  # not "<MASK>", which the SDAR vocabulary reads as three ordinary tokens
 END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",

@@ -108,9 +108,9 @@ class RLTrainer:
         self.config = config
         self.distributed = Distributed(bf16=config.bf16)
         self.timings = Timings()
+        self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
-        self.rubric = rubric or Rubric(config.reward)
         reference = None
         if config.beta > 0:
             reference = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()

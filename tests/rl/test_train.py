@@ -121,11 +121,11 @@ def test_only_the_true_reward_teaches(
     model, tokenizer = taught
     config = RLConfig(
         output_dir="unused",
-        max_steps=24,
+        max_steps=16,
         learning_rate=3e-4,
         lr_scheduler_type="constant",
         scale_rewards="group",
-        rollout=RolloutConfig(prompts_per_step=32, num_generations=8, max_completion_length=12, max_sampling_rounds=1),
+        rollout=RolloutConfig(prompts_per_step=32, num_generations=8, max_completion_length=12, dynamic_sampling=False),
     )
     problems = [problem for problem, _ in copying(1000, error_rate=0.0)]
     trained = RLTrainer(config, model=copy.deepcopy(model), tokenizer=tokenizer, problems=problems)
