@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+    # OmegaConf writes what OmegaConf reads: to it, unlike to YAML 1.1, an unquoted 1e-6 is a number.
+    text = OmegaConf.to_yaml(OmegaConf.create(_escape(config_to_dict(config))))
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -63,39 +66,41 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _read_override(override: str) -> DictConfig:
-    key, separator, _ = override.partition("=")
+    key, separator, value = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r} must be key=value, such as learning_rate=1e-5 or model.path=DIR")
     try:
-        return OmegaConf.from_dotlist([override])
+        return OmegaConf.from_dotlist([override if value else f'{key}=""'])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {override!r} cannot be read: {_first_line(error)}") from error
 
 
-def _build(schema: type[Config], values: Any, prefix: str, path: str | Path | None) -> Config:
-    """One dataclass from a mapping of the same names."""
+def _build(
+    schema: type[Config], values: Any, prefix: str, path: str | Path | None, default: Config | None = None
+) -> Config:
+    """One dataclass from a mapping of the same names; what it does not name is as in `default` (None: the class)."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{_source(path)}: {prefix or 'the file'} must be a mapping of keys, got {values!r}")
     hints = typing.get_type_hints(schema)
-    names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in names:
-            raise ConfigError(f"{_source(path)}: unknown key {key!r}{_suggestion(str(name), names, schema)}")
+        if name not in fields:
+            raise ConfigError(f"{_source(path)}: unknown key {key!r}{_suggestion(str(name), prefix, schema)}")
         hint = hints[str(name)]
         if dataclasses.is_dataclass(hint):
-            arguments[name] = _build(hint, value, key, path)  # type: ignore[arg-type]
+            arguments[name] = _build(hint, value, key, path, _default(fields[name]))  # type: ignore[arg-type]
         else:
             arguments[name] = _convert(value, hint, key, path)
     try:
-        return schema(**arguments)
+        return schema(**arguments) if default is None else dataclasses.replace(default, **arguments)  # type: ignore[type-var]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{_source(path)}: {prefix + ': ' if prefix else ''}{error}") from error
 
 
 def _convert(value: Any, hint: Any, key: str, path: str | Path | None) -> Any:
-    """A YAML value as the field's type; nothing is guessed beyond int -> float and numbers written as 1e-5."""
+    """A YAML value as the field's type; nothing is guessed beyond int -> float and the text that says a number."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in inner:
@@ -106,27 +111,52 @@ def _convert(value: Any, hint: Any, key: str, path: str | Path | None) -> Any:
         return [_convert(item, inner[0], f"{key}[{i}]", path) for i, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
         return {name: _convert(item, inner[1], f"{key}.{name}", path) for name, item in value.items()}
-    if hint is float and not isinstance(value, bool):
-        value = _as_float(value)
-    if origin is None and type(value) is hint:
+    value = _read_scalar(value, hint)
+    if origin is None and type(value) is hint and value == value:  # NaN differs from itself
         return value
     raise ConfigError(f"{_source(path)}: {key} must be {_name(hint)}, got {value!r}")
 
 
-def _as_float(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 (no dot) as text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
+def _read_scalar(value: Any, hint: Any) -> Any:
+    """An int where a float is wanted, or text that says what is wanted: environment variables are always text."""
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if hint is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value):
+        return int(value)
+    if hint is bool and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)
+    return value
 
 
-def _suggestion(name: str, names: Sequence[str], schema: type[Any]) -> str:
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The section a schema starts from; None where it has no default."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _escape(value: Any) -> Any:
+    """The value with every ${ in its texts marked as no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)
+    return value
+
+
+def _suggestion(name: str, prefix: str, schema: type[Any]) -> str:
+    names = [field.name for field in dataclasses.fields(schema)]
     close = difflib.get_close_matches(name, names, n=1)
     nested = [key for key in _dotted_keys(schema) if key.endswith(f".{name}")]
+    section = f"{prefix}." if prefix else ""
     if nested or close:
-        return f"; did you mean {(nested or close)[0]!r}?"
-    return f"; known keys: {', '.join(names)}"
+        return f"; did you mean {section + (nested or close)[0]!r}?"
+    return f"; known keys: {', '.join(section + known for known in names)}"
 
 
 def _dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
@@ -137,7 +167,9 @@ def _dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
 
 
 def _name(hint: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+    return {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false"}.get(
+        hint, str(hint)
+    )
 
 
 def _source(path: str | Path | None) -> str:

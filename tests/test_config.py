@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,77 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
     assert main(["tiny-model", str(directory)]) == 0
     return directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    text: str = "x"
+    temperature: float = 1.0
+    count: int = 0
+    is_on: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    section: Section = field(default_factory=Section)
+    greedy: Section = field(default_factory=lambda: Section(temperature=0.0))
+    required: str
+
+
+def test_environment_variables_become_what_the_field_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"A": "7", "B": "true", "C": "1e-3"}.items():
+        monkeypatch.setenv(f"DIRL_TEST_{name}", value)
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "required: r\nsection:\n  count: ${oc.env:DIRL_TEST_A,3}\n  is_on: ${oc.env:DIRL_TEST_B,false}\n"
+        "  temperature: ${oc.env:DIRL_TEST_C,1.0}\n"
+    )
+    section = load_config(Schema, file).section
+    assert (section.count, section.is_on, section.temperature) == (7, True, 0.001)
+    monkeypatch.setenv("DIRL_TEST_A", "seven")
+    with pytest.raises(ConfigError, match=r"section\.count must be a whole number, got 'seven'"):
+        load_config(Schema, file)
+    monkeypatch.delenv("DIRL_TEST_A")
+    assert load_config(Schema, file).section.count == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e-6", "5", "yes", "null", "", " ", "a: b", "#", "\\boxed{}", "${x}", "\\${x}", "a\\\\${", "ü\n\t'\"", "~", "$"],
+)
+def test_any_text_survives_a_round_trip(text: str, tmp_path: Path) -> None:
+    config = Schema(required=text, section=Section(text=text))
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(Schema, tmp_path / "c.yaml") == config
+
+
+def test_a_section_keeps_the_defaults_its_parent_gives_it() -> None:
+    assert load_config(Schema, None, ["required=r", "greedy.count=3"]).greedy == Section(temperature=0.0, count=3)
+
+
+def test_text_on_the_command_line() -> None:
+    config = load_config(Schema, None, ["required=", "section.text=a=b c"])
+    assert (config.required, config.section.text) == ("", "a=b c")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("section.txt=a", "unknown key 'section.txt'; did you mean 'section.text'"),
+        ("section.zzz=a", "known keys: section.text, section.temperature"),
+        ("section.temperature=nan", "section.temperature must be a number, got nan"),
+        ("section.text=5", r"section.text must be text \(quote it\), got 5"),
+        ("section.is_on=maybe", "section.is_on must be true or false, got 'maybe'"),
+        ("section.count=[1", r"override 'section.count=\[1' cannot be read"),
+        ("section.text=${nothing}", "nothing"),
+    ],
+)
+def test_errors_name_the_whole_key(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(Schema, None, ["required=r", override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_required_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="'required'"):
+        load_config(Schema, None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dirl.data.chat import render_messages, render_prompt, stop_token_ids, with_system_prompt
+from dirl.data.chat import decode, render_messages, render_prompt, stop_token_ids, with_system_prompt
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
 from dirl.data.tasks import find_task
 
@@ -124,7 +124,10 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     stops = stop_token_ids(tokenizer)
     first_stop = next((i for i, token in enumerate(ids) if token in stops), None)
     if first_stop is not None:
-        return ids[: first_stop + 1]  # templates write a newline after it, which a decoder never gets to
+        rest = decode(tokenizer, ids[first_stop + 1 :]).strip()  # the newline of a template, which no decoder gets to
+        if rest:
+            raise ValueError(f"has text after the token that ends a turn: {shorten(rest)}")
+        return ids[: first_stop + 1]
     return [*ids, turn_end_id(tokenizer)]
 
 

@@ -60,7 +60,7 @@ def convert_rows(
             break
         try:
             if not isinstance(row, dict):
-                raise ValueError(f"is not a JSON object: {shorten(row)}")
+                raise ValueError(f"is not an object of named columns: {shorten(row)}")
             items.append(convert(row))
         except ValueError as error:
             if not skip_bad_rows:
@@ -115,7 +115,8 @@ def _read_jsonl(file: Path) -> Iterator[NumberedRow]:
 
 def _read_csv(file: Path) -> Iterator[NumberedRow]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        yield from enumerate(csv.DictReader(lines), start=1)
+        for number, row in enumerate(csv.DictReader(lines), start=1):
+            yield number, row.get(None, row)  # under None: cells beyond the header, so a bad row
 
 
 def _read_parquet(file: Path) -> Iterator[NumberedRow]:

@@ -51,6 +51,61 @@ def test_long_documents_are_left_out_and_bad_rows_named(tmp_path: Path) -> None:
     assert len(load_documents(path, tiny_tokenizer(), max_length=20, skip_bad_rows=True)) == 1
 
 
+def test_a_completion_is_never_cut_at_a_stop_token_within(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    path = write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "one<|im_end|>\n"}])
+    (document,) = load_documents(path, tokenizer, max_length=99)
+    assert tokenizer.decode(document.completion_ids) == "one<|im_end|>"
+    for row in (
+        {"prompt": "q", "completion": "one<|endoftext|>two"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "one<|im_end|>two"}]},
+    ):
+        with pytest.raises(DataError, match=r"d\.jsonl row 1 has text after the token that ends a turn: 'two'"):
+            load_documents(write(tmp_path / "d.jsonl", [row]), tokenizer, max_length=99)
+
+
+def test_system_prompt_and_rows_that_bring_their_own(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"prompt": "q", "completion": "a"}, {"messages": turns}]
+    rows.append({"messages": [{"role": "system", "content": "own"}, *turns]})
+    tokenizer = tiny_tokenizer()
+    documents = load_documents(write(tmp_path / "d.jsonl", rows), tokenizer, max_length=99, system_prompt="given")
+    prompts = [tokenizer.decode(document.prompt_ids) for document in documents]
+    assert prompts == [f"<|system|>{text}<|user|>q<|assistant|>" for text in ("given", "given", "own")]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "q"}, "columns prompt; expected messages"),
+        ({"prompt": "q", "completion": 3}, "completion=3"),
+        ({"messages": []}, r"messages=\[\]"),
+        ({"messages": [{"from": "human", "value": "q"}]}, "expected a role and a text content"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "no assistant message"),
+        ({"messages": [{"role": "tool", "content": "q"}, {"role": "assistant", "content": "a"}]}, "unknown role tool"),
+    ],
+)
+def test_bad_conversations_are_named(row: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a"}, row])
+    with pytest.raises(DataError, match=rf"d\.jsonl row 2 .*{words}") as caught:
+        load_documents(path, tiny_tokenizer(), max_length=99)
+    assert "\n" not in str(caught.value)
+    assert len(load_documents(path, tiny_tokenizer(), max_length=99, skip_bad_rows=True)) == 1
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match=r"row 1 renders differently as a prompt and as a whole"):
+        load_documents(write(tmp_path / "d.jsonl", [{"messages": messages}]), tokenizer, max_length=99)
+
+
+def test_nothing_short_enough_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"all 5 documents are longer than max_length=3"):
+        load_documents("task:noisy_sums", tiny_tokenizer(), max_length=3, limit=5)
+
+
 def test_the_real_tokenizer() -> None:
     if not (SHARED / "tokenizer").is_dir():
         pytest.skip("the tokenizer of SDAR is not beside the repository")
@@ -107,6 +162,20 @@ def test_the_task_has_an_imperfect_teacher_and_true_answers() -> None:
             wrong += int(a) + int(b) != int(result)
     assert 0.13 < wrong / written < 0.17
     assert not {row["prompt"] for row in noisy_sums_demonstrations(3000, 0)} & {p.question for p in heldout}
+
+
+def test_a_wrong_step_is_carried_on() -> None:
+    for row in noisy_sums_demonstrations(500, 0, error_rate=0.5):
+        terms = row["prompt"].removesuffix("=").split("+")
+        *steps, box = row["completion"].split(";")
+        written = terms[0]
+        for term, step in zip(terms[1:], steps, strict=True):
+            left, result = step.split("=")
+            assert left == f"{written}+{term}" and int(result) >= 0
+            written = result
+        assert box == f"\\boxed{{{written}}}"
+    for row in noisy_sums_demonstrations(100, 0, error_rate=0.0):
+        assert row["completion"].endswith(f";\\boxed{{{eval_sum(row['prompt'])}}}")
 
 
 def test_the_tiny_tokenizer_encodes_any_text(tmp_path: Path) -> None:

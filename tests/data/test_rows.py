@@ -1,0 +1,169 @@
+"""Files -> rows -> problems: every format gives the same problems, and a bad file or row is one clear line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from pyarrow import Table, parquet
+
+from dirl.data.problems import Problem, load_problems
+from dirl.data.rows import DataError
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+ROWS = [{"question": f"{n} + ü?", "ground_truth_answer": str(n), "level": "easy"} for n in range(3)]
+PROBLEMS = [Problem(row["question"], row["ground_truth_answer"], {"level": "easy"}) for row in ROWS]
+
+
+def write_rows(file: Path) -> None:
+    if file.suffix == ".parquet":
+        parquet.write_table(Table.from_pylist(ROWS), file)
+    elif file.suffix == ".csv":
+        with file.open("w", encoding="utf-8", newline="") as lines:
+            writer = csv.DictWriter(lines, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(ROWS), encoding="utf-8-sig")  # with the byte order mark some editors leave
+    else:
+        file.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_every_format_gives_the_same_problems(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"rows{suffix}"
+    write_rows(file)
+    assert load_problems(str(file)) == PROBLEMS
+    assert load_problems(str(file), limit=2, seed=7) == PROBLEMS[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", b"{}", "expected an array"),
+        ("a.json", b"", "not valid JSON"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "named .jsonl"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.json", b"\xff\xfe[]", "not UTF-8 text"),
+        ("a.jsonl", b'{"question": "q", "ground_truth_answer": "1"}\n\xff\n', "not UTF-8 text"),
+        ("a.parquet", b"no parquet", "not a readable parquet file"),
+        ("a.txt", b"x", "'.txt'; expected one of .json"),
+    ],
+)
+def test_unusable_files_are_one_line_naming_the_file(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    for skip_bad_rows in (False, True):
+        with pytest.raises(DataError) as caught:
+            load_problems(str(file), skip_bad_rows=skip_bad_rows)
+        assert str(file) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("absent.json", "data file absent.json does not exist"),
+        ("a/b/c", "data file a/b/c does not exist"),
+        (".", "is a directory"),
+        ("task:absent", "unknown task 'absent' .* noisy_sums"),
+    ],
+)
+def test_missing_paths(path: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        load_problems(path)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(name: str, configuration: str | None, *, split: str) -> None:
+        asked.append((name, configuration, split))
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    for path in ("owner/name:main", "owner/name"):
+        with pytest.raises(DataError, match=f"{path} is no local file, .* no route to the hub"):
+            load_problems(path, split="test")
+    assert asked == [("owner/name", "main", "test"), ("owner/name", None, "test")]
+
+
+def test_rows_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, split: {"test": ROWS}[split])
+    assert load_problems("owner/name", split="test") == PROBLEMS
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"question": "q", "answer": "1"}', "columns question, answer; expected question and ground_truth_answer"),
+        ('{"question": " ", "ground_truth_answer": "1"}', "question=' '"),
+        ('{"question": ["q"], "ground_truth_answer": "1"}', r"question=\['q'\]"),
+        ('{"question": "q", "ground_truth_answer": null}', "ground_truth_answer=None"),
+        ('{"question": "q", "ground_truth_answer": true}', "ground_truth_answer=True"),
+        ('{"question": "q", "ground_truth_answer": "  "}', "ground_truth_answer='  '"),
+        ('{"question": "q", "ground_truth_answer": NaN}', "ground_truth_answer=nan"),
+        ('{"question": "q", "ground_truth_answer": ["1"]}', r"ground_truth_answer=\['1'\]"),
+        ("[1, 2]", "is not an object of named columns"),
+        ('{"question": "q', "is not an object of named columns"),
+    ],
+)
+def test_bad_rows_are_named_or_counted(row: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"question": "q", "ground_truth_answer": "1"}}\n{row}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=rf"rows\.jsonl row 2 .*{words}.*skip_bad_rows=true") as caught:
+        load_problems(str(file))
+    assert "\n" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert load_problems(str(file), skip_bad_rows=True) == [Problem("q", "1", {})]
+    assert "skipped 1 bad rows, kept 1" in caplog.text
+
+
+def test_a_csv_row_with_too_many_cells_is_bad(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("question,ground_truth_answer\nq,1\nq,1,000\n")
+    with pytest.raises(DataError, match=r"rows\.csv row 2 is not an object of named columns"):
+        load_problems(str(file))
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"), [(18, "18"), (18.0, "18"), (0.1, "0.1"), (-3, "-3"), (10**30, str(10**30)), (" x ", " x ")]
+)
+def test_golds_become_text(gold: object, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"question": "q", "ground_truth_answer": gold}]))
+    assert load_problems(str(file))[0].answer == text
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("\\boxed{1} no: \\boxed{\\frac{1}{\\sqrt{2}}}.", "\\frac{1}{\\sqrt{2}}"),
+        ("the answer is 7", "the answer is 7"),
+        ("cut short: \\boxed{1", "cut short: \\boxed{1"),
+        ("\\boxed{}", "\\boxed{}"),
+    ],
+)
+def test_the_answer_of_a_solution_is_its_last_box(solution: str, answer: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"prompt": "q", "solution": solution, "question": 5}]))
+    assert load_problems(str(file)) == [Problem("q", answer, {"question": 5})]
+
+
+def test_splits_and_limits_of_the_task() -> None:
+    assert len(load_problems("task:noisy_sums", limit=7)) == 7
+    assert load_problems("task:noisy_sums", limit=50, seed=1) != load_problems("task:noisy_sums", limit=50, seed=2)
+    with pytest.raises(DataError, match="splits train and heldout, got 'test'"):
+        load_problems("task:noisy_sums", split="test")
+    with pytest.raises(DataError, match="held-out sums of 3 terms"):
+        load_problems("task:noisy_sums", split="heldout", limit=1000)
+
+
+@pytest.mark.parametrize(("name", "num"), [("GSM8K.json", 1319), ("MATH500.json", 500), ("OlympiadBench.json", 675)])
+def test_the_real_benchmarks(name: str, num: int) -> None:
+    if not (DATA / name).is_file():
+        pytest.skip(f"{name} is not beside the repository")
+    assert len(load_problems(str(DATA / name))) == num
