@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from dirl.rl.train import RLConfig
 from dirl.sft.train import SFTConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SCHEMAS = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig}
+SCHEMAS: dict[str, type[Any]] = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig}
 
 
 @pytest.mark.parametrize("size", ["tiny", "sdar_8b"])

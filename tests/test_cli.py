@@ -1,0 +1,149 @@
+"""The command line: what runs, exit codes, and who prints; trainers are stood in for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dirl import __version__
+from dirl.cli import main
+from dirl.data.problems import load_problems
+
+COMMANDS = {
+    "sft": ("dirl.sft.train", "SFTConfig", "SFTTrainer"),
+    "rl": ("dirl.rl.train", "RLConfig", "RLTrainer"),
+    "eval": ("dirl.eval.evaluate", "EvalConfig", "run_evaluation"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandInConfig:
+    """What the stand-in runs are given; `act` says how they end."""
+
+    act: str = "finish"
+    path: str = "absent.json"
+
+
+class StandIn:
+    def __init__(self, config: StandInConfig) -> None:
+        self.config = config
+
+    def train(self) -> str:
+        if self.config.act == "interrupt":
+            raise KeyboardInterrupt
+        if self.config.act == "read":
+            load_problems(self.config.path)
+        if self.config.act == "break":
+            json.loads("{")  # a ValueError of a library: a bug of ours, not of the user
+        return f"result of {self.config.path}"
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A command whose trainer is the stand-in."""
+    name = str(request.param)
+    module_name, config_name, run_name = COMMANDS[name]
+    module = ModuleType(module_name)
+    setattr(module, config_name, StandInConfig)
+    setattr(module, run_name, StandIn if name != "eval" else lambda config: StandIn(config).train())
+    monkeypatch.setitem(sys.modules, module_name, module)
+    return name
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    file = tmp_path / "with a space.yaml"
+    file.write_text("path: from the file\n")
+    return str(file)
+
+
+def test_a_run_gets_file_and_overrides(command: str, config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, config_file]) == 0
+    assert "result of from the file" in capsys.readouterr().out
+    assert main([command, config_file, "path=a=b"]) == 0
+    assert "result of a=b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pth=x", "unknown key 'pth'; did you mean 'path'?"),
+        ("path", "key=value"),
+        ("act=read", "data file from the file does not exist"),
+    ],
+)
+def test_errors_of_the_user(
+    command: str, config_file: str, override: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, config_file, override]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dirl: error: ") and captured.err.count("\n") == 1
+    assert words in captured.err and not captured.out
+
+
+def test_a_missing_configuration_file(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path / "absent.yaml")]) == 2
+    assert capsys.readouterr().err == f"dirl: error: configuration file {tmp_path}/absent.yaml does not exist\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_main_rank_speaks(
+    command: str, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first process of the second machine
+    assert main([command, config_file, "pth=x"]) == 2
+    assert main([command, config_file]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_interruption(command: str, config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, config_file, "act=interrupt"]) == 130
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).splitlines() == ["dirl: interrupted"]
+
+
+def test_a_bug_keeps_its_traceback(command: str, config_file: str) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        main([command, config_file, "act=break"])
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, words in (
+        (["--version"], 0, f"dirl {__version__}"),
+        (["--help"], 0, "tiny-model"),
+        (["rl", "--help"], 0, "key=value"),
+        ([], 2, "COMMAND"),
+        (["train"], 2, "invalid choice: 'train'"),
+        (["rl"], 2, "CONFIG"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        captured = capsys.readouterr()
+        assert caught.value.code == code and words in captured.out + captured.err
+
+
+def test_tiny_model(tmp_path: Path) -> None:
+    assert main(["tiny-model", str(tmp_path / "tiny")]) == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "tiny").iterdir()}
+
+
+def test_help_comes_without_torch() -> None:
+    code = "import sys; from dirl.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"
+
+
+def test_as_a_module_in_a_plain_process(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "dirl.cli", "eval", "absent.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert run.stderr.splitlines()[-1] == "dirl: error: configuration file absent.yaml does not exist"
