@@ -56,11 +56,20 @@ AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """SDPA with a boolean mask (True = may read) and grouped key/value heads; (B, H, Q, D)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    """SDPA with a boolean mask (B, 1, Q or 1, K; True = may read) and grouped key/value heads; (B, H, Q, D).
+
+    The heads that share a key/value head are laid out as further queries of it: repeating keys and values instead
+    takes longer than the attention itself when queries are few, as in decoding.
+    """
+    num_heads, num_queries = query.shape[1:3]
+    groups = num_heads // key.shape[1]
+    if groups == 1:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    folded = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    if mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return output.unflatten(2, (groups, num_queries)).flatten(1, 2)
 
 
 class DensePlan:

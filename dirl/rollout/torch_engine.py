@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import decode, stop_token_ids
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
-from dirl.model.block_cache import BlockCache, CachePlan, RowLayout
+from dirl.model.block_cache import BlockCache, CachePlan, QueryRows
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.slots import Request, Slots, Step
 
 _PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
+_COMPACT_BELOW = 7 / 8  # share of slots in use at which the empty ones, each a row of every pass, are dropped
 
 
 class TorchEngine:
@@ -38,7 +40,7 @@ class TorchEngine:
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
         self.weights_version = 0
         self._is_stale = False
-        self._stop_ids = stop_token_ids(tokenizer)
+        self.stop_ids = stop_token_ids(tokenizer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
@@ -103,7 +105,7 @@ class TorchEngine:
         slots = Slots(num_slots, touched, block_length, self.model.config.mask_token_id, device)
         cache = BlockCache(self.model, num_slots, max(r.end_block for r in requests) * block_length)
         sampler = _Sampler(self.model, sampling)
-        stop_ids = torch.tensor(self._stop_ids, device=device)
+        stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
             admitted = {slot: queue.popleft() for slot in slots.free() if queue}
             if admitted:
@@ -112,7 +114,7 @@ class TorchEngine:
             slot_A = slots.is_active_S.nonzero().squeeze(1)
             if len(slot_A) == 0:
                 return
-            if not queue and len(slot_A) <= len(slots.requests) // 2:
+            if not queue and len(slot_A) <= _COMPACT_BELOW * len(slots.requests):
                 slots.keep(slot_A)
                 cache.keep_slots(slot_A)
                 slot_A = torch.arange(len(slot_A), device=device)
@@ -145,37 +147,39 @@ class TorchEngine:
         row_T = torch.arange(len(prompts), device=device).repeat_interleave(lengths)
         position_T = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
         token_ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        rows = RowLayout(row_T, position_T, len(prompts), slot_R)
-        self._run(token_ids_T, slot_R[row_T], position_T, cache, rows)
+        rows = QueryRows.of_prompts(slot_R, row_T, position_T, self.model.config.block_size)
+        self._run(token_ids_T, slot_R[row_T], position_T, cache, [rows])
 
     def _forward(self, slots: Slots, slot_A: Tensor, cache: BlockCache) -> Tensor:
         """Hidden states of the active slots' current blocks, (A, B, D); commits previous blocks on the way."""
         block_length = slots.block_length
-        lane_B = torch.arange(block_length, device=slot_A.device)
         slot_P = slot_A[slots.has_previous_S[slot_A]]
-        slot_XB = torch.cat([slot_P, slot_A])[:, None].expand(-1, block_length)
-        first_block_X = torch.cat([slots.block_S[slot_P] - 1, slots.block_S[slot_A]])
-        position_XB = first_block_X[:, None] * block_length + lane_B
-        lane_offset_X = torch.cat([torch.zeros_like(slot_P), slots.has_previous_S[slot_A] * block_length])
+        slot_X = torch.cat([slot_P, slot_A])
+        block_X = torch.cat([slots.block_S[slot_P] - 1, slots.block_S[slot_A]])
+        position_XB = block_X[:, None] * block_length + torch.arange(block_length, device=slot_A.device)
         token_ids_XB = torch.cat([slots.previous_ids_SB[slot_P], slots.token_ids_SB[slot_A]])
-        rows = RowLayout(
-            slot_XB.flatten(), (lane_offset_X[:, None] + lane_B).flatten(), num_rows=len(slots.requests), slot_R=None
-        )
-        hidden_TD = self._run(token_ids_XB.flatten(), slot_XB.flatten(), position_XB.flatten(), cache, rows)
-        return hidden_TD.unflatten(0, (-1, block_length))[len(slot_P) :]
+        cut, of_blocks = len(slot_P), partial(QueryRows.of_blocks, block_length=block_length)
+        parts = [of_blocks(slice(cut * block_length, None), slot_A, block_X[cut:], num_slots=len(slots.requests))]
+        if cut:  # few slots commit in one pass: copying what they hold is less than a row for every slot
+            parts.insert(0, of_blocks(slice(0, cut * block_length), slot_P, block_X[:cut], num_slots=None))
+        slot_T = slot_X.repeat_interleave(block_length)
+        hidden_TD = self._run(token_ids_XB.flatten(), slot_T, position_XB.flatten(), cache, parts)
+        return hidden_TD.unflatten(0, (-1, block_length))[cut:]
 
     def _run(
-        self, token_ids_T: Tensor, slot_T: Tensor, position_T: Tensor, cache: BlockCache, rows: RowLayout
+        self, token_ids_T: Tensor, slot_T: Tensor, position_T: Tensor, cache: BlockCache, parts: Sequence[QueryRows]
     ) -> Tensor:
-        plan = CachePlan(cache, slot_T, position_T, block_length=self.model.config.block_size, rows=rows)
         return self.model.model(
-            input_ids=token_ids_T[None], position_ids=position_T[None], attention_plan=plan, use_cache=False
+            input_ids=token_ids_T[None],
+            position_ids=position_T[None],
+            attention_plan=CachePlan(cache, slot_T, position_T, parts),
+            use_cache=False,
         ).last_hidden_state[0]
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
     ) -> tuple[int, Completion]:
-        stops = [i for i, token in enumerate(token_ids) if token in self._stop_ids]
+        stops = [i for i, token in enumerate(token_ids) if token in self.stop_ids]
         prompt_ids, block_length = list(request.prompt_ids), self.model.config.block_size
         tail = [0] * (len(prompt_ids) % block_length)
         steps = tail + step_map

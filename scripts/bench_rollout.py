@@ -1,0 +1,174 @@
+"""Decoding speed of TorchEngine against a straightforward one-sequence block decoder, at equal outputs.
+
+    python scripts/bench_rollout.py [--model tiny|1.7b|4b|8b] [--batch-sizes 1 16 64 256] [--completion-length 128]
+
+The plain decoder is what public SDAR code does: one sequence at a time, a growing key/value cache, one forward pass
+per denoising step and one more to commit a finished block. Both draw from the same random streams, so the tokens must
+agree. One JSON line a batch size; `speedup` is the ratio of tokens per second in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from benchmark_setup import MODEL_NAMES, build_model, print_line, synchronize
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dirl.diffusion.distribution import counter_uniform, sample
+from dirl.diffusion.unmasking import reveal_positions
+from dirl.model.attention import masked_attention
+from dirl.model.checkpoint import load
+from dirl.model.logprobs import suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.tiny import tiny
+from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.torch_engine import TorchEngine
+
+
+class GrowingCache:
+    """Keys and values of one sequence, concatenated block by block."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self.keeps = True
+
+    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
+        past = self.layers[layer]
+        key, value = key_BGLD, value_BGLD
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        if self.keeps:
+            self.layers[layer] = (key, value)
+        mask = torch.ones(1, 1, query_BHLD.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        return masked_attention(query_BHLD, key, value, mask, scaling).transpose(1, 2)
+
+
+class PlainDecoder:
+    """Decodes one prompt after another."""
+
+    def __init__(self, model: BlockDiffusionModel, sampling: SamplingConfig, stop_ids: list[int]) -> None:
+        self.model, self.sampling, self.stop_ids = model, sampling, stop_ids
+        self.suppressed_V = suppressed_by(model)
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: list[int], seed: int) -> list[int]:
+        """Completion tokens of every block touched."""
+        config = self.model.config
+        block_length, mask = config.block_size, config.mask_token_id
+        cache = GrowingCache(config.num_hidden_layers)
+        first = len(prompt_ids) // block_length
+        for block in range(first):
+            self._forward(cache, prompt_ids[block * block_length : (block + 1) * block_length], block, keeps=True)
+        tail, completion = prompt_ids[first * block_length :], []
+        for block in range(first, (len(prompt_ids) + self.sampling.max_completion_length) // block_length):
+            tokens = tail + [mask] * (block_length - len(tail))
+            step = 0
+            while mask in tokens:
+                tokens = self._denoise(self._forward(cache, tokens, block, keeps=False), tokens, block, step, seed)
+                step += 1
+            self._forward(cache, tokens, block, keeps=True)
+            new, tail = tokens[len(tail) :], []
+            completion += new
+            if any(token in self.stop_ids for token in new):
+                break
+        return completion
+
+    def _forward(self, cache: GrowingCache, tokens: list[int], block: int, *, keeps: bool) -> Tensor:
+        cache.keeps = keeps
+        device = self.suppressed_V.device
+        ids = torch.tensor([tokens], device=device)
+        position = torch.arange(len(tokens), device=device)[None] + block * len(tokens)
+        hidden = self.model.model(input_ids=ids, position_ids=position, attention_plan=cache, use_cache=False)
+        return hidden.last_hidden_state[0]
+
+    def _denoise(self, hidden_BD: Tensor, tokens: list[int], block: int, step: int, seed: int) -> list[int]:
+        mask, device = self.model.config.mask_token_id, hidden_BD.device
+        masked = [i for i, token in enumerate(tokens) if token == mask]
+        logits = self.model.lm_head(hidden_BD[masked])
+        confidence = self.sampling.distribution.confidence_logprobs(logits, self.suppressed_V)
+        drawn_from = self.sampling.distribution.sampling_logprobs(confidence)
+        count = torch.ones(len(masked), dtype=torch.int64, device=device)
+        position = torch.tensor(masked, device=device) + block * len(tokens)
+        drawn = sample(drawn_from, counter_uniform(count * seed, position, count * 2 * step))
+        prob = confidence.gather(1, drawn[:, None]).squeeze(1).exp()
+        nothing = torch.zeros(1, len(masked), device=device)
+        revealed = reveal_positions(
+            self.sampling.unmasking, torch.ones_like(nothing, dtype=torch.bool), prob[None], nothing, nothing
+        )
+        new = list(tokens)
+        for lane, token, is_revealed in zip(masked, drawn.tolist(), revealed[0].tolist(), strict=True):
+            if is_revealed:
+                new[lane] = token
+        return new
+
+
+def model_and_tokenizer(name: str) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
+    """A shape with random weights (the tokenizer then only says where to stop), or a checkpoint directory."""
+    if name in MODEL_NAMES:
+        return build_model(name).eval(), tiny()[1]
+    return load(name)
+
+
+def seconds_of(work: Any, repeats: int) -> tuple[float, Any]:
+    """The fastest of several runs, and the result."""
+    best, result = float("inf"), None
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = work()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best, result
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    model, tokenizer = model_and_tokenizer(arguments.model)
+    sampling = SamplingConfig(max_completion_length=arguments.completion_length)
+    engine = TorchEngine(model, tokenizer, max_batch_size=max(arguments.batch_sizes))
+    plain = PlainDecoder(model, sampling, engine.stop_ids)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(250, model.config.vocab_size - 10)
+    prompts = [
+        torch.randint(5, vocabulary, (arguments.prompt_length + i % 4,), generator=generator).tolist()
+        for i in range(max(arguments.batch_sizes))
+    ]
+    few = prompts[: arguments.plain_sequences]
+    plain_seconds, expected = seconds_of(lambda: [plain.generate(p, i) for i, p in enumerate(few)], arguments.repeats)
+    plain_rate = sum(map(len, expected)) / plain_seconds
+    for batch_size in arguments.batch_sizes:
+        batch, seeds = prompts[:batch_size], list(range(batch_size))
+        engine.generate(batch[:1], sampling, seeds[:1])
+        seconds, completions = seconds_of(lambda b=batch, s=seeds: engine.generate(b, sampling, s), arguments.repeats)
+        pairs = list(zip(expected, completions, strict=False))
+        rate = sum(len(completion.token_ids) for completion in completions) / seconds
+        print_line(
+            "rollout",
+            model=arguments.model,
+            dtype=str(model.dtype).removeprefix("torch."),
+            batch_size=batch_size,
+            prompt_length=arguments.prompt_length,
+            completion_length=arguments.completion_length,
+            engine_tokens_per_s=round(rate, 1),
+            plain_tokens_per_s=round(plain_rate, 1),
+            speedup=round(rate / plain_rate, 2),
+            compared=len(pairs),
+            equal=sum(plain_ids == completion.token_ids for plain_ids, completion in pairs),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(MODEL_NAMES)} (random weights) or a directory")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--prompt-length", type=int, default=32)
+    parser.add_argument("--completion-length", type=int, default=128)
+    parser.add_argument("--plain-sequences", type=int, default=8, help="how many prompts the plain decoder decodes")
+    parser.add_argument("--repeats", type=int, default=3)
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

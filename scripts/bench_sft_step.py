@@ -1,0 +1,160 @@
+"""Forward and backward of one SFT step in packed views, against DiRL's rows of [noisy | clean] padded to 2 L.
+
+    python scripts/bench_sft_step.py [--model tiny|1.7b|4b|8b] [--documents 32] [--data FILE --tokenizer DIR]
+
+Documents have the lengths of GSM8K's training set under SDAR's tokenizer (prompt: log-normal around 81 tokens, standard
+deviation of the logarithm 0.24; completion: around 94, 0.38), or those of a file. L is the longest of the batch, or
+--max-length where a configured length is padded to. Both layouts see the same noise and must give the same loss.
+One JSON line a layout; `ratio` is its seconds over those of packed views in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from benchmark_layouts import clean_and_noisy_row, score_row
+from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, print_line, time_in_turn
+from torch import Tensor
+
+from dirl.data.chat import load_tokenizer
+from dirl.data.conversations import Document, load_documents
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.diffusion.views import PackedViews, ViewedDocument, pack
+from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.sft.batch import Example, batch_noise_levels, make_example, view_document
+from dirl.sft.loss import nelbo_loss
+from dirl.training.optimizer import split_by_budget
+
+BLOCK = 4
+
+
+def draw_documents(count: int, vocabulary: int) -> list[Document]:
+    """Random tokens at GSM8K's lengths."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(count, 2, generator=generator)
+    lengths = (torch.tensor([4.395, 4.544]) + normal * torch.tensor([0.243, 0.383])).exp().round().long().clamp(min=2)
+    tokens = [torch.randint(5, vocabulary, (int(n),), generator=generator).tolist() for n in lengths.flatten()]
+    return [Document(prompt, completion) for prompt, completion in zip(tokens[::2], tokens[1::2], strict=True)]
+
+
+def padded_rows(documents: Sequence[ViewedDocument], max_length: int) -> list[tuple[PackedViews, Tensor]]:
+    """DiRL's layout with the same noise: one row a document, and the weight of each scored token."""
+    longest = max_length or max(len(d.prompt_ids) + len(d.branches[0].completion_ids) for d in documents)
+    rows = []
+    for document in documents:
+        views = document.branches[0].views
+        clean_ids = torch.cat([document.prompt_ids, document.branches[0].completion_ids])
+        noisy_ids = clean_ids.clone()
+        position_VB = views.block_V[:, None] * BLOCK + torch.arange(BLOCK)
+        noisy_ids[position_VB] = views.token_ids_VB
+        scored = position_VB[views.revealed_VB]
+        row = clean_and_noisy_row(clean_ids, noisy_ids, scored, block_length=BLOCK, width=2 * longest)
+        rows.append((row, views.weight_VB[views.revealed_VB]))
+    return rows
+
+
+class Bench:
+    """A model, and one SFT step in either layout."""
+
+    def __init__(self, model: BlockDiffusionModel, documents: Sequence[ViewedDocument], budget: int) -> None:
+        self.model, self.scorer = model.train(), PackedScorer(model)
+        self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
+        device = next(model.parameters()).device
+        bins = split_by_budget([document.packed_length(BLOCK) for document in documents], budget)
+        self.packs = [pack([documents[i] for i in b], BLOCK).reveals_only().to(device) for b in bins]
+        self.device = device
+
+    def packed(self) -> float:
+        self.model.zero_grad(set_to_none=True)
+        total = 0.0
+        for packed in self.packs:
+            loss = nelbo_loss(self.scorer(packed, self.rule).logprob_T, packed.weight_T, 1.0)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def rows(self, rows: Sequence[tuple[PackedViews, Tensor]]) -> Callable[[], float]:
+        on_device = [(row.to(self.device), weight.to(self.device)) for row, weight in rows]
+
+        def run() -> float:
+            self.model.zero_grad(set_to_none=True)
+            total = 0.0
+            for row, weight_T in on_device:
+                loss = nelbo_loss(score_row(self.model, row, self.rule), weight_T, 1.0)
+                loss.backward()
+                total += float(loss.detach())
+            return total
+
+        return run
+
+
+def load_examples(arguments: argparse.Namespace, vocabulary: int) -> list[Example]:
+    if arguments.data:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        documents = load_documents(arguments.data, tokenizer, max_length=8192, limit=arguments.documents, seed=0)
+        clip = [
+            Document([t % vocabulary for t in d.prompt_ids], [t % vocabulary for t in d.completion_ids])
+            for d in documents
+        ]
+        return [make_example(d, BLOCK, 1, score_fill=True) for d in clip]
+    return [make_example(d, BLOCK, 1, score_fill=True) for d in draw_documents(arguments.documents, vocabulary)]
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    model = build_model(arguments.model)
+    if arguments.model != "tiny":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    examples = load_examples(arguments, min(250, model.config.vocab_size - 10))
+    noise = NoiseConfig()
+    levels = batch_noise_levels(examples, noise, seed=0)
+    documents = [
+        view_document(example, level_K, model.config.mask_token_id, noise=noise, seed=i)
+        for i, (example, level_K) in enumerate(zip(examples, levels, strict=True))
+    ]
+    bench = Bench(model, documents, arguments.max_tokens_per_micro_batch)
+    rows = padded_rows(documents, arguments.max_length)
+    works = {"packed": bench.packed, "dirl": bench.rows(rows)}
+    losses = {name: work() for name, work in works.items()}
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if abs(losses["dirl"] - losses["packed"]) > tolerance * abs(losses["packed"]):
+        sys.exit(f"the layouts disagree: loss {losses}")
+    timings = time_in_turn(works, repeats=arguments.repeats)
+    tokens = {"packed": sum(map(len, bench.packs)), "dirl": sum(len(row) for row, _ in rows)}
+    for name, timing in timings.items():
+        print_line(
+            "sft_step",
+            layout=name,
+            model=arguments.model,
+            dtype=str(model.dtype).removeprefix("torch."),
+            documents=len(documents),
+            mean_length=round(sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples) / len(examples), 1),
+            row_length=len(rows[0][0]),
+            tokens=tokens[name],
+            **timing.as_fields(),
+            ratio=round(timing.best / timings["packed"].best, 2),
+            loss=round(losses[name], 4),
+            matmul_tflops=round(matmul_tflops(), 4),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", choices=MODEL_NAMES, help="random weights of that shape")
+    parser.add_argument("--documents", type=int, default=32, help="documents of a step")
+    parser.add_argument("--max-length", type=int, default=0, help="length rows are padded to; 0: the longest document")
+    parser.add_argument("--data", default="", help="SFT file whose lengths are used")
+    parser.add_argument("--tokenizer", default="", help="tokenizer directory for --data")
+    parser.add_argument("--max-tokens-per-micro-batch", type=int, default=8192, help="budget of a pack")
+    parser.add_argument("--repeats", type=int, default=3)
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Forward and backward of one RL step in packed views, against the layouts of DiRL, TraceRL and DARE, same model.
+
+    python scripts/bench_train_step.py [--model tiny|1.7b|4b|8b] [--prompt 200] [--completion 1000] [--group 1] ...
+
+Every layout scores the same trajectories, exactly, and the script stops if their log-probabilities differ. One JSON
+line a layout; `ratio` is its seconds over those of packed views in this run. What a row of each layout holds, for B
+tokens a block and K steps in the longest block:
+
+    packed   clean tokens once and a view per block and step, the prompt once for the group, no padding
+    dirl     B rows a trajectory of [noisy | clean], each half padded to the configured prompt + completion
+    tracerl  K rows a trajectory of [prompt, padded | clean completion | noisy completion, padded]
+    dare     K rows a trajectory of [noisy | clean], not padded
+
+The comparison layouts are treated kindly: only scored positions go through lm_head, rows go one at a time so that they
+need little memory, and on a GPU they use FlexAttention with a block-sparse mask (TraceRL's and DARE's own code uses a
+dense one). On a CPU they use SDPA with a boolean mask, packed views SDPA over tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from benchmark_layouts import clean_and_noisy_row, score_row
+from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, print_line, time_in_turn, training_flops
+from torch import Tensor
+
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, attention_rule, pack, replay_views
+from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.training.optimizer import split_by_budget
+
+BLOCK = 4
+
+
+def draw_trajectories(arguments: argparse.Namespace, vocabulary: int) -> list[Trajectory]:
+    """Random tokens; blocks take 1 to B steps, as many on average as the asked tokens per step give."""
+    generator = torch.Generator().manual_seed(0)
+    prompt_ids = torch.randint(5, vocabulary, (arguments.prompt,), generator=generator)
+    length = arguments.completion - (arguments.prompt + arguments.completion) % BLOCK
+    num_blocks = -(-(arguments.prompt % BLOCK + length) // BLOCK)
+    extra = min(max(BLOCK / arguments.tokens_per_step - 1, 0.0), BLOCK - 1.0) / (BLOCK - 1)
+    trajectories = []
+    for _ in range(arguments.group):
+        steps_K = 1 + torch.bernoulli(torch.full((num_blocks, BLOCK - 1), extra), generator=generator).sum(1).long()
+        steps_K[-1] = BLOCK  # some block always takes them all
+        # The first positions of a block take the first steps, the others share the last: every step reveals something.
+        steps_KB = torch.minimum(torch.arange(1, BLOCK + 1)[None], steps_K[:, None])
+        order_KB = torch.rand(steps_KB.shape, generator=generator).argsort(1)
+        step_map = steps_KB.gather(1, order_KB).flatten()[-length:]
+        trajectories.append(
+            Trajectory(
+                prompt_ids, torch.randint(5, vocabulary, (length,), generator=generator), _dense_steps(step_map, length)
+            )
+        )
+    return trajectories
+
+
+def _dense_steps(step_map: Tensor, length: int) -> Tensor:
+    """The first block may have lost a step to the prompt's tail: number what is left from 1."""
+    first = length % BLOCK
+    if first:
+        step_map[:first] = step_map[:first].unique(return_inverse=True)[1] + 1
+    return step_map
+
+
+def packed_layout(trajectories: Sequence[Trajectory], mask: int, budget: int) -> list[PackedViews]:
+    """Our layout: as few packs as the budget allows, trajectories of a pack sharing their prompt."""
+    branches = [Branch(t.completion_ids, replay_views(t, BLOCK, mask)) for t in trajectories]
+    prompt_ids = trajectories[0].prompt_ids
+    lengths = [ViewedDocument(prompt_ids, [branch]).packed_length(BLOCK) for branch in branches]
+    bins = split_by_budget(lengths, max([budget, *lengths]))
+    return [pack([ViewedDocument(prompt_ids, [branches[i] for i in b])], BLOCK).reveals_only() for b in bins]
+
+
+def row_layout(
+    trajectory: Trajectory, mask: int, num_rows: int, *, prompt_width: int, completion_width: int, doubles_prompt: bool
+) -> list[PackedViews]:
+    """One row a step number: the clean sequence, and a copy in which every block is at that step; padded to widths."""
+    prompt_ids, completion_ids, steps = trajectory.prompt_ids, trajectory.completion_ids, trajectory.step_map
+    clean_ids = torch.cat([prompt_ids, completion_ids])
+    first_copied = 0 if doubles_prompt else len(prompt_ids) - len(prompt_ids) % BLOCK
+    width = (2 if doubles_prompt else 1) * prompt_width + 2 * completion_width
+    rows = []
+    for step in range(1, num_rows + 1):
+        noisy_ids = torch.cat([prompt_ids, completion_ids.masked_fill(steps >= step, mask)])
+        index = (steps == step).nonzero().squeeze(1) + len(prompt_ids)
+        rows.append(
+            clean_and_noisy_row(clean_ids, noisy_ids, index, block_length=BLOCK, start=first_copied, width=width)
+        )
+    return rows
+
+
+Layout = list[tuple[int, PackedViews]]  # first completion of the row, and the row
+
+
+def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argparse.Namespace) -> dict[str, Layout]:
+    """The rows of every layout."""
+    most_steps = max(int(t.step_map.max()) for t in trajectories)
+    lengths = {"prompt_width": 0, "completion_width": 0}
+    limits = {"prompt_width": arguments.max_prompt, "completion_width": arguments.max_completion}
+    kinds = {
+        "dirl": (BLOCK, True, limits),
+        "tracerl": (most_steps, False, limits),
+        "dare": (most_steps, True, lengths),
+    }
+    layouts: dict[str, Layout] = {}
+    packs = packed_layout(trajectories, mask, arguments.max_tokens_per_micro_batch)
+    first = 0
+    layouts["packed"] = []
+    for packed in packs:
+        layouts["packed"].append((first, packed))
+        first += packed.num_branches
+    for name, (num_rows, doubles_prompt, widths) in kinds.items():
+        if name in arguments.layouts:
+            layouts[name] = [
+                (i, row)
+                for i, trajectory in enumerate(trajectories)
+                for row in row_layout(trajectory, mask, num_rows, doubles_prompt=doubles_prompt, **widths)
+            ]
+    return layouts
+
+
+class Bench:
+    """A model and the two ways to score a row with it."""
+
+    def __init__(self, model: BlockDiffusionModel) -> None:
+        self.model, self.scorer = model.train(), PackedScorer(model)
+        self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
+        self.device = next(model.parameters()).device
+
+    def score(self, name: str, row: PackedViews) -> Tensor:
+        """Log-probabilities of the row's actions."""
+        if name == "packed":
+            return self.scorer(row, self.rule).logprob_T
+        return score_row(self.model, row, self.rule)
+
+    def step(self, name: str, layout: Layout) -> Callable[[], None]:
+        """Forward and backward over all rows, gradients accumulated, as a training step does."""
+
+        def run() -> None:
+            self.model.zero_grad(set_to_none=True)
+            for _, row in layout:
+                self.score(name, row).sum().backward()
+
+        return run
+
+    @torch.no_grad()
+    def all_logprobs(self, name: str, layout: Layout, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+        """(R,) of each trajectory, in the order of its tokens."""
+        found = [torch.full((len(t.completion_ids),), torch.nan) for t in trajectories]
+        for first, row in layout:
+            logprob_T = self.score(name, row).cpu()
+            for branch in range(row.num_branches):
+                mine = (row.branch_T == branch).cpu()
+                # A row of one trajectory counts from the start of its prompt.
+                index = row.completion_index_T.cpu()[mine] - (
+                    0 if name == "packed" else len(trajectories[0].prompt_ids)
+                )
+                found[first + branch][index] = logprob_T[mine]
+        return found
+
+
+def count_pairs(layout: Layout) -> int:
+    """(query, key) pairs the attention rule allows, counted in strips."""
+    total = 0
+    for _, row in layout:
+        ids = (row.document_L, row.branch_L, row.block_L, row.view_L)
+        for start in range(0, len(row), 1024):
+            queries = tuple(i[start : start + 1024, None] for i in ids)
+            total += int(attention_rule(queries, tuple(i[None] for i in ids)).sum())
+    return total
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    model = build_model(arguments.model)
+    if arguments.model != "tiny":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    bench = Bench(model)
+    vocabulary = min(250, model.config.vocab_size - 10)
+    trajectories = draw_trajectories(arguments, vocabulary)
+    layouts = {
+        name: [(i, row.to(bench.device)) for i, row in layout]
+        for name, layout in build_layouts(trajectories, model.config.mask_token_id, arguments).items()
+    }
+    expected = torch.cat(bench.all_logprobs("packed", layouts["packed"], trajectories))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
+    differences = {}
+    for name, layout in layouts.items():
+        found = torch.cat(bench.all_logprobs(name, layout, trajectories))
+        differences[name] = float((found - expected).abs().max())
+        if not differences[name] <= tolerance:
+            sys.exit(f"{name}: log-probabilities differ from packed views by {differences[name]:.2e} nats")
+    timings = time_in_turn({n: bench.step(n, layout) for n, layout in layouts.items()}, repeats=arguments.repeats)
+    rate = matmul_tflops()
+    for name, layout in layouts.items():
+        num_tokens = sum(len(row) for _, row in layout)
+        flops = training_flops(model, num_tokens, sum(len(r.target_T) for _, r in layout), count_pairs(layout))
+        print_line(
+            "train_step",
+            layout=name,
+            model=arguments.model,
+            dtype=str(model.dtype).removeprefix("torch."),
+            prompt=arguments.prompt,
+            completion=len(trajectories[0].completion_ids),
+            tokens_per_step=arguments.tokens_per_step,
+            group=arguments.group,
+            config=f"{arguments.max_prompt}+{arguments.max_completion}",
+            rows=len(layout),
+            tokens=num_tokens,
+            **timings[name].as_fields(),
+            ratio=round(timings[name].best / timings["packed"].best, 2),
+            tflops=round(flops / timings[name].best / 1e12, 4),
+            matmul_tflops=round(rate, 4),
+            largest_difference=differences[name],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", choices=MODEL_NAMES, help="random weights of that shape")
+    parser.add_argument("--layouts", nargs="*", default=["dirl", "tracerl", "dare"], help="what to compare with")
+    parser.add_argument("--prompt", type=int, default=200, help="tokens")
+    parser.add_argument("--completion", type=int, default=1000, help="tokens")
+    parser.add_argument("--tokens-per-step", type=float, default=2.2)
+    parser.add_argument("--group", type=int, default=1, help="completions of the one prompt")
+    parser.add_argument("--max-prompt", type=int, default=1024, help="configured width that DiRL and TraceRL pad to")
+    parser.add_argument("--max-completion", type=int, default=2048)
+    parser.add_argument("--max-tokens-per-micro-batch", type=int, default=8192, help="budget of a pack")
+    parser.add_argument("--repeats", type=int, default=3)
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The layout other frameworks train on: rows of a clean sequence and one noisy copy of it, padded to a width.
+
+A row is expressed in the ids of packed views, so that the same model, attention rule and scoring run on it: the noisy
+copy of a block is a view, padding is a document of its own whose tokens see only themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dirl.diffusion.likelihood import Actions, ScoringRule
+from dirl.diffusion.views import PackedViews
+from dirl.model.attention import DensePlan, FlexPlan, padded_for_flex
+from dirl.model.logprobs import score_actions
+from dirl.model.sdar import BlockDiffusionModel
+
+
+def clean_and_noisy_row(
+    clean_ids: Tensor, noisy_ids: Tensor, scored: Tensor, *, block_length: int, start: int = 0, width: int = 0
+) -> PackedViews:
+    """[clean | noisy from `start` on | padding up to `width`]; (L,) each.
+
+    Args:
+        clean_ids, noisy_ids: of the whole sequence; the part of the copy before `start` (a block border) is left out.
+        scored: positions in the sequence whose tokens are scored in the noisy copy; `completion_index_T` holds them.
+    """
+    length = len(clean_ids)
+    position = torch.cat([torch.arange(length), torch.arange(start, length)])
+    block = position // block_length
+    is_noisy = torch.arange(len(position)) >= length
+    padding = torch.zeros(max(width - len(position), 0), dtype=torch.int64)
+    own = torch.arange(len(padding))
+    return PackedViews(
+        token_ids_L=torch.cat([clean_ids, noisy_ids[start:], padding]),
+        position_L=torch.cat([position, padding]),
+        document_L=torch.cat([torch.zeros_like(position), padding + 1]),
+        branch_L=torch.zeros(len(position) + len(padding), dtype=torch.int64),
+        block_L=torch.cat([block, own]),
+        view_L=torch.cat([is_noisy * (block + 1), own + 2 + int(block.max())]),
+        action_index_T=length - start + scored,
+        target_T=clean_ids[scored],
+        is_reveal_T=torch.ones(len(scored), dtype=torch.bool),
+        weight_T=torch.ones(len(scored)),
+        branch_T=torch.zeros(len(scored), dtype=torch.int64),
+        completion_index_T=scored,
+        num_branches=1,
+    )
+
+
+def score_row(model: BlockDiffusionModel, row: PackedViews, rule: ScoringRule) -> Tensor:
+    """Log-probabilities of a row's actions: FlexAttention with a block-sparse mask on a GPU, else a dense mask."""
+    if row.token_ids_L.is_cuda:
+        row = padded_for_flex(row)
+    plan = FlexPlan(row) if row.token_ids_L.is_cuda else DensePlan.packed(row)
+    hidden = model.model(
+        input_ids=row.token_ids_L[None], position_ids=row.position_L[None], attention_plan=plan, use_cache=False
+    ).last_hidden_state[0]
+    actions = Actions(row.target_T, row.is_reveal_T, row.view_T)
+    return score_actions(hidden[row.action_index_T], model.lm_head, actions, rule).logprob_T
