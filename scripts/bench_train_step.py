@@ -70,13 +70,16 @@ def _dense_steps(step_map: Tensor, length: int) -> Tensor:
     return step_map
 
 
-def packed_layout(trajectories: Sequence[Trajectory], mask: int, budget: int) -> list[PackedViews]:
+Layout = list[tuple[list[int], PackedViews]]  # which trajectories a pack or row holds, and the pack
+
+
+def packed_layout(trajectories: Sequence[Trajectory], mask: int, budget: int) -> Layout:
     """Our layout: as few packs as the budget allows, trajectories of a pack sharing their prompt."""
     branches = [Branch(t.completion_ids, replay_views(t, BLOCK, mask)) for t in trajectories]
     prompt_ids = trajectories[0].prompt_ids
     lengths = [ViewedDocument(prompt_ids, [branch]).packed_length(BLOCK) for branch in branches]
     bins = split_by_budget(lengths, max([budget, *lengths]))
-    return [pack([ViewedDocument(prompt_ids, [branches[i] for i in b])], BLOCK).reveals_only() for b in bins]
+    return [(b, pack([ViewedDocument(prompt_ids, [branches[i] for i in b])], BLOCK).reveals_only()) for b in bins]
 
 
 def row_layout(
@@ -97,9 +100,6 @@ def row_layout(
     return rows
 
 
-Layout = list[tuple[int, PackedViews]]  # first completion of the row, and the row
-
-
 def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argparse.Namespace) -> dict[str, Layout]:
     """The rows of every layout."""
     most_steps = max(int(t.step_map.max()) for t in trajectories)
@@ -110,17 +110,11 @@ def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argp
         "tracerl": (most_steps, False, limits),
         "dare": (most_steps, True, lengths),
     }
-    layouts: dict[str, Layout] = {}
-    packs = packed_layout(trajectories, mask, arguments.max_tokens_per_micro_batch)
-    first = 0
-    layouts["packed"] = []
-    for packed in packs:
-        layouts["packed"].append((first, packed))
-        first += packed.num_branches
+    layouts = {"packed": packed_layout(trajectories, mask, arguments.max_tokens_per_micro_batch)}
     for name, (num_rows, doubles_prompt, widths) in kinds.items():
         if name in arguments.layouts:
             layouts[name] = [
-                (i, row)
+                ([i], row)
                 for i, trajectory in enumerate(trajectories)
                 for row in row_layout(trajectory, mask, num_rows, doubles_prompt=doubles_prompt, **widths)
             ]
@@ -155,15 +149,15 @@ class Bench:
     def all_logprobs(self, name: str, layout: Layout, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """(R,) of each trajectory, in the order of its tokens."""
         found = [torch.full((len(t.completion_ids),), torch.nan) for t in trajectories]
-        for first, row in layout:
+        for members, row in layout:
             logprob_T = self.score(name, row).cpu()
-            for branch in range(row.num_branches):
+            for branch, member in enumerate(members):
                 mine = (row.branch_T == branch).cpu()
                 # A row of one trajectory counts from the start of its prompt.
                 index = row.completion_index_T.cpu()[mine] - (
                     0 if name == "packed" else len(trajectories[0].prompt_ids)
                 )
-                found[first + branch][index] = logprob_T[mine]
+                found[member][index] = logprob_T[mine]
         return found
 
 

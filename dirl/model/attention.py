@@ -99,13 +99,20 @@ class DensePlan:
 class FlexPlan:
     """FlexAttention over the id vectors; the tiles to compute come from the ids' ranges, never from L x L pairs."""
 
-    def __init__(self, packed: PackedViews) -> None:
+    def __init__(self, packed: PackedViews, backend: Literal["TRITON", "FLASH"] | None = None) -> None:
         self.length = len(packed)
         self.block_mask = tile_block_mask(packed)
+        self.kernel_options: dict[str, Any] | None = {"BACKEND": backend} if backend else None
 
     def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
         output = _flex(query_BHLD.is_cuda)(
-            query_BHLD, key_BGLD, value_BGLD, block_mask=self.block_mask, scale=scaling, enable_gqa=True
+            query_BHLD,
+            key_BGLD,
+            value_BGLD,
+            block_mask=self.block_mask,
+            scale=scaling,
+            enable_gqa=True,
+            kernel_options=self.kernel_options,
         )
         return output.transpose(1, 2)
 
@@ -169,18 +176,21 @@ def _ordered_columns(reads_NN: Tensor) -> tuple[Tensor, Tensor]:
     return reads_NN.sum(dim=1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
-AttentionName = Literal["auto", "sdpa", "flex"]
+# flex_flash: FlexAttention with its FLASH back-end, which newer torch has and the flash-attn-4 package provides.
+AttentionName = Literal["auto", "sdpa", "flex", "flex_flash"]
 
 
 def training_plan(packed: PackedViews, attention: AttentionName = "auto") -> AttentionPlan:
     """The plan of a training forward pass: FlexAttention on CUDA, SDPA tiles elsewhere, unless one is asked for."""
     from dirl.model.tiled_attention import TiledPlan
 
-    return FlexPlan(packed) if uses_flex(packed, attention) else TiledPlan(packed)
+    if not uses_flex(packed, attention):
+        return TiledPlan(packed)
+    return FlexPlan(packed, "FLASH" if attention == "flex_flash" else None)
 
 
 def uses_flex(packed: PackedViews, attention: AttentionName) -> bool:
-    return attention == "flex" or (attention == "auto" and packed.token_ids_L.is_cuda)
+    return attention in ("flex", "flex_flash") or (attention == "auto" and packed.token_ids_L.is_cuda)
 
 
 def padded_for_flex(packed: PackedViews) -> PackedViews:

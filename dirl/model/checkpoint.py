@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
 from dirl.model.attention import AttentionName
+from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
 
 
@@ -22,6 +23,7 @@ class ModelConfig:
     path: str = "outputs/tiny/base"  # Hugging Face directory, or a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     attention: AttentionName = "auto"  # training forward: flex on CUDA, sdpa elsewhere
+    kernels: Kernels = "auto"  # RMSNorm, SwiGLU, rotary: liger where a GPU and the package are there, else torch
     gradient_checkpointing: bool = False  # recompute each layer in backward: less memory, a third more time
     block_length: int = 0  # 0: what the checkpoint says (block_size)
 
@@ -52,6 +54,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
             "use the tokenizer the model was made with"
         )
     model: Any = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
+    use_fused_kernels(model, config.kernels)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import decode, stop_token_ids
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
-from dirl.model.block_cache import BlockCache, CachePlan, QueryRows
+from dirl.model.block_cache import BlockCache, BlockRows, CachePlan, PromptRows, QueryRows
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
@@ -147,8 +146,8 @@ class TorchEngine:
         row_T = torch.arange(len(prompts), device=device).repeat_interleave(lengths)
         position_T = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
         token_ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        rows = QueryRows.of_prompts(slot_R, row_T, position_T, self.model.config.block_size)
-        self._run(token_ids_T, slot_R[row_T], position_T, cache, [rows])
+        rows = PromptRows(slot_R, row_T, position_T, self.model.config.block_size)
+        self._run(token_ids_T, slot_R[row_T], position_T, cache, [(len(row_T), rows)])
 
     def _forward(self, slots: Slots, slot_A: Tensor, cache: BlockCache) -> Tensor:
         """Hidden states of the active slots' current blocks, (A, B, D); commits previous blocks on the way."""
@@ -158,16 +157,26 @@ class TorchEngine:
         block_X = torch.cat([slots.block_S[slot_P] - 1, slots.block_S[slot_A]])
         position_XB = block_X[:, None] * block_length + torch.arange(block_length, device=slot_A.device)
         token_ids_XB = torch.cat([slots.previous_ids_SB[slot_P], slots.token_ids_SB[slot_A]])
-        cut, of_blocks = len(slot_P), partial(QueryRows.of_blocks, block_length=block_length)
-        parts = [of_blocks(slice(cut * block_length, None), slot_A, block_X[cut:], num_slots=len(slots.requests))]
-        if cut:  # few slots commit in one pass: copying what they hold is less than a row for every slot
-            parts.insert(0, of_blocks(slice(0, cut * block_length), slot_P, block_X[:cut], num_slots=None))
+        cut, num_slots = len(slot_P), len(slots.requests)
+        parts: list[tuple[int, QueryRows]] = [
+            (
+                len(block_X[part]) * block_length,
+                BlockRows(slot_X[part], block_X[part], num_slots, block_length, fills_cache=fills),
+            )
+            for part, fills in ((slice(cut), False), (slice(cut, None), True))  # few slots commit in one pass
+            if len(block_X[part])
+        ]
         slot_T = slot_X.repeat_interleave(block_length)
         hidden_TD = self._run(token_ids_XB.flatten(), slot_T, position_XB.flatten(), cache, parts)
         return hidden_TD.unflatten(0, (-1, block_length))[cut:]
 
     def _run(
-        self, token_ids_T: Tensor, slot_T: Tensor, position_T: Tensor, cache: BlockCache, parts: Sequence[QueryRows]
+        self,
+        token_ids_T: Tensor,
+        slot_T: Tensor,
+        position_T: Tensor,
+        cache: BlockCache,
+        parts: Sequence[tuple[int, QueryRows]],
     ) -> Tensor:
         return self.model.model(
             input_ids=token_ids_T[None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, replay_views
@@ -131,8 +132,6 @@ def test_flex_plan_uncompiled(name: str) -> None:
 
 @pytest.mark.slow
 def test_flex_plan_compiled_reads_the_listed_tiles_only() -> None:
-    from torch.nn.attention.flex_attention import flex_attention
-
     packed = make_pack("long_prompts").padded(FLEX_TILE)
     query, key, value = (x.detach() for x in random_qkv(len(packed)))
     found = torch.compile(flex_attention)(
@@ -143,19 +142,36 @@ def test_flex_plan_compiled_reads_the_listed_tiles_only() -> None:
     torch.testing.assert_close(found.transpose(1, 2)[:, is_real_L], expected[:, is_real_L], atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
+def test_packs_of_one_padded_length_share_one_compiled_graph() -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    flex = torch.compile(flex_attention, dynamic=False)
+    before, lengths = counters["unique_graphs"], set()
+    for num_blocks in (96, 97, 98):
+        packed = padded_for_flex(pack([random_document(9, [num_blocks, 3], 4, MASK)], 4))
+        query, key, value = (x.detach() for x in random_qkv(len(packed)))
+        flex(query, key, value, block_mask=tile_block_mask(packed), scale=SCALING, enable_gqa=True)
+        lengths.add(len(packed))
+    assert len(lengths) == 1
+    assert counters["unique_graphs"] - before == 1
+
+
 @pytest.mark.gpu
-def test_flex_plan_on_cuda_with_gradients() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_flex_plan_on_cuda_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
     packed = make_pack("long_prompts").padded(FLEX_TILE)
-    qkv = tuple(torch.randn(1, heads, len(packed), 32) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    qkv = tuple(torch.randn(1, heads, len(packed), 32).to(dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     weight = torch.randn(1, len(packed), HEADS, 32) * (packed.document_L >= 0)[:, None, None]
     outcomes = []
     for device, make_plan in (("cpu", TiledPlan), ("cuda", FlexPlan)):
-        here = query, key, value = [x.to(device).requires_grad_() for x in qkv]
+        kind = dtype if device == "cuda" else torch.float32
+        here = query, key, value = [x.detach().to(device, kind).requires_grad_() for x in qkv]
         output = make_plan(packed.to(device)).attend(0, query, key, value, SCALING)
         gradients = torch.autograd.grad((weight.to(device) * output).sum(), here)
-        outcomes.append([(weight.to(device) * output).detach().cpu(), *(g.cpu() for g in gradients)])
+        outcomes.append([(weight.to(device) * output).detach().cpu(), *(g.float().cpu() for g in gradients)])
     for one, other in zip(*outcomes, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", PACKS)

@@ -1,0 +1,112 @@
+"""Rows of queries over the cache == softmax over what each query may read, one query after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dirl.model import block_cache
+from dirl.model.block_cache import BlockRows, PromptRows
+from dirl.model.checkpoint import default_device
+
+SLOTS, HEADS, KEY_HEADS, LENGTH, HEAD_DIM, BLOCK, SCALING = 5, 4, 2, 24, 8, 4, 0.3
+
+
+def cache() -> tuple[Tensor, Tensor]:
+    keys, values = torch.randn(2, SLOTS, KEY_HEADS, LENGTH, HEAD_DIM).unbind(0)
+    return keys, values
+
+
+def by_hand(query_HD: Tensor, keys: Tensor, values: Tensor, slot: int, end: int) -> Tensor:
+    """One query over the first `end` positions of a slot; (H, D)."""
+    outputs = []
+    for head in range(HEADS):
+        key_LD, value_LD = (x[slot, head // (HEADS // KEY_HEADS), :end] for x in (keys, values))
+        outputs.append(((key_LD @ query_HD[head]) * SCALING).softmax(0) @ value_LD)
+    return torch.stack(outputs)
+
+
+def flash_by_hand(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, cache_batch_idx: Tensor, **options: Any
+) -> Tensor:
+    """What flash_attn_with_kvcache documents: q (N, W, H, D), caches (slots, L, G, D), int32 lengths and slots."""
+    assert options == {"softmax_scale": SCALING, "causal": False}
+    assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
+    assert k_cache.shape == v_cache.shape == (SLOTS, LENGTH, KEY_HEADS, HEAD_DIM)
+    rows = zip(q, cache_seqlens.tolist(), cache_batch_idx.tolist(), strict=True)
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    return torch.stack(
+        [torch.stack([by_hand(query, keys, values, slot, end) for query in queries]) for queries, end, slot in rows]
+    )
+
+
+@pytest.mark.parametrize("uses_flash", [False, True])
+@pytest.mark.parametrize("fills_cache", [False, True])
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [1, 3, 4], [2]])
+def test_blocks_read_up_to_their_end(
+    slots: list[int], fills_cache: bool, uses_flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if uses_flash:
+        monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: flash_by_hand)
+    blocks = [(7 * slot + 1) % (LENGTH // BLOCK) for slot in slots]
+    query_THD = torch.randn(len(slots) * BLOCK, HEADS, HEAD_DIM)
+    keys, values = cache()
+    rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), SLOTS, BLOCK, fills_cache=fills_cache)
+    found_THD = rows.attend(query_THD, keys, values, SCALING)
+    expected = [
+        by_hand(query_THD[i * BLOCK + lane], keys, values, slot, (block + 1) * BLOCK)
+        for i, (slot, block) in enumerate(zip(slots, blocks, strict=True))
+        for lane in range(BLOCK)
+    ]
+    torch.testing.assert_close(found_THD, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_of_different_lengths() -> None:
+    lengths, slots = [8, 20, 4], [3, 0, 2]
+    row_T = torch.tensor([row for row, length in enumerate(lengths) for _ in range(length)])
+    position_T = torch.tensor([position for length in lengths for position in range(length)])
+    query_THD = torch.randn(len(row_T), HEADS, HEAD_DIM)
+    keys, values = cache()
+    found_THD = PromptRows(torch.tensor(slots), row_T, position_T, BLOCK).attend(query_THD, keys, values, SCALING)
+    expected = [
+        by_hand(query_THD[i], keys, values, slots[row], (position // BLOCK + 1) * BLOCK)
+        for i, (row, position) in enumerate(zip(row_T.tolist(), position_T.tolist(), strict=True))
+    ]
+    torch.testing.assert_close(found_THD, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_flash_is_for_half_precision_on_cuda() -> None:
+    assert block_cache.flash_decode("cpu", torch.bfloat16) is None
+    assert block_cache.flash_decode("cuda", torch.float32) is None
+
+
+@pytest.mark.gpu
+def test_flash_decode_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flash_attn")
+    slots, blocks = torch.tensor([0, 2, 3], device="cuda"), torch.tensor([5, 0, 3], device="cuda")
+    keys, values = (torch.randn(SLOTS, KEY_HEADS, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    query = torch.randn(3 * BLOCK, HEADS, 64, device="cuda", dtype=torch.bfloat16)
+    rows = BlockRows(slots, blocks, SLOTS, BLOCK, fills_cache=True)
+    found = rows.attend(query, keys, values, SCALING)
+    monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: None)
+    torch.testing.assert_close(found, rows.attend(query, keys, values, SCALING), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+def test_engine_on_cuda_decodes_what_it_decodes_on_a_cpu() -> None:
+    from dirl.rollout.engine import SamplingConfig
+    from dirl.rollout.torch_engine import TorchEngine
+    from tests.oracle import sharp_tiny_model
+
+    model, tokenizer = sharp_tiny_model()
+    prompts = [[5 + i] * (3 + i) for i in range(8)]
+    sampling = SamplingConfig(max_completion_length=32)
+    outcomes = []
+    for device in (torch.device("cpu"), default_device()):
+        outcomes.append(TorchEngine(model.to(device), tokenizer).generate(prompts, sampling, list(range(8))))
+    for on_cpu, on_gpu in zip(*outcomes, strict=True):
+        assert on_cpu.token_ids == on_gpu.token_ids and on_cpu.step_map == on_gpu.step_map
+        assert on_cpu.logprobs == pytest.approx(on_gpu.logprobs, abs=1e-3)

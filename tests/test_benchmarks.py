@@ -1,0 +1,51 @@
+"""The benchmark scripts run at toy sizes: their layouts agree, and each line says what, where and from which commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMON = {"benchmark", "model", "dtype", "hardware", "cores", "torch", "commit", "date"}
+
+
+def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert all(line.keys() >= COMMON for line in lines)
+    return lines
+
+
+@pytest.mark.parametrize(("prompt", "group"), [(10, 1), (13, 3)])
+def test_train_step_layouts_score_alike(prompt: int, group: int) -> None:
+    sizes = ["--prompt", str(prompt), "--completion", "42", "--max-prompt", "32", "--max-completion", "64"]
+    lines = lines_of("bench_train_step.py", *sizes, "--group", str(group), "--repeats", "1")
+    assert [line["layout"] for line in lines] == ["packed", "dirl", "tracerl", "dare"]
+    assert all(line["largest_difference"] < 1e-4 for line in lines)
+    completion = lines[0]["completion"]
+    tokens = {line["layout"]: line["tokens"] for line in lines}
+    assert tokens["dirl"] == group * 4 * 2 * (32 + 64)
+    assert tokens["tracerl"] == group * 4 * (32 + 2 * 64)
+    assert tokens["dare"] == group * 4 * 2 * (prompt + completion)
+    assert tokens["packed"] < tokens["dare"]
+
+
+def test_sft_step_layouts_give_one_loss() -> None:
+    packed, rows = lines_of("bench_sft_step.py", "--documents", "3", "--repeats", "1")
+    assert packed["loss"] == pytest.approx(rows["loss"], rel=1e-4)
+    assert rows["tokens"] == 3 * rows["row_length"] > packed["tokens"]
+
+
+def test_rollout_decoders_give_the_same_tokens() -> None:
+    sizes = ["--batch-sizes", "1", "5", "--prompt-length", "6", "--completion-length", "16", "--plain-sequences", "4"]
+    lines = lines_of("bench_rollout.py", *sizes, "--repeats", "1")
+    assert [(line["compared"], line["equal"]) for line in lines] == [(1, 1), (4, 4)]
