@@ -32,6 +32,7 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, attention_rule, pack, replay_views
+from dirl.model.attention import padded_for_flex, tile_reads
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.training.optimizer import split_by_budget
@@ -172,6 +173,16 @@ def count_pairs(layout: Layout) -> int:
     return total
 
 
+def share_of_tiles(layout: Layout) -> float:
+    """FlexAttention tiles that are computed, of those that a dense mask would compute."""
+    read = total = 0
+    for _, row in layout:
+        for reads in tile_reads(padded_for_flex(row)):
+            read += int(reads.sum())
+        total += reads.numel()
+    return read / total
+
+
 def measure(arguments: argparse.Namespace) -> None:
     model = build_model(arguments.model)
     if arguments.model != "tiny":
@@ -208,6 +219,7 @@ def measure(arguments: argparse.Namespace) -> None:
             config=f"{arguments.max_prompt}+{arguments.max_completion}",
             rows=len(layout),
             tokens=num_tokens,
+            computed_tiles=round(share_of_tiles(layout), 4),
             **timings[name].as_fields(),
             ratio=round(timings[name].best / timings["packed"].best, 2),
             tflops=round(flops / timings[name].best / 1e12, 4),
