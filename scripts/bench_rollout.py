@@ -4,7 +4,9 @@
 
 The plain decoder is what public SDAR code does: one sequence at a time, a growing key/value cache, one forward pass
 per denoising step and one more to commit a finished block. Both draw from the same random streams, so the tokens must
-agree. One JSON line a batch size; `speedup` is the ratio of tokens per second in this run.
+agree. Two tokens a step by default, about what a trained model reveals (random weights are never confident; with
+--unmasking-strategy low_confidence_dynamic they reveal one). One JSON line a batch size; `speedup` is the ratio of
+tokens per second in this run.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from dirl.rollout.torch_engine import TorchEngine
 class GrowingCache:
     """Keys and values of one sequence, concatenated block by block."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, block_length: int) -> None:
+        self.block_length = block_length
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self.keeps = True
 
@@ -43,7 +46,9 @@ class GrowingCache:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         if self.keeps:
             self.layers[layer] = (key, value)
-        mask = torch.ones(1, 1, query_BHLD.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        block_K = torch.arange(key.shape[2], device=key.device) // self.block_length
+        block_Q = block_K[-query_BHLD.shape[2] :]
+        mask = (block_K <= block_Q[:, None])[None, None]
         return masked_attention(query_BHLD, key, value, mask, scaling).transpose(1, 2)
 
 
@@ -59,10 +64,10 @@ class PlainDecoder:
         """Completion tokens of every block touched."""
         config = self.model.config
         block_length, mask = config.block_size, config.mask_token_id
-        cache = GrowingCache(config.num_hidden_layers)
+        cache = GrowingCache(config.num_hidden_layers, block_length)
         first = len(prompt_ids) // block_length
-        for block in range(first):
-            self._forward(cache, prompt_ids[block * block_length : (block + 1) * block_length], block, keeps=True)
+        if first:
+            self._forward(cache, prompt_ids[: first * block_length], 0, keeps=True)
         tail, completion = prompt_ids[first * block_length :], []
         for block in range(first, (len(prompt_ids) + self.sampling.max_completion_length) // block_length):
             tokens = tail + [mask] * (block_length - len(tail))
@@ -81,7 +86,7 @@ class PlainDecoder:
         cache.keeps = keeps
         device = self.suppressed_V.device
         ids = torch.tensor([tokens], device=device)
-        position = torch.arange(len(tokens), device=device)[None] + block * len(tokens)
+        position = torch.arange(len(tokens), device=device)[None] + block * self.model.config.block_size
         hidden = self.model.model(input_ids=ids, position_ids=position, attention_plan=cache, use_cache=False)
         return hidden.last_hidden_state[0]
 
@@ -94,14 +99,14 @@ class PlainDecoder:
         count = torch.ones(len(masked), dtype=torch.int64, device=device)
         position = torch.tensor(masked, device=device) + block * len(tokens)
         drawn = sample(drawn_from, counter_uniform(count * seed, position, count * 2 * step))
-        prob = confidence.gather(1, drawn[:, None]).squeeze(1).exp()
-        nothing = torch.zeros(1, len(masked), device=device)
-        revealed = reveal_positions(
-            self.sampling.unmasking, torch.ones_like(nothing, dtype=torch.bool), prob[None], nothing, nothing
-        )
+        masked_B = torch.zeros(1, len(tokens), dtype=torch.bool, device=device)
+        masked_B[0, masked] = True
+        prob_B, nothing_B = (torch.zeros(1, len(tokens), device=device) for _ in "pn")
+        prob_B[0, masked] = confidence.gather(1, drawn[:, None]).squeeze(1).exp()
+        revealed = reveal_positions(self.sampling.unmasking, masked_B, prob_B, nothing_B, nothing_B)[0].tolist()
         new = list(tokens)
-        for lane, token, is_revealed in zip(masked, drawn.tolist(), revealed[0].tolist(), strict=True):
-            if is_revealed:
+        for lane, token in zip(masked, drawn.tolist(), strict=True):
+            if revealed[lane]:
                 new[lane] = token
         return new
 
@@ -126,7 +131,11 @@ def seconds_of(work: Any, repeats: int) -> tuple[float, Any]:
 
 def measure(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(arguments.model)
-    sampling = SamplingConfig(max_completion_length=arguments.completion_length)
+    sampling = SamplingConfig(
+        max_completion_length=arguments.completion_length,
+        unmasking_strategy=arguments.unmasking_strategy,
+        denoising_steps=arguments.denoising_steps,
+    )
     engine = TorchEngine(model, tokenizer, max_batch_size=max(arguments.batch_sizes))
     plain = PlainDecoder(model, sampling, engine.stop_ids)
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +160,10 @@ def measure(arguments: argparse.Namespace) -> None:
             batch_size=batch_size,
             prompt_length=arguments.prompt_length,
             completion_length=arguments.completion_length,
+            unmasking_strategy=arguments.unmasking_strategy,
+            tokens_per_step=round(
+                sum(len(c.token_ids) for c in completions) / sum(c.num_denoising_steps for c in completions), 2
+            ),
             engine_tokens_per_s=round(rate, 1),
             plain_tokens_per_s=round(plain_rate, 1),
             speedup=round(rate / plain_rate, 2),
@@ -165,6 +178,10 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--prompt-length", type=int, default=32)
     parser.add_argument("--completion-length", type=int, default=128)
+    parser.add_argument("--unmasking-strategy", default="low_confidence_static", help="as rollout.unmasking_strategy")
+    parser.add_argument(
+        "--denoising-steps", type=int, default=2, help="steps a block, for strategies with a fixed count"
+    )
     parser.add_argument("--plain-sequences", type=int, default=8, help="how many prompts the plain decoder decodes")
     parser.add_argument("--repeats", type=int, default=3)
     measure(parser.parse_args())

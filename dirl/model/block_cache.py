@@ -53,19 +53,22 @@ class QueryRows(Protocol):
 class BlockRows:
     """One block of each of some slots; its queries read up to the block's own end.
 
+    Where at least half of the cache's slots are among them it is read in place, with a padding row for each of the
+    others; otherwise what these slots hold is copied.
+
     Args:
         slot_X, block_X: the slots, each once, and which block of theirs it is.
-        fills_cache: most slots of the cache are among them: it is read in place, with a padding row for each of the
-            others. Otherwise what these slots hold is copied.
+        num_slots: of the cache.
     """
 
-    def __init__(self, slot_X: Tensor, block_X: Tensor, num_slots: int, block_length: int, *, fills_cache: bool):
+    def __init__(self, slot_X: Tensor, block_X: Tensor, num_slots: int, block_length: int) -> None:
+        reads_in_place = 2 * len(slot_X) >= num_slots
         self.slot_X, self.block_length = slot_X, block_length
         self.end_X = (block_X + 1) * block_length
-        self.slot_R: Tensor | None = None if fills_cache else slot_X
+        self.slot_R: Tensor | None = None if reads_in_place else slot_X
         self.row_X: Tensor | None = None  # row of each slot; None: in order
         end_R = self.end_X
-        if fills_cache and len(slot_X) < num_slots:
+        if reads_in_place and len(slot_X) < num_slots:
             # Padding rows read position 0 only: softmax over nothing is NaN.
             end_R = torch.ones(num_slots, dtype=torch.int64, device=slot_X.device).index_put((slot_X,), self.end_X)
             self.row_X = slot_X
@@ -120,7 +123,9 @@ class PromptRows:
 
 def _read(keys: Tensor, values: Tensor, slot_R: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
     keys, values = keys[:, :, :length], values[:, :, :length]
-    return (keys, values) if slot_R is None else (keys[slot_R], values[slot_R])
+    if slot_R is None:
+        return keys, values
+    return keys.index_select(0, slot_R), values.index_select(0, slot_R)
 
 
 def _reads_up_to(end_RW: Tensor) -> Tensor:

@@ -159,12 +159,9 @@ class TorchEngine:
         token_ids_XB = torch.cat([slots.previous_ids_SB[slot_P], slots.token_ids_SB[slot_A]])
         cut, num_slots = len(slot_P), len(slots.requests)
         parts: list[tuple[int, QueryRows]] = [
-            (
-                len(block_X[part]) * block_length,
-                BlockRows(slot_X[part], block_X[part], num_slots, block_length, fills_cache=fills),
-            )
-            for part, fills in ((slice(cut), False), (slice(cut, None), True))  # few slots commit in one pass
-            if len(block_X[part])
+            (len(slot_X[part]) * block_length, BlockRows(slot_X[part], block_X[part], num_slots, block_length))
+            for part in (slice(cut), slice(cut, None))
+            if len(slot_X[part])
         ]
         slot_T = slot_X.repeat_interleave(block_length)
         hidden_TD = self._run(token_ids_XB.flatten(), slot_T, position_XB.flatten(), cache, parts)

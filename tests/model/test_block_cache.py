@@ -44,17 +44,14 @@ def flash_by_hand(
 
 
 @pytest.mark.parametrize("uses_flash", [False, True])
-@pytest.mark.parametrize("fills_cache", [False, True])
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [1, 3, 4], [2]])
-def test_blocks_read_up_to_their_end(
-    slots: list[int], fills_cache: bool, uses_flash: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_read_up_to_their_end(slots: list[int], uses_flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if uses_flash:
         monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: flash_by_hand)
     blocks = [(7 * slot + 1) % (LENGTH // BLOCK) for slot in slots]
     query_THD = torch.randn(len(slots) * BLOCK, HEADS, HEAD_DIM)
     keys, values = cache()
-    rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), SLOTS, BLOCK, fills_cache=fills_cache)
+    rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), SLOTS, BLOCK)
     found_THD = rows.attend(query_THD, keys, values, SCALING)
     expected = [
         by_hand(query_THD[i * BLOCK + lane], keys, values, slot, (block + 1) * BLOCK)
@@ -89,7 +86,7 @@ def test_flash_decode_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     slots, blocks = torch.tensor([0, 2, 3], device="cuda"), torch.tensor([5, 0, 3], device="cuda")
     keys, values = (torch.randn(SLOTS, KEY_HEADS, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     query = torch.randn(3 * BLOCK, HEADS, 64, device="cuda", dtype=torch.bfloat16)
-    rows = BlockRows(slots, blocks, SLOTS, BLOCK, fills_cache=True)
+    rows = BlockRows(slots, blocks, SLOTS, BLOCK)
     found = rows.attend(query, keys, values, SCALING)
     monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: None)
     torch.testing.assert_close(found, rows.attend(query, keys, values, SCALING), atol=2e-2, rtol=2e-2)
