@@ -11,6 +11,7 @@ import difflib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,13 +32,29 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
     Raises:
         ConfigError: missing or unreadable file, unknown key, wrong type, bad choice, or a value the dataclass refuses.
     """
+    source = _Source(path, overrides)
     layers = [_read_yaml(Path(path))] if path is not None else []
     layers += [_read_override(override) for override in overrides]
     try:
         values = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{_source(path)}: {_first_line(error)}") from error
-    return _build(schema, values, "", path)
+        raise ConfigError(f"{source.of('')}: {_first_line(error)}") from error
+    return _build(schema, values, "", source)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a value came from, for messages: the last override that set it, else the file."""
+
+    path: str | Path | None
+    overrides: Sequence[str]
+
+    def of(self, key: str) -> str:
+        for override in reversed(self.overrides):
+            named = override.partition("=")[0].strip()
+            if named and (key == named or key.startswith((f"{named}.", f"{named}[")) or named.startswith(f"{key}.")):
+                return f"override {override!r}"
+        return str(self.path) if self.path is not None else "configuration"
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -75,46 +92,46 @@ def _read_override(override: str) -> DictConfig:
         raise ConfigError(f"override {override!r} cannot be read: {_first_line(error)}") from error
 
 
-def _build(
-    schema: type[Config], values: Any, prefix: str, path: str | Path | None, default: Config | None = None
-) -> Config:
+def _build(schema: type[Config], values: Any, prefix: str, source: _Source, default: Config | None = None) -> Config:
     """One dataclass from a mapping of the same names; what it does not name is as in `default` (None: the class)."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{_source(path)}: {prefix or 'the file'} must be a mapping of keys, got {values!r}")
+        raise ConfigError(f"{source.of(prefix)}: {prefix or 'the file'} must be a mapping of keys, got {values!r}")
     hints = typing.get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in fields:
-            raise ConfigError(f"{_source(path)}: unknown key {key!r}{_suggestion(str(name), prefix, schema)}")
+            raise ConfigError(f"{source.of(key)}: unknown key {key!r}{_suggestion(str(name), prefix, schema)}")
         hint = hints[str(name)]
         if dataclasses.is_dataclass(hint):
-            arguments[name] = _build(hint, value, key, path, _default(fields[name]))  # type: ignore[arg-type]
+            arguments[name] = _build(hint, value, key, source, _default(fields[name]))  # type: ignore[arg-type]
         else:
-            arguments[name] = _convert(value, hint, key, path)
+            arguments[name] = _convert(value, hint, key, source)
     try:
         return schema(**arguments) if default is None else dataclasses.replace(default, **arguments)  # type: ignore[type-var]
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{_source(path)}: {prefix + ': ' if prefix else ''}{error}") from error
+        # The classes' own messages begin with the name of the field.
+        field = ".".join([*([prefix] if prefix else []), re.split(r"[ =:\[]", str(error), maxsplit=1)[0]])
+        raise ConfigError(f"{source.of(field)}: {prefix + ': ' if prefix else ''}{error}") from error
 
 
-def _convert(value: Any, hint: Any, key: str, path: str | Path | None) -> Any:
+def _convert(value: Any, hint: Any, key: str, source: _Source) -> Any:
     """A YAML value as the field's type; nothing is guessed beyond int -> float and the text that says a number."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in inner:
             choices = ", ".join(map(str, inner))
-            raise ConfigError(f"{_source(path)}: {key} must be one of {choices}, got {value!r}")
+            raise ConfigError(f"{source.of(key)}: {key} must be one of {choices}, got {value!r}")
         return value
     if origin is list and isinstance(value, list):
-        return [_convert(item, inner[0], f"{key}[{i}]", path) for i, item in enumerate(value)]
+        return [_convert(item, inner[0], f"{key}[{i}]", source) for i, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
-        return {name: _convert(item, inner[1], f"{key}.{name}", path) for name, item in value.items()}
+        return {name: _convert(item, inner[1], f"{key}.{name}", source) for name, item in value.items()}
     value = _read_scalar(value, hint)
     if origin is None and type(value) is hint and value == value:  # NaN differs from itself
         return value
-    raise ConfigError(f"{_source(path)}: {key} must be {_name(hint)}, got {value!r}")
+    raise ConfigError(f"{source.of(key)}: {key} must be {_name(hint)}, got {value!r}")
 
 
 def _read_scalar(value: Any, hint: Any) -> Any:
@@ -170,10 +187,6 @@ def _name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false"}.get(
         hint, str(hint)
     )
-
-
-def _source(path: str | Path | None) -> str:
-    return str(path) if path is not None else "configuration"
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,27 @@ def test_errors_name_the_whole_key(override: str, words: str) -> None:
 def test_a_required_key_is_named() -> None:
     with pytest.raises(ConfigError, match="'required'"):
         load_config(Schema, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lerning_rate=1", "override 'lerning_rate=1': unknown key 'lerning_rate'"),
+        ("modle.path=x", "override 'modle.path=x': unknown key 'modle'"),
+        ("max_steps=many", "override 'max_steps=many': max_steps must be"),
+        ("max_steps=0", "override 'max_steps=0': max_steps must be at least 1"),
+        ("data.limit=-1", "override 'data.limit=-1': data: limit must be at least 0"),
+    ],
+)
+def test_a_bad_override_is_named_and_not_the_file(override: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("output_dir: out\nmax_steps: 5\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(SFTConfig, file, ["seed=3", override])
+
+
+def test_a_bad_value_of_the_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("output_dir: out\nmax_steps: 0\n")
+    with pytest.raises(ConfigError, match=r"sft\.yaml: max_steps must be at least 1"):
+        load_config(SFTConfig, file, ["seed=3"])
