@@ -33,6 +33,8 @@ _HOMES = {
     "ModelConfig": "dirl.model.checkpoint",
     "SFTConfig": "dirl.sft.train",
     "SFTTrainer": "dirl.sft.train",
+    "SFTDataConfig": "dirl.sft.train",
+    "RLDataConfig": "dirl.rl.train",
     "RLConfig": "dirl.rl.train",
     "RLTrainer": "dirl.rl.train",
     "RewardConfig": "dirl.reward.rubric",
@@ -43,10 +45,12 @@ __all__ = [
     "Completions",
     "ModelConfig",
     "RLConfig",
+    "RLDataConfig",
     "RLTrainer",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",
+    "SFTDataConfig",
     "SFTTrainer",
     "SamplingConfig",
     "generate",
@@ -68,13 +72,13 @@ if TYPE_CHECKING:
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
     from dirl.rl.rollout_group import RolloutConfig
-    from dirl.rl.train import RLConfig, RLTrainer
+    from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
     from dirl.rollout.completions import Completions, with_texts
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import generate
     from dirl.rollout.plots import plot_trajectory
     from dirl.rollout.replay import logprobs
-    from dirl.sft.train import SFTConfig, SFTTrainer
+    from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
     from dirl.training.plots import plot_run
     from dirl.training.report.write import write_report
 

@@ -24,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The Hugging Face client logs every request at INFO level; that is not what people want to read.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if getattr(options, "quiet", False):
-        logging.getLogger("dirl").setLevel(logging.WARNING)
+    logging.getLogger("dirl").setLevel(logging.WARNING if getattr(options, "quiet", False) else logging.NOTSET)
     try:
         return options.run(options) or 0
     except ConfigError as error:

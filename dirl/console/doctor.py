@@ -59,7 +59,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """All checks, one after another; some take seconds."""
     yield _check_python()
-    yield from check_packages(requires("dirl") or [])
+    yield from _check_base()
     yield from _check_optional()
     yield from _check_devices()
     for name in get_args(AttentionName):
@@ -81,6 +81,16 @@ def print_findings(findings: Iterator[Finding], console: Console) -> bool:
             table.add_row(f"[{style}]{finding.level}[/]", *(cell.replace("[", r"\[") for cell in cells))
     console.print(table)
     return is_healthy
+
+
+def _check_base() -> Iterator[Finding]:
+    """What dirl's own metadata asks for."""
+    try:
+        requirements = requires("dirl") or []
+    except PackageNotFoundError:
+        yield Finding("note", "dirl", "runs from a folder, not installed", "pip install -e . in its repository")
+        return
+    yield from check_packages(requirements)
 
 
 def check_packages(requirements: list[str]) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from dirl.data.chat import load_tokenizer, render_messages, stop_token_ids, token_texts
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
@@ -47,6 +48,7 @@ class Talker:
     """A loaded model that answers conversations."""
 
     def __init__(self, model_path: str, sampling: SamplingConfig, *, seed: int, console: Console) -> None:
+        disable_progress_bar()  # of loading: people wait for an answer
         self.tokenizer = load_tokenizer(model_path)
         model = load_model(ModelConfig(path=model_path), self.tokenizer).eval()
         model.to(default_device())  # type: ignore[arg-type]

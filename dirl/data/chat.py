@@ -135,11 +135,12 @@ def _joined_characters(ids: Sequence[int], read: Callable[..., str]) -> list[str
         if "\ufffd" not in text:
             start = index + 1
             continue
-        start = max(start, index - 3)  # UTF-8 has four bytes at most
-        joined = read(*ids[start : index + 1])
-        if start < index and "\ufffd" not in joined:
-            texts[start : index + 1] = ["" for _ in range(start, index)] + [joined]
-            start = index + 1
+        for first in range(max(start, index - 3), index):  # UTF-8 has four bytes at most
+            joined = read(*ids[first : index + 1])
+            if "\ufffd" not in joined:
+                texts[first : index + 1] = ["" for _ in range(first, index)] + [joined]
+                start = index + 1
+                break
     return texts
 
 

@@ -85,6 +85,7 @@ class Learner:
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
         total = 0.0
+        self.on_micro_batch(0, num_micro_batches)
         for index, compute_loss in enumerate(padded):
             with self.distributed.accumulation(self.module, is_last=index == len(padded) - 1):
                 loss = compute_loss()

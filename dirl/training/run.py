@@ -120,9 +120,10 @@ class Run:
             refresh_report(self.config.output_dir)
 
     def _count_micro_batch(self, done: int, total: int) -> None:
-        if done == 1:
+        if done == 0:
             self.terminal.begin("training", total)
-        self.terminal.advance(self._tokens)
+        else:
+            self.terminal.advance(self._tokens)
         self._tokens = 0
 
     def _count_tokens(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
