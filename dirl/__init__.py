@@ -4,6 +4,7 @@ The face for notebooks. Nothing is imported before it is used, so that `import d
 
     model, tokenizer = dirl.tiny()                      # or dirl.load("path/to/SDAR")
     completions = dirl.generate(model, tokenizer, ["9+7+8="], temperature=1.0)
+    completions[0].show()                               # a slider over the denoising steps
     logprobs = dirl.logprobs(model, completions)        # nats, at the step each token was revealed
     dirl.RLTrainer(dirl.RLConfig(output_dir="outputs/rl"), model=model, tokenizer=tokenizer).step()
 """
@@ -21,11 +22,19 @@ _HOMES = {
     "generate": "dirl.rollout.generate",
     "logprobs": "dirl.rollout.replay",
     "Completion": "dirl.rollout.engine",
+    "Completions": "dirl.rollout.completions",
+    "with_texts": "dirl.rollout.completions",
+    "plot_run": "dirl.training.plots",
+    "plot_trajectory": "dirl.rollout.plots",
+    "plot_thresholds": "dirl.eval.plots",
+    "write_report": "dirl.training.report.write",
     "SamplingConfig": "dirl.rollout.engine",
     "RolloutConfig": "dirl.rl.rollout_group",
     "ModelConfig": "dirl.model.checkpoint",
     "SFTConfig": "dirl.sft.train",
     "SFTTrainer": "dirl.sft.train",
+    "SFTDataConfig": "dirl.sft.train",
+    "RLDataConfig": "dirl.rl.train",
     "RLConfig": "dirl.rl.train",
     "RLTrainer": "dirl.rl.train",
     "RewardConfig": "dirl.reward.rubric",
@@ -33,32 +42,45 @@ _HOMES = {
 
 __all__ = [
     "Completion",
+    "Completions",
     "ModelConfig",
     "RLConfig",
+    "RLDataConfig",
     "RLTrainer",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",
+    "SFTDataConfig",
     "SFTTrainer",
     "SamplingConfig",
     "generate",
     "load",
     "logprobs",
+    "plot_run",
+    "plot_thresholds",
+    "plot_trajectory",
     "rewards",
     "tiny",
+    "with_texts",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
     from dirl import reward as rewards
+    from dirl.eval.plots import plot_thresholds
     from dirl.model.checkpoint import ModelConfig, load
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
     from dirl.rl.rollout_group import RolloutConfig
-    from dirl.rl.train import RLConfig, RLTrainer
+    from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
+    from dirl.rollout.completions import Completions, with_texts
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import generate
+    from dirl.rollout.plots import plot_trajectory
     from dirl.rollout.replay import logprobs
-    from dirl.sft.train import SFTConfig, SFTTrainer
+    from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+    from dirl.training.plots import plot_run
+    from dirl.training.report.write import write_report
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `dirl sft|rl|eval CONFIG key=value ...`.
+"""The command line: `dirl sft|rl|eval CONFIG key=value ...`, and commands for people: report, generate, chat, doctor.
 
 Errors of the user end in one line and exit code 2; nothing is imported before it is needed.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dirl import __version__
 from dirl.config import ConfigError, load_config
@@ -26,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # A bar of transformers' in a log file is a line of control characters; read when transformers is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("dirl").setLevel(logging.WARNING if getattr(options, "quiet", False) else logging.NOTSET)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except ConfigError as error:
         return _fail(str(error))
     except (ValueError, FileNotFoundError) as error:
@@ -37,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("dirl: interrupted")
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,11 +56,69 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text)
         command.add_argument("config", metavar="CONFIG", help=f"YAML file, such as configs/tiny/{name}.yaml")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
+        command.add_argument("--quiet", action="store_true", help="print only warnings and the result")
         command.set_defaults(run=run)
+    _add_report(commands)
+    _add_talk(commands)
+    doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
+    doctor.set_defaults(run=_run_doctor)
     tiny = commands.add_parser("tiny-model", help="write the embedded default model, untrained")
     tiny.add_argument("directory", metavar="DIR")
     tiny.set_defaults(run=_run_tiny_model)
     return parser
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="write the page of a run, or of several side by side")
+    report.add_argument("runs", metavar="RUN_DIR", nargs="+", help="output_dir of an sft or rl run")
+    report.add_argument("--output", metavar="FILE", help="where to; default: report.html in the run's directory")
+    report.set_defaults(run=_run_report)
+
+
+def _add_talk(commands: Any) -> None:
+    talks = {"generate": (_run_generate, "answer one question"), "chat": (_run_chat, "talk to a model")}
+    for name, (run, help_text) in talks.items():
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id")
+        if name == "generate":
+            command.add_argument("prompt", metavar="PROMPT")
+            command.add_argument("--quiet", action="store_true", help="print the answer only")
+        else:
+            command.add_argument("--system-prompt", default="", metavar="TEXT")
+        command.add_argument("--seed", type=int, default=0)
+        words = "sampling keys, such as temperature=0 max_completion_length=512"
+        command.add_argument("overrides", metavar="key=value", nargs="*", help=words)
+        command.set_defaults(run=run)
+
+
+def _run_report(options: argparse.Namespace) -> None:
+    from dirl.console.report import report_runs
+
+    _say(f"report: {report_runs(options.runs, options.output)}")
+
+
+def _run_generate(options: argparse.Namespace) -> None:
+    from dirl.console.talk import generate
+    from dirl.rollout.engine import SamplingConfig
+
+    sampling = load_config(SamplingConfig, None, options.overrides)
+    generate(options.model, options.prompt, sampling, seed=options.seed, quiet=options.quiet)
+
+
+def _run_chat(options: argparse.Namespace) -> None:
+    from dirl.console.talk import chat
+    from dirl.rollout.engine import SamplingConfig
+
+    sampling = load_config(SamplingConfig, None, options.overrides)
+    chat(options.model, sampling, seed=options.seed, system_prompt=options.system_prompt)
+
+
+def _run_doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dirl.console.doctor import examine, print_findings
+
+    return 0 if print_findings(examine(), Console()) else 1
 
 
 def _run_sft(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ FLOORS = {
     "model": 1,
     **dict.fromkeys(("sft", "rollout"), 2),
     "eval": 3,
-    "rl": 4,
+    **dict.fromkeys(("rl", "console"), 4),
     **dict.fromkeys(("cli", "__init__", "__main__"), 5),
 }
 FACES = {"cli", "__init__", "__main__"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,37 @@ def render_messages(
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of token ids for people and reward functions: special tokens left out, spaces untouched."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]]) -> list[list[str]]:
+    """What each token reads, special tokens included; for people, not for putting a text together.
+
+    A character of several tokens stands at the last of them, and the others are empty.
+    """
+    known: dict[tuple[int, ...], str] = {}
+
+    def read(*ids: int) -> str:
+        if ids not in known:
+            known[ids] = str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return known[ids]
+
+    return [_joined_characters(ids, read) for ids in sequences]
+
+
+def _joined_characters(ids: Sequence[int], read: Callable[..., str]) -> list[str]:
+    texts = [read(token) for token in ids]
+    start = 0  # of the tokens that may be parts of one character
+    for index, text in enumerate(texts):
+        if "\ufffd" not in text:
+            start = index + 1
+            continue
+        for first in range(max(start, index - 3), index):  # UTF-8 has four bytes at most
+            joined = read(*ids[first : index + 1])
+            if "\ufffd" not in joined:
+                texts[first : index + 1] = ["" for _ in range(first, index)] + [joined]
+                start = index + 1
+                break
+    return texts
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -35,6 +35,7 @@ from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rollout.build import EngineConfig, build_engine
 from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
+from dirl.rollout.watch import EvaluationProgress, watch
 from dirl.training.distributed import Distributed
 from dirl.training.run_state import write_run_json
 
@@ -184,6 +185,7 @@ def run_evaluation(config: EvalConfig) -> Path:
     run_json = write_run_json(directory, config_to_dict(config))
     model.to(default_device())  # type: ignore[arg-type]
     with Rubric(config.reward) as rubric, closing(build_engine(model, tokenizer, config.engine)) as engine:
+        watch(engine, EvaluationProgress())
         evaluator = Evaluator(
             engine,
             tokenizer,

@@ -6,7 +6,20 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from dirl.rl.rollout_group import Collected, RolloutGroup
+from dirl.rollout.completions import with_texts
+
+# Names of the pass-rate histogram's bins, in percent, and the highest pass rate that falls into each.
+PASS_RATE_BINS = {
+    "0": 0.0,
+    "up_to_25": 0.25,
+    "up_to_50": 0.5,
+    "up_to_75": 0.75,
+    "below_100": 1.0 - 1e-9,
+    "100": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,12 @@ class GroupSummary:
     completion_lengths: list[int]
     denoising_steps: list[int]
     num_truncated: int
+
+    @property
+    def pass_rate(self) -> float:
+        """Share of right completions: what the reward `accuracy` (the total, in a rubric without it) puts above 0."""
+        judged = self.reward_parts.get("accuracy", self.rewards)
+        return statistics.fmean((value or 0.0) > 0 for value in judged)
 
     @property
     def reward_std(self) -> float:
@@ -57,6 +76,7 @@ def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         "groups/dropped_all_correct": sum(group.rewards[0] > 0 for group in dropped),
         "groups/dropped_all_wrong": sum(group.rewards[0] <= 0 for group in dropped),
         "num_completion_tokens": num_tokens,
+        **pass_rate_histogram([group.pass_rate for group in groups]),
     }
     for name in groups[0].reward_parts:
         values = [value for group in groups for value in group.reward_parts[name] if value is not None]
@@ -65,6 +85,14 @@ def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     if "rewards/accuracy/mean" in metrics:
         metrics["completions/accuracy"] = metrics["rewards/accuracy/mean"]
     return metrics
+
+
+def pass_rate_histogram(pass_rates: Sequence[float]) -> dict[str, float]:
+    """How many groups are all wrong, right in up to a quarter of their completions, ..., all right."""
+    counts = dict.fromkeys(PASS_RATE_BINS, 0)
+    for rate in pass_rates:
+        counts[next(name for name, most in PASS_RATE_BINS.items() if rate <= most)] += 1
+    return {f"groups/pass_rate/{name}": count for name, count in counts.items()}
 
 
 def throughput(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -90,16 +118,19 @@ def headline(metrics: Mapping[str, float]) -> str:
 
 
 def sample_line(group: RolloutGroup) -> str:
-    """The best completion of a group, for the terminal."""
+    """The best completion of a group, for the terminal: one line, its beginning where it is long."""
     best = max(range(len(group.rewards)), key=group.rewards.__getitem__)
-    text = group.completions[best].text
-    return f"{group.prompt.problem.question} {text}  (gold {group.prompt.problem.answer}, {group.rewards[best]:g})"
+    text = " ".join(f"{group.prompt.problem.question} {group.completions[best].text}".split())
+    text = text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
+    return f"{text}  (gold {group.prompt.problem.answer}, {group.rewards[best]:g})"
 
 
-def completion_rows(groups: Sequence[RolloutGroup]) -> Iterator[dict[str, object]]:
-    """One JSON row a completion: everything needed to judge or replay it."""
+def completion_rows(
+    groups: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, block_length: int
+) -> Iterator[dict[str, object]]:
+    """One JSON row a completion: everything needed to judge, replay or show it."""
     for number, group in enumerate(groups):
-        for index, completion in enumerate(group.completions):
+        for index, completion in enumerate(with_texts(group.completions, tokenizer, block_length)):
             yield {
                 "group": number,
                 "question": group.prompt.problem.question,

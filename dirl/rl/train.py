@@ -33,6 +33,7 @@ from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, 
 from dirl.rl.update import PolicyUpdater, UpdateConfig
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
+from dirl.rollout.watch import RolloutProgress, watch
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 from dirl.training.optimizer import Learner, OptimizerConfig
@@ -137,6 +138,7 @@ class RLTrainer:
             if self.distributed.is_main:
                 save_config(config, output_dir / "config.yaml")
             self.timings, self.steps_done = run.timings, run.step
+            watch(self.engine, RolloutProgress(run.terminal, run.timings))
             self.engine.update_weights(self.model)
             while not run.is_finished:
                 try:
@@ -247,4 +249,5 @@ class RLTrainer:
         if run.is_due(self.config.completions_steps):
             path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in completion_rows(groups)), encoding="utf-8")
+            rows = completion_rows(groups, self.tokenizer, self.model.config.block_size)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import render_prompt
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.completions import Completions, with_texts
+from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.torch_engine import TorchEngine
 
 
@@ -20,7 +21,7 @@ def generate(
     *,
     seed: int = 0,
     **sampling: Any,  # the fields of SamplingConfig, which checks them
-) -> list[Completion]:
+) -> Completions:
     """One completion per prompt.
 
     Args:
@@ -32,4 +33,5 @@ def generate(
     asked = [prompts] if isinstance(prompts, str) else prompts
     ids = [render_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in asked]
     engine = TorchEngine(model, tokenizer)
-    return engine.generate(ids, SamplingConfig(**sampling), [seed + i for i in range(len(ids))])
+    completions = engine.generate(ids, SamplingConfig(**sampling), [seed + i for i in range(len(ids))])
+    return with_texts(completions, tokenizer, model.config.block_size)

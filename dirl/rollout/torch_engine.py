@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.slots import Request, Slots, Step
+from dirl.rollout.watch import Observer, frames_of
 
 _PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
 _COMPACT_BELOW = 7 / 8  # share of slots in use at which the empty ones, each a row of every pass, are dropped
@@ -38,6 +40,7 @@ class TorchEngine:
     ) -> None:
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
         self.weights_version = 0
+        self.observer = Observer()  # told of every step and completion
         self._is_stale = False
         self.stop_ids = stop_token_ids(tokenizer)
 
@@ -63,8 +66,9 @@ class TorchEngine:
         self.model.eval()
         try:
             with torch.inference_mode():
-                finished = dict(self._decode(requests, sampling)) if requests else {}
+                finished = self._watched(requests, sampling) if requests else {}
         finally:
+            self.observer.ended()
             self.model.train(was_training)
         if len(finished) != len(prompts):
             raise RolloutError(f"{len(prompts) - len(finished)} of {len(prompts)} completions are missing")
@@ -96,6 +100,14 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing to release."""
 
+    def _watched(self, requests: Sequence[Request], sampling: SamplingConfig) -> dict[int, Completion]:
+        self.observer.started(len(requests))
+        finished = {}
+        for index, completion in self._decode(requests, sampling):
+            finished[index] = completion
+            self.observer.finished(completion)
+        return finished
+
     def _decode(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         block_length, queue = self.model.config.block_size, deque(requests)
         device = next(self.model.parameters()).device
@@ -118,7 +130,9 @@ class TorchEngine:
                 cache.keep_slots(slot_A)
                 slot_A = torch.arange(len(slot_A), device=device)
             hidden_ABD = self._forward(slots, slot_A, cache)
-            slots.apply(sampler.step(hidden_ABD, slots, slot_A), slot_A)
+            step = sampler.step(hidden_ABD, slots, slot_A)
+            slots.apply(step, slot_A)
+            self.observer.stepped(partial(frames_of, slots, slot_A, step))
             for slot in slots.finish_blocks(stop_ids):
                 yield self._completion(*slots.release(slot))
 

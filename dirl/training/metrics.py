@@ -209,14 +209,17 @@ class Timings:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._seconds: dict[str, float] = defaultdict(float)
+        self.current = ""  # the innermost phase that runs
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside the `with` block to `name`."""
-        start = self._clock()
+        start, outer = self._clock(), self.current
+        self.current = name
         try:
             yield
         finally:
+            self.current = outer
             self._seconds[name] += self._clock() - start
 
     def drain(self) -> dict[str, float]:

@@ -65,6 +65,7 @@ class Learner:
         )
         self.config, self.distributed = config, distributed
         self.module, self.optimizer, self.scheduler = distributed.prepare(module, optimizer, scheduler)
+        self.on_micro_batch: Callable[[int, int], None] = lambda done, total: None  # for who shows progress
         self._skipped_in_a_row = 0
 
     def update(self, losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
@@ -84,11 +85,13 @@ class Learner:
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
         total = 0.0
+        self.on_micro_batch(0, num_micro_batches)
         for index, compute_loss in enumerate(padded):
             with self.distributed.accumulation(self.module, is_last=index == len(padded) - 1):
                 loss = compute_loss()
                 self.distributed.backward(loss)
                 total += float(loss.detach())
+            self.on_micro_batch(index + 1, num_micro_batches)
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = self.distributed.clip_grad_norm(self.module, self.config.max_grad_norm)
         (loss_sum,) = self.distributed.sum(total)

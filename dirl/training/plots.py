@@ -5,6 +5,8 @@ A panel whose numbers the run did not log is skipped, so SFT and RL share one ta
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,23 @@ STYLE: Any = {
     "font.size": 10,
 }
 SMOOTHED_FROM = 20  # points; below, the raw curve is readable
+
+
+class Drawing(Figure):
+    """A figure that a notebook shows by itself, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+class Pictures(list[Path]):
+    """Picture files that a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        encoded = [base64.b64encode(path.read_bytes()).decode() for path in self]
+        return "".join(f'<img style="max-width:100%" src="data:image/png;base64,{data}">' for data in encoded)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -156,7 +175,7 @@ def draw_panel(panel: Panel, series: Series, path: Path) -> None:
         figure.savefig(path)
 
 
-def plot_run(run_dir: str | Path) -> list[Path]:
+def plot_run(run_dir: str | Path) -> Pictures:
     """Draw every panel the run has numbers for; returns the files written, in the order of the panels."""
     source = Path(run_dir) / "metrics.jsonl"
     if not source.is_file():
@@ -164,7 +183,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     rows = read_metrics(source)
     folder = Path(run_dir) / "plots"
     folder.mkdir(exist_ok=True)
-    written = []
+    written = Pictures()
     for panel in PANELS:
         if series := collect_series(rows, panel.pattern):
             written.append(folder / f"{panel.file_name}.png")

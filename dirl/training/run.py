@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from dirl.training.metrics import MetricsLogger, Timings
 from dirl.training.optimizer import Learner
+from dirl.training.report.write import refresh_report
 from dirl.training.run_state import RunConfig, resolve_resume, save_checkpoint, write_run_json
+from dirl.training.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +51,21 @@ class Run:
         self.metrics.truncate_after(self.step)
         if self.distributed.is_main:
             write_run_json(config.output_dir, settings)
-        self._progress = _progress_bar(self.distributed.is_main)
+        self.terminal = Terminal(is_main=self.distributed.is_main)
+        self._reported_step = -1
+        self._tokens = 0  # packed tokens since the last micro-batch
 
     def __enter__(self) -> Run:
-        self._progress.start()
-        self._task = self._progress.add_task("", total=self.max_steps, completed=self.step)
+        self.terminal.start(self.max_steps, self.step)
+        self.learner.on_micro_batch = self._count_micro_batch
+        self._hook = self.learner.module.register_forward_hook(self._count_tokens)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._hook.remove()
+        self.terminal.stop()
         self.metrics.close()
+        self._report()
 
     @property
     def is_finished(self) -> bool:
@@ -67,17 +73,17 @@ class Run:
 
     def log(self, metrics: Mapping[str, float], headline: str) -> None:
         """Record the numbers of the step that just ended; `headline` is for people."""
-        self._progress.update(self._task, completed=self.step, description=headline)
+        self.terminal.step(self.step, self.max_steps, headline)
         if self.step % self.config.logging_steps and not self.is_finished:
             return
         self.metrics.log(metrics, self.step)
-        if self.distributed.is_main and not self._progress.console.is_terminal:
-            logger.info("step %d/%d  %s", self.step, self.max_steps, headline)
+        self.terminal.report(self.step, self.max_steps, metrics, headline)
+        if self._saved_step == self.step:
+            self._report()
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
-        if self.distributed.is_main:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.terminal.say(text)
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never) happens now."""
@@ -107,6 +113,23 @@ class Run:
             barrier=self.distributed.barrier,
         )
 
+    def _report(self) -> None:
+        """Bring report.html up to date."""
+        if self.distributed.is_main and self._reported_step != self.step and self.metrics.path.is_file():
+            self._reported_step = self.step
+            refresh_report(self.config.output_dir)
+
+    def _count_micro_batch(self, done: int, total: int) -> None:
+        if done == 0:
+            self.terminal.begin("training", total)
+        else:
+            self.terminal.advance(self._tokens)
+        self._tokens = 0
+
+    def _count_tokens(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
+        """A forward pass: its first argument is the packed sequence."""
+        self._tokens += len(arguments[0])
+
     def _restore(self) -> str | None:
         """Continue from the checkpoint the configuration asks for; returns the tracker's run id."""
         checkpoint = self.distributed.from_main(resolve_resume(self.config))
@@ -118,15 +141,3 @@ class Run:
         self.source.load_state_dict(state["source"])
         logger.info("resumed from %s at step %d", checkpoint, self.step)
         return state["tracker_id"]
-
-
-def _progress_bar(is_main: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        disable=not (is_main and console.is_terminal),
-    )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from dirl.data.prompt_stream import PromptStream
@@ -70,3 +71,27 @@ def test_other_data_is_an_error(tmp_path: Path) -> None:
     go(new_run(config), 2)
     with pytest.raises(ValueError, match="num_items=10, this run 11"):
         new_run(config, num_items=11)
+
+
+def test_the_report_is_written_at_saves_and_at_the_end(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
+    report, seen = tmp_path / "report.html", []
+    with new_run(config) as run:
+        for step in range(1, 4):
+            run.step = step
+            run.save_if_due()
+            run.log({"loss": step / 8}, "")
+            seen.append(report.is_file())
+            report.unlink(missing_ok=True)
+    assert seen == [False, True, False]
+    assert "0.375" in report.read_text()  # the last line, after the last save
+
+
+def test_micro_batches_and_their_tokens_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told = new_run(RunConfig(output_dir=str(tmp_path))), []
+    monkeypatch.setattr(run.terminal, "begin", lambda name, total: told.append((name, total)))
+    monkeypatch.setattr(run.terminal, "advance", told.append)
+    losses = [lambda rows=rows: run.learner.module(torch.ones(rows, 2)).sum() for rows in (3, 5)]
+    with run:
+        run.learner.update(losses, losses[0])
+    assert told == [("training", 2), 3, 5]

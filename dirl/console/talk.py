@@ -1,0 +1,130 @@
+"""`dirl generate` and `dirl chat`: a model's answers, with the denoising shown as it goes.
+
+In a terminal drafts are dim and committed tokens plain; elsewhere only the finished text is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from dirl.data.chat import load_tokenizer, render_messages, stop_token_ids, token_texts
+from dirl.model.checkpoint import ModelConfig, default_device, load_model
+from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.watch import Frame, Observer
+from dirl.training.terminal import draft_text, live_text
+
+Message = dict[str, object]
+_HELP = "/reset forgets the conversation, /quit ends; so does Ctrl-D. Ctrl-C stops an answer."
+
+
+class Drafts(Observer):
+    """Draws every denoising step of one completion."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, draw: Callable[[Text], None]) -> None:
+        self._tokenizer, self._draw = tokenizer, draw
+        self._stops = set(stop_token_ids(tokenizer))
+
+    def stepped(self, frames: Callable[[], list[Frame]]) -> None:
+        self._draw(self.text(frames()[0]))
+
+    def text(self, frame: Frame) -> Text:
+        """Everything before the first committed end."""
+        ids, is_committed = frame.token_ids, frame.is_committed
+        ends = [i for i, token in enumerate(ids) if token in self._stops and is_committed[i]]
+        end = ends[0] if ends else len(ids)
+        texts = token_texts(self._tokenizer, [ids[:end]])[0]
+        shown = ["" if token in self._stops else text for token, text in zip(ids[:end], texts, strict=True)]
+        return draft_text(shown, is_committed[:end])
+
+
+class Talker:
+    """A loaded model that answers conversations."""
+
+    def __init__(self, model_path: str, sampling: SamplingConfig, *, seed: int, console: Console) -> None:
+        disable_progress_bar()  # of loading: people wait for an answer
+        self.tokenizer = load_tokenizer(model_path)
+        model = load_model(ModelConfig(path=model_path), self.tokenizer).eval()
+        model.to(default_device())  # type: ignore[arg-type]
+        self.engine = TorchEngine(model, self.tokenizer)
+        self.sampling, self.seed, self.console = sampling, seed, console
+
+    def answer(self, messages: Sequence[Message]) -> Completion:
+        """The next message, shown while it comes."""
+        ids = render_messages(self.tokenizer, messages, add_generation_prompt=True)
+        with self._watched():
+            (completion,) = self.engine.generate([ids], self.sampling, [self.seed])
+        self.seed += 1
+        if not self.console.is_terminal:
+            self.console.print(completion.text, markup=False, highlight=False, soft_wrap=True)
+        return completion
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        if not self.console.is_terminal:
+            yield
+            return
+        with live_text(self.console) as draw:
+            self.engine.observer = Drafts(self.tokenizer, draw)
+            try:
+                yield
+            finally:
+                self.engine.observer = Observer()
+
+
+def facts(completion: Completion) -> str:
+    """One line about a completion."""
+    return (
+        f"{completion.completion_length} tokens in {completion.num_denoising_steps} denoising steps "
+        f"({completion.tokens_per_step:.2f} per step), finish: {completion.finish_reason}"
+    )
+
+
+def generate(model_path: str, prompt: str, sampling: SamplingConfig, *, seed: int, quiet: bool) -> None:
+    """Answer one question on standard output; facts go to standard error."""
+    completion = Talker(model_path, sampling, seed=seed, console=Console()).answer([_says("user", prompt)])
+    if not quiet:
+        Console(stderr=True).print(facts(completion), style="dim", highlight=False)
+
+
+def chat(
+    model_path: str, sampling: SamplingConfig, *, seed: int, system_prompt: str = "", ask: Callable[[str], str] = input
+) -> None:
+    """A conversation, until /quit or the end of the input."""
+    console = Console()
+    talker = Talker(model_path, sampling, seed=seed, console=console)
+    opening = [_says("system", system_prompt)] if system_prompt else []
+    messages = list(opening)
+    console.print(_HELP, style="dim", highlight=False)
+    while True:
+        try:
+            said = ask("> ").strip()
+        except EOFError:
+            return
+        if said == "/quit":
+            return
+        if said == "/reset":
+            messages = list(opening)
+        elif said:
+            messages = _turn(talker, [*messages, _says("user", said)])
+
+
+def _turn(talker: Talker, messages: list[Message]) -> list[Message]:
+    """The conversation with its answer; without the question where the answer was stopped."""
+    try:
+        completion = talker.answer(messages)
+    except KeyboardInterrupt:
+        talker.console.print("stopped", style="dim")
+        return messages[:-1]
+    talker.console.print(facts(completion), style="dim", highlight=False)
+    return [*messages, _says("assistant", completion.text)]
+
+
+def _says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

@@ -1,0 +1,25 @@
+"""An evaluation's directory -> the picture of its threshold sweep, for notebooks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dirl.eval.report import plot_thresholds as draw_thresholds
+from dirl.eval.results import ModeResult
+from dirl.training.plots import Pictures
+
+
+def plot_thresholds(eval_dir: str | Path) -> Pictures:
+    """Accuracy against tokens per step, one point a threshold; written to plots/thresholds.png.
+
+    Raises:
+        FileNotFoundError: the directory holds no finished evaluation.
+    """
+    source = Path(eval_dir) / "results.json"
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no results to plot; give the output_dir of a finished evaluation")
+    results = [ModeResult(**row) for row in json.loads(source.read_text(encoding="utf-8"))["results"]]
+    path = Path(eval_dir) / "plots" / "thresholds.png"
+    draw_thresholds(results, path)
+    return Pictures([path])

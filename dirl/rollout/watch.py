@@ -1,0 +1,98 @@
+"""Looking on while an engine decodes: an observer it tells what happens.
+
+Shapes: A active slots, B block length, C tokens a completion can touch at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dirl.rollout.engine import Completion, RolloutEngine
+from dirl.rollout.slots import Slots, Step
+from dirl.training.metrics import Timings
+from dirl.training.terminal import Terminal
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One completion after one denoising step."""
+
+    index: int  # place of its prompt in the caller's list
+    token_ids: list[int]  # finished blocks and the current one: revealed tokens, and the drafts of masked positions
+    is_committed: list[bool]  # False: a draft, sampled in this step and not revealed
+
+
+class Observer:
+    """What an engine calls; these do nothing."""
+
+    def started(self, num_prompts: int) -> None:
+        """A call of `generate` begins."""
+
+    def stepped(self, frames: Callable[[], list[Frame]]) -> None:
+        """A denoising step of all sequences in flight is done; who wants to see them calls `frames`."""
+
+    def finished(self, completion: Completion) -> None:
+        """A completion is done; they come in any order."""
+
+    def ended(self) -> None:
+        """The call of `generate` is over, or was interrupted."""
+
+
+class RolloutProgress(Observer):
+    """Completions done and tokens per second, in the terminal of a run."""
+
+    def __init__(self, terminal: Terminal, timings: Timings) -> None:
+        self.terminal, self.timings = terminal, timings
+
+    def started(self, num_prompts: int) -> None:
+        self.terminal.begin("evaluation" if self.timings.current == "eval" else "rollout", num_prompts)
+
+    def finished(self, completion: Completion) -> None:
+        self.terminal.advance(completion.completion_length)
+
+    def ended(self) -> None:
+        self.terminal.end()
+
+
+class EvaluationProgress(Observer):
+    """A bar over the completions of each chunk of an evaluation."""
+
+    def __init__(self) -> None:
+        self.terminal = Terminal(is_main=True)
+
+    def started(self, num_prompts: int) -> None:
+        self.terminal.open()
+        self.terminal.begin("evaluation", num_prompts)
+
+    def finished(self, completion: Completion) -> None:
+        self.terminal.advance(completion.completion_length)
+
+    def ended(self) -> None:
+        self.terminal.stop()
+
+
+def watch(engine: RolloutEngine, observer: Observer) -> None:
+    """Let an observer look on; an engine that cannot be watched is left as it is."""
+    if hasattr(engine, "observer"):
+        engine.observer = observer
+
+
+def frames_of(slots: Slots, slot_A: Tensor, step: Step) -> list[Frame]:
+    """The active slots after `slots.apply(step)`, before their blocks are filed."""
+    shown_AB = torch.where(slots.masked_SB[slot_A], step.token_ids_AB, slots.token_ids_SB[slot_A]).tolist()
+    committed_AB = (~slots.masked_SB[slot_A]).tolist()
+    frames = []
+    for row, slot in enumerate(slot_A.tolist()):
+        request = slots.requests[slot]
+        assert request is not None
+        done = int(slots.block_S[slot]) * slots.block_length - len(request.prompt_ids)
+        tail = max(-done, 0)  # tokens of the prompt in this block
+        filed = slots.done_ids_SC[slot, : max(done, 0)].tolist()
+        frames.append(
+            Frame(request.index, filed + shown_AB[row][tail:], [True] * len(filed) + committed_AB[row][tail:])
+        )
+    return frames
