@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import render_prompt
 from dirl.data.problems import Problem
 from dirl.data.prompt_stream import PromptStream
+from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
 from dirl.rollout.build import EngineConfig
@@ -40,13 +41,13 @@ class RolloutConfig(SamplingConfig, EngineConfig):
         SamplingConfig.__post_init__(self)
         EngineConfig.__post_init__(self)
         if self.num_generations < 2:
-            raise ValueError(f"num_generations must be at least 2 to form a group baseline, got {self.num_generations}")
+            raise UserError(f"num_generations must be at least 2 to form a group baseline, got {self.num_generations}")
         for key in ("prompts_per_step", "max_sampling_rounds"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
 
 
-class NoSignal(ValueError):
+class NoSignal(UserError):
     """No group of a step had differing rewards."""
 
 

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
 from dirl.model.checkpoint import ModelConfig, load_model, save_model
 from dirl.model.logprobs import PackedScorer, suppressed_by
@@ -85,12 +86,12 @@ class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
         OptimizerConfig.__post_init__(self)
         UpdateConfig.__post_init__(self)
         if self.max_steps % self.steps_per_rollout:
-            raise ValueError(
+            raise UserError(
                 f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
                 f"{self.steps_per_rollout}"
             )
         if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
+            raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
 
 
 class RLTrainer:
@@ -115,8 +116,13 @@ class RLTrainer:
         if config.beta > 0:
             reference = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
             reference.to(self.distributed.device)
+        # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
+        decoded = self.model
+        if self.distributed.is_sharded:
+            decoded = copy.deepcopy(decoded).requires_grad_(False)
+            nn.Module.to(decoded, self.distributed.device)
         self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
-        self.engine: RolloutEngine = build_engine(self.model, self.tokenizer, config.rollout)
+        self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
         self.collector = self._collector(problems)
         rule = ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model))
         self.updater = PolicyUpdater(
@@ -226,7 +232,7 @@ class RLTrainer:
         if num_too_long:
             logger.warning("%d prompts are longer than data.max_prompt_length and left out", num_too_long)
         if not prompts:
-            raise ValueError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
+            raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
         return Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
 
     def _rollout_metrics(self, collected: Collected) -> dict[str, float]:

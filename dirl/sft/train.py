@@ -27,6 +27,7 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import PackedViews, placeholder_pack
+from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load_model, save_model
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
@@ -56,7 +57,7 @@ class SFTDataConfig:
     def __post_init__(self) -> None:
         for key, least in (("limit", 0), ("num_heldout", 0), ("max_length", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class SFTConfig(RunConfig, OptimizerConfig):
         RunConfig.__post_init__(self)
         OptimizerConfig.__post_init__(self)
         if self.global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
+            raise UserError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
 
 
 class SFTTrainer:
@@ -144,9 +145,12 @@ class SFTTrainer:
         """
         self.learner.module.eval()
         packs = self._packs(self.heldout, seed=_mix(self.config.seed, -1))
+        filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)
         total, deciles = 0.0, torch.zeros(10, 2, dtype=torch.float64)
-        for packed in packs:
+        for index, packed in enumerate(self.distributed.evened(packs, filler)):
             logprob_T = self.learner.module(packed, self.rule).logprob_T
+            if index >= len(packs):
+                continue
             total += float(nelbo_loss(logprob_T, packed.weight_T, 1.0))
             # w(t) = 1/t (halved for each of a complementary pair), so the weight tells the level.
             level_T = (0.5 if self.config.noise.complementary else 1.0) / packed.weight_T
@@ -201,7 +205,7 @@ class SFTTrainer:
                 system_prompt=data.system_prompt,
             )
         if len(documents) <= data.num_heldout:
-            raise ValueError(
+            raise UserError(
                 f"data.num_heldout={data.num_heldout} leaves none of {len(documents)} documents to train on; lower it"
             )
         pad_id = self.tokenizer.pad_token_id

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from dirl.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Value = int | float | None  # None: the number was not finite
@@ -100,7 +102,7 @@ def check_tracker_names(names: Sequence[str]) -> None:
     """Raises ValueError for a name that `report_to` does not know."""
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"report_to: {name!r} is no tracker: use any of {', '.join(TRACKERS)}, or [] for none")
+            raise UserError(f"report_to: {name!r} is no tracker: use any of {', '.join(TRACKERS)}, or [] for none")
 
 
 def one_line(error: Exception) -> str:
@@ -198,7 +200,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row: dict[str, Any] = json.loads(line)
             row["step"] + 0
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}; remove it") from error
+            raise UserError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}; remove it") from error
         rows.append(row)
     return rows
 

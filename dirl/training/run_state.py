@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dirl.errors import UserError
 from dirl.training.metrics import check_tracker_names
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.output_dir:
-            raise ValueError("output_dir must name a directory, got ''")
+            raise UserError("output_dir must name a directory, got ''")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
+            raise UserError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
         for key, least in (("save_steps", 0), ("save_total_limit", 0), ("logging_steps", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
         if not self.resume_from_checkpoint:
-            raise ValueError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
+            raise UserError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
         check_tracker_names(self.report_to)
 
 
@@ -154,7 +155,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     """The optimizer step after which the checkpoint was written."""
     match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint}: not a checkpoint directory: its name is not step_<number>")
+        raise UserError(f"{checkpoint}: not a checkpoint directory: its name is not step_<number>")
     return int(match[1])
 
 
@@ -191,7 +192,7 @@ def resolve_resume(config: RunConfig) -> Path | None:
     if choice == "auto":
         return newest_checkpoint(config.output_dir)
     if not is_complete(Path(choice)):
-        raise ValueError(
+        raise UserError(
             f"resume_from_checkpoint={choice}: not a complete checkpoint (no {MANIFEST}, or files missing or "
             "cut short): name another, or use auto or none"
         )
