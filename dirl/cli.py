@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dirl import __version__
 from dirl.config import load_config
-from dirl.errors import UserError
+from dirl.errors import RunInterrupted, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("dirl: interrupted")
         return 130
+    except RunInterrupted as stop:
+        _say(f"dirl: {stop}")
+        return 130 if stop.signal_number == signal.SIGINT else 0
     return 0
 
 

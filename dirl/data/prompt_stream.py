@@ -28,6 +28,8 @@ class PromptStream:
         data_fingerprint: what the items are; a saved position is worth nothing among others.
     """
 
+    is_amid = False  # its whole state is a position
+
     def __init__(self, num_items: int, seed: int, data_fingerprint: str = "") -> None:
         if num_items < 1:
             raise ValueError("a prompt stream needs at least one item, got none")

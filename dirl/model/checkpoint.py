@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
 from dirl.errors import MissingFileError, UserError
 from dirl.model.attention import AttentionName
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
+from dirl.training.full_parameters import full_state_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +94,17 @@ def save_model(
     config.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
     config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_final(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, is_main: bool
+) -> Path:
+    """output_dir/final, complete or absent, from a model that is whole or sharded; collective."""
+    final, temporary = output_dir / "final", output_dir / "final.tmp"
+    weights = full_state_dict(model, keep=is_main)
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(model, tokenizer, temporary, weights)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    return final

@@ -207,8 +207,9 @@ class Distributed:
     def _check_topology(self) -> None:
         """Several launchers silently start one process, or several that do not know each other."""
         asked = int(os.environ.get("WORLD_SIZE", "1"))
-        if asked != self.world_size:
-            raise RuntimeError(f"WORLD_SIZE={asked}, but {self.world_size} processes run; use scripts/launch.sh")
+        running = self.accelerator.num_processes
+        if asked != running:
+            raise RuntimeError(f"WORLD_SIZE={asked}, but {running} processes run; use scripts/launch.sh")
         if self._uses_deepspeed and not self.backend.startswith("zero"):
             raise RuntimeError("a DeepSpeed configuration was launched as DDP; unset ACCELERATE_USE_CPU")
 

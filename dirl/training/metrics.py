@@ -211,14 +211,24 @@ class Timings:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._seconds: dict[str, float] = defaultdict(float)
+        self._open: list[tuple[str, float]] = []
+
+    def current(self) -> tuple[str, float] | None:
+        """The innermost phase that is going on and the seconds since it began."""
+        if not self._open:
+            return None
+        name, start = self._open[-1]
+        return name, self._clock() - start
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside the `with` block to `name`."""
         start = self._clock()
+        self._open.append((name, start))
         try:
             yield
         finally:
+            self._open.pop()
             self._seconds[name] += self._clock() - start
 
     def drain(self) -> dict[str, float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from transformers import SchedulerType, get_scheduler
 
 from dirl.errors import UserError
 from dirl.training.distributed import Distributed
+from dirl.training.full_parameters import full_parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +69,12 @@ class Learner:
             scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs) or None,
         )
         self.config, self.distributed = config, distributed
+        self._plain_optimizer = optimizer  # the schedule's; prepared ones share its groups
         self.module, self.optimizer, self.scheduler = distributed.prepare(
             module, optimizer, scheduler, max_grad_norm=config.max_grad_norm
         )
         self._skipped_in_a_row = 0
+        self.on_skip: Callable[[], None] = lambda: None  # called on every rank when a step was skipped
 
     def update(self, losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
         """One optimizer step on the sum of all ranks' losses.
@@ -110,8 +116,32 @@ class Learner:
             "skipped_steps": float(not is_applied),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is neither weights nor optimizer: the schedule, and the steps skipped in a row."""
+        return {"schedule": self.scheduler.state_dict(), "skipped_in_a_row": self._skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state["schedule"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        for group, learning_rate in zip(self._plain_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+
+    def identity(self) -> dict[str, Any]:
+        """What weights and optimizer states in a checkpoint belong to."""
+        shapes = full_parameter_shapes(self.distributed.unwrap(self.module))
+        listed = json.dumps(sorted(shapes.items()))
+        num_parameters = sum(math.prod(shape) for shape in shapes.values())
+        trained = sum(p.requires_grad for p in self.module.parameters())
+        return {
+            "num_parameters": num_parameters,
+            "num_trained_tensors": trained,
+            "parameters_digest": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        }
+
     def _count_skipped(self, is_applied: bool) -> None:
         self._skipped_in_a_row = 0 if is_applied else self._skipped_in_a_row + 1
+        if not is_applied:
+            self.on_skip()
         if self._skipped_in_a_row == 3:
             raise TrainingDiverged(
                 "loss or gradient was not finite in three steps in a row; lower learning_rate or look at the data"
