@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dirl import __version__
-from dirl.config import ConfigError, load_config
+from dirl.config import load_config
+from dirl.errors import RunInterrupted, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,15 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("dirl").setLevel(logging.WARNING if getattr(options, "quiet", False) else logging.NOTSET)
     try:
         return options.run(options) or 0
-    except ConfigError as error:
-        return _fail(str(error))
-    except (ValueError, FileNotFoundError) as error:
-        if not _is_users(error):
-            raise
+    except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         _say("dirl: interrupted")
         return 130
+    except RunInterrupted as stop:
+        _say(f"dirl: {stop}")
+        return 130 if stop.signal_number == signal.SIGINT else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,14 +144,6 @@ def _run_tiny_model(options: argparse.Namespace) -> None:
     from dirl.model.tiny import save_tiny_model
 
     save_tiny_model(Path(options.directory))
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether an error was raised by dirl's own code, which words them for people, and not by a library or a bug."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("dirl.")
 
 
 def _is_main_rank() -> bool:

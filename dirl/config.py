@@ -19,10 +19,12 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dirl.errors import UserError
+
 Config = TypeVar("Config")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used: one line naming the key or file, the value and the remedy."""
 
 

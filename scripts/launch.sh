@@ -122,8 +122,7 @@ find_accelerate_config() {
 launch_from_file() { # FILE
     local file=$1 type
     type=$(yaml_field "$file" distributed_type)
-    if [[ $type == MULTI_CPU ]] || { [[ $type == MULTI_GPU || $type == FSDP ]] && ! has_cuda; }; then
-        [[ $type != FSDP ]] || die "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: FSDP needs a GPU; use ddp or zero1 on a CPU"
+    if [[ $type == MULTI_CPU ]] || { [[ $type == MULTI_GPU ]] && ! has_cuda; }; then
         local processes=${NUM_PROCESSES:-$(yaml_field "$file" num_processes)}
         launch_on_cpus "${processes:-1}"
         return

@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[1] / "dirl"
 
 # Imports run down only: to a smaller number. `dirl/__init__.py` is a face, like the CLI.
 FLOORS = {
+    "errors": -1,
     **dict.fromkeys(("config", "data", "diffusion", "reward", "training"), 0),
     "model": 1,
     **dict.fromkeys(("sft", "rollout"), 2),

@@ -14,6 +14,9 @@ import pytest
 from dirl import __version__
 from dirl.cli import main
 from dirl.data.problems import load_problems
+from dirl.model.tiny import tiny
+from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.torch_engine import TorchEngine
 
 COMMANDS = {
     "sft": ("dirl.sft.train", "SFTConfig", "SFTTrainer"),
@@ -39,6 +42,9 @@ class StandIn:
             raise KeyboardInterrupt
         if self.config.act == "read":
             load_problems(self.config.path)
+        if self.config.act == "misuse":
+            model, tokenizer = tiny()
+            TorchEngine(model, tokenizer).generate([[1]], SamplingConfig(), seeds=[])
         if self.config.act == "break":
             json.loads("{")  # a ValueError of a library: a bug of ours, not of the user
         return f"result of {self.config.path}"
@@ -113,6 +119,8 @@ def test_interruption(command: str, config_file: str, capsys: pytest.CaptureFixt
 def test_a_bug_keeps_its_traceback(command: str, config_file: str) -> None:
     with pytest.raises(json.JSONDecodeError):
         main([command, config_file, "act=break"])
+    with pytest.raises(ValueError, match="generate needs one seed per prompt"):  # of dirl's own code, and still a bug
+        main([command, config_file, "act=misuse"])
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

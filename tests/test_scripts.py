@@ -160,7 +160,6 @@ def test_accelerate_config_is_a_name_or_a_path(copy: Path, elsewhere: Path) -> N
     ("variables", "words"),
     [
         ({"ACCELERATE_CONFIG": "zero9"}, ["ACCELERATE_CONFIG=zero9", "ddp", "fsdp2", "zero1"]),
-        ({"ACCELERATE_CONFIG": "fsdp2"}, ["ACCELERATE_CONFIG=fsdp2", "GPU"]),
         ({"NUM_PROCESSES": "two"}, ["NUM_PROCESSES=two"]),
         ({"NUM_PROCESSES": "0"}, ["NUM_PROCESSES=0"]),
         ({"NUM_PROCESSES": "2", "NUM_MACHINES": "2"}, ["MASTER_ADDR"]),

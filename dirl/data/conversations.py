@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dirl.data.chat import decode, render_messages, render_prompt, stop_token_ids, with_system_prompt
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
 from dirl.data.tasks import find_task
+from dirl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +88,7 @@ def documents_from_row(
         ]
     key = next((key for key in COMPLETION_KEYS if key in row), None)
     if "prompt" not in row or key is None:
-        raise ValueError(
+        raise UserError(
             f"has the columns {', '.join(map(str, row)) or '(none)'}; expected messages, or prompt and completion, "
             "or prompt and response"
         )
@@ -98,12 +99,12 @@ def documents_from_row(
 
 def _checked_messages(messages: object) -> list[Mapping[str, object]]:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"has messages={shorten(messages)}; expected a non-empty list")
+        raise UserError(f"has messages={shorten(messages)}; expected a non-empty list")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise ValueError(f"has the message {shorten(message)}; expected a role and a text content")
+            raise UserError(f"has the message {shorten(message)}; expected a role and a text content")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("has no assistant message to learn from")
+        raise UserError("has no assistant message to learn from")
     return messages
 
 
@@ -112,7 +113,7 @@ def _assistant_turn(messages: Sequence[Mapping[str, object]], tokenizer: PreTrai
     prompt_ids = render_messages(tokenizer, messages[:-1], add_generation_prompt=True)
     whole_ids = render_messages(tokenizer, messages, add_generation_prompt=False)
     if whole_ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
+        raise UserError(
             "renders differently as a prompt and as a whole: the chat template rewrites earlier turns; "
             "give the row as prompt and completion"
         )
@@ -126,7 +127,7 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if first_stop is not None:
         rest = decode(tokenizer, ids[first_stop + 1 :]).strip()  # the newline of a template, which no decoder gets to
         if rest:
-            raise ValueError(f"has text after the token that ends a turn: {shorten(rest)}")
+            raise UserError(f"has text after the token that ends a turn: {shorten(rest)}")
         return ids[: first_stop + 1]
     return [*ids, turn_end_id(tokenizer)]
 
@@ -145,5 +146,5 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _text(row: Mapping[str, object], key: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"has {key}={shorten(value)}; expected a non-empty string")
+        raise UserError(f"has {key}={shorten(value)}; expected a non-empty string")
     return value

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
+from dirl.errors import UserError
 
 COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"))
 
@@ -50,13 +51,13 @@ def problem_from_row(row: dict[str, object]) -> Problem:
         if question_key in row and answer_key in row:
             break
     else:
-        raise ValueError(
+        raise UserError(
             f"has the columns {', '.join(map(str, row)) or '(none)'}; "
             "expected question and ground_truth_answer, or prompt and answer or solution"
         )
     question = row[question_key]
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"has {question_key}={shorten(question)}; expected a non-empty string")
+        raise UserError(f"has {question_key}={shorten(question)}; expected a non-empty string")
     answer = _gold_text(answer_key, row[answer_key])
     if answer_key == "solution":
         answer = _last_boxed(answer) or answer
@@ -83,7 +84,7 @@ def _gold_text(key: str, value: object) -> str:
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
-    raise ValueError(f"has {key}={shorten(value)}; expected a non-empty string or a finite number")
+    raise UserError(f"has {key}={shorten(value)}; expected a non-empty string or a finite number")
 
 
 def _last_boxed(text: str) -> str:

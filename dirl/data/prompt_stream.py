@@ -5,17 +5,35 @@ Every rank draws the same stream and takes its share, so that what is trained on
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Iterable
 from typing import Any
+
+from dirl.errors import UserError
+
+
+def fingerprint(items: Iterable[object]) -> str:
+    """A short digest of data, to tell on resuming whether they are still the same."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()[:16]
 
 
 class PromptStream:
-    """Each epoch is a fresh permutation, a function of (seed, epoch); the state is two numbers."""
+    """Each epoch is a fresh permutation, a function of (seed, epoch); the state is two numbers.
 
-    def __init__(self, num_items: int, seed: int) -> None:
+    Args:
+        data_fingerprint: what the items are; a saved position is worth nothing among others.
+    """
+
+    is_amid = False  # its whole state is a position
+
+    def __init__(self, num_items: int, seed: int, data_fingerprint: str = "") -> None:
         if num_items < 1:
             raise ValueError("a prompt stream needs at least one item, got none")
-        self.num_items, self.seed = num_items, seed
+        self.num_items, self.seed, self.data_fingerprint = num_items, seed, data_fingerprint
         self.epoch, self.position = 0, 0
         self._order = self._permutation(0)
 
@@ -32,7 +50,8 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_items": self.num_items, "seed": self.seed, "epoch": self.epoch, "position": self.position}
+        names = ("num_items", "seed", "data_fingerprint", "epoch", "position")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -40,9 +59,9 @@ class PromptStream:
         Raises:
             ValueError: the state belongs to other data or another seed.
         """
-        for key in ("num_items", "seed"):
+        for key in ("num_items", "seed", "data_fingerprint"):
             if state[key] != getattr(self, key):
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint's data stream has {key}={state[key]}, this run {getattr(self, key)}; resume with "
                     "the same data and seed, or set resume_from_checkpoint=none"
                 )

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from dirl.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NumberedRow = tuple[int, object]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used: one line naming file, row, value and remedy."""
 
 
@@ -60,7 +62,7 @@ def convert_rows(
             break
         try:
             if not isinstance(row, dict):
-                raise ValueError(f"is not an object of named columns: {shorten(row)}")
+                raise UserError(f"is not an object of named columns: {shorten(row)}")
             items.append(convert(row))
         except ValueError as error:
             if not skip_bad_rows:

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dirl.data.chat import MASK_TOKEN, wrap_tokenizer
 from dirl.data.problems import Problem
 from dirl.data.rows import DataError
+from dirl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +53,7 @@ def noisy_sums_demonstrations(num: int, seed: int, error_rate: float = 0.15) -> 
         error_rate: probability that a written intermediate result is wrong.
     """
     if not 0.0 <= error_rate <= 1.0:
-        raise ValueError(f"error_rate must be a probability in [0, 1], got {error_rate}")
+        raise UserError(f"error_rate must be a probability in [0, 1], got {error_rate}")
     rng = random.Random(f"noisy_sums demonstrations {seed}")
     return [
         {"prompt": _question(terms), "completion": _working(terms, rng, error_rate)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dirl.data.problems import Problem, load_problems
+from dirl.errors import MissingFileError, UserError
 
 NAMES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")
 
@@ -41,7 +42,7 @@ def load_benchmarks(names_or_paths: Sequence[str], *, limit: int = 0, seed: int 
     benchmarks = [load_benchmark(name, limit=limit, seed=seed) for name in names_or_paths]
     names = [benchmark.name for benchmark in benchmarks]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"data.datasets must name one or more data sets of different names, got {names}")
+        raise UserError(f"data.datasets must name one or more data sets of different names, got {names}")
     return benchmarks
 
 
@@ -57,7 +58,7 @@ def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Bench
     name = {known.lower(): known for known in NAMES}.get(name_or_path.lower())
     path = name_or_path if name is None else _file_of(name)
     if name is None and not Path(path).suffix and "/" not in path:
-        raise ValueError(
+        raise UserError(
             f"data.datasets: unknown data set {path!r}; known are {', '.join(NAMES)}, paths of .json, .jsonl or "
             ".parquet files, and task:noisy_sums"
         )
@@ -67,7 +68,7 @@ def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Bench
 def _file_of(name: str) -> str:
     file = Path(os.environ.get("DIRL_DATA", "data/eval"), f"{name}.json")
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"data.datasets: {file} does not exist; fetch the data with download.sh, then set DIRL_DATA to the folder "
             f"that holds {file.name}"
         )

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer, render_prompt
 from dirl.data.problems import Problem
+from dirl.errors import UserError
 from dirl.eval.benchmarks import Benchmark, load_benchmarks
 from dirl.eval.report import write_report
 from dirl.eval.results import ModeResult, Sample, summarise
@@ -75,18 +76,18 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for key in ("num_samples", "chunk_size"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.data.limit < 0:
-            raise ValueError(f"data.limit must be >= 0 (0: all), got {self.data.limit}")
+            raise UserError(f"data.limit must be >= 0 (0: all), got {self.data.limit}")
         if "accuracy" not in self.reward.functions:
-            raise ValueError("reward.functions must hold accuracy: an evaluation counts right answers")
+            raise UserError("reward.functions must hold accuracy: an evaluation counts right answers")
         if not self.decoding_modes:
-            raise ValueError("modes is empty; name at least one of dynamic, static, greedy, custom")
+            raise UserError("modes is empty; name at least one of dynamic, static, greedy, custom")
         default = SamplingConfig()
         for key in ("unmasking_strategy", "denoising_steps"):
             value = getattr(self.sampling, key)
             if "custom" not in self.modes and value != getattr(default, key):
-                raise ValueError(f"sampling.{key}={value} is read by the mode custom only; add custom to modes")
+                raise UserError(f"sampling.{key}={value} is read by the mode custom only; add custom to modes")
 
     @property
     def decoding_modes(self) -> list[Mode]:
@@ -175,7 +176,7 @@ class Evaluator:
 def run_evaluation(config: EvalConfig) -> Path:
     """Evaluate every data set in every mode; returns the report's path."""
     if (world_size := Distributed().world_size) > 1:
-        raise ValueError(f"an evaluation runs in one process, got {world_size}; set NUM_PROCESSES=1")
+        raise UserError(f"an evaluation runs in one process, got {world_size}; set NUM_PROCESSES=1")
     directory = Path(config.output_dir)
     benchmarks = load_benchmarks(config.data.datasets, limit=config.data.limit, seed=config.data.seed)
     tokenizer = load_tokenizer(config.model.path)

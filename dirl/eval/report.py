@@ -11,6 +11,7 @@ from statistics import fmean
 import matplotlib
 from matplotlib.figure import Figure
 
+from dirl.errors import UserError
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
@@ -123,13 +124,13 @@ def compare_runs(a: Path, b: Path) -> list[Comparison]:
     header_a, header_b = read_header(a), read_header(b)
     shared = [key for key in samples_a if key in samples_b]
     if not shared:
-        raise ValueError(f"{a} and {b} share no data set and mode: nothing to compare")
+        raise UserError(f"{a} and {b} share no data set and mode: nothing to compare")
     comparisons = []
     for dataset, mode in shared:
         means_a, means_b = _problem_means(samples_a[dataset, mode]), _problem_means(samples_b[dataset, mode])
         digest = f"problems.{dataset}"
         if means_a.keys() != means_b.keys() or header_a.get(digest) != header_b.get(digest):
-            raise ValueError(f"{a} and {b} hold other problems of {dataset}; evaluate both on the same, to the end")
+            raise UserError(f"{a} and {b} hold other problems of {dataset}; evaluate both on the same, to the end")
         values_a, values_b = ([means[problem] for problem in sorted(means)] for means in (means_a, means_b))
         difference = paired_bootstrap(values_a, values_b)
         centres = fmean(values_a), fmean(values_b)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dirl.config import ConfigError
+from dirl.errors import UserError
 from dirl.eval.results import Sample
 from dirl.rollout.engine import Completion
 
@@ -107,7 +108,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path} line {number} is not valid JSON; delete that line or the file") from error
+                raise UserError(f"{path} line {number} is not valid JSON; delete that line or the file") from error
             end += len(line)
         else:
             return

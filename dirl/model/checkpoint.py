@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
+from dirl.errors import MissingFileError, UserError
 from dirl.model.attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
+from dirl.training.full_parameters import full_state_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.block_length < 0:
-            raise ValueError(f"block_length must be >= 0 (0: the checkpoint's), got {self.block_length}")
+            raise UserError(f"block_length must be >= 0 (0: the checkpoint's), got {self.block_length}")
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
@@ -41,15 +46,15 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
     """
     path = config.path
     if not Path(path, "config.json").is_file() and (Path(path).exists() or path.count("/") != 1 or path[0] in "./~"):
-        raise FileNotFoundError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
+        raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
     model_config = AutoConfig.from_pretrained(path)
     if not isinstance(model_config, (SDARConfig, SDARMoeConfig)):
-        raise ValueError(f"model.path: {path!r} is a {model_config.model_type!r} model; need sdar or sdar_moe")
+        raise UserError(f"model.path: {path!r} is a {model_config.model_type!r} model; need sdar or sdar_moe")
     model_config.mask_token_id = mask_token_id(tokenizer)
     model_config.tokenizer_length = len(tokenizer)
     model_config.block_size = config.block_length or model_config.block_size
     if len(tokenizer) > model_config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {model_config.vocab_size} rows; "
             "use the tokenizer the model was made with"
         )
@@ -73,9 +78,18 @@ def load(
     return load_model(ModelConfig(path=path, dtype=dtype), tokenizer).eval(), tokenizer
 
 
-def save_model(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write a directory that loads here, in plain transformers code for SDAR, and in LMDeploy."""
-    model.save_pretrained(path)
+def save_model(
+    model: BlockDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a directory that loads here, in plain transformers code for SDAR, and in LMDeploy.
+
+    Args:
+        weights: whole parameters by name, where the model's own are sharded or adapted; None: the model's.
+    """
+    model.save_pretrained(path, state_dict=dict(weights) if weights is not None else None)
     save_tokenizer(tokenizer, path)
     # transformers 5 keeps the rotary base under rope_parameters only; older SDAR code would fall back to 10000.
     config_file = Path(path, "config.json")
@@ -83,3 +97,17 @@ def save_model(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, p
     config.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
     config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_final(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, is_main: bool
+) -> Path:
+    """output_dir/final, complete or absent, from a model that is whole or sharded; collective."""
+    final, temporary = output_dir / "final", output_dir / "final.tmp"
+    weights = full_state_dict(model, keep=is_main)
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(model, tokenizer, temporary, weights)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    return final

@@ -20,6 +20,7 @@ from statistics import fmean, pstdev
 from types import ModuleType
 from typing import Any, Literal
 
+from dirl.errors import UserError
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
 from dirl.reward.shaping import REWARD_FUNCTIONS, RewardFunction
 
@@ -27,7 +28,7 @@ Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward that cannot be resolved, or that returned what is no reward."""
 
 
@@ -47,17 +48,17 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if not self.functions:
-            raise ValueError("reward.functions is empty; name at least one, e.g. [accuracy]")
+            raise UserError("reward.functions is empty; name at least one, e.g. [accuracy]")
         if self.weights and len(self.weights) != len(self.functions):
-            raise ValueError(
+            raise UserError(
                 f"reward.weights needs one number per function, got {len(self.weights)} for {len(self.functions)}: "
                 f"{list(self.weights)} for {list(self.functions)}"
             )
         if self.grader_workers < 0:
-            raise ValueError(f"reward.grader_workers must be >= 0 (0: one per core), got {self.grader_workers}")
+            raise UserError(f"reward.grader_workers must be >= 0 (0: one per core), got {self.grader_workers}")
         for name in ("grader_timeout_seconds", "grader_memory_limit_mb", "max_answer_chars"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"reward.{name} must be positive, got {getattr(self, name)}")
+                raise UserError(f"reward.{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def combine_parts(
     Source: LightningRL; the standard deviation is the population's, as in DiRL.
     """
     if len(weights) != len(parts):
-        raise ValueError(f"every part needs a weight, got {len(weights)} weights for {list(parts)}")
+        raise UserError(f"every part needs a weight, got {len(weights)} weights for {list(parts)}")
     columns = [list(rewards) for rewards in parts.values()]
     if combine == "normalize_then_sum":
         columns = [_normalize_groups(rewards, group_size) for rewards in columns]
@@ -196,7 +197,7 @@ def combine_parts(
 def _normalize_groups(rewards: list[float | None], group_size: int) -> list[float | None]:
     """(reward - mean) / standard deviation within each group, over the rewards that apply."""
     if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} completions are no whole number of groups of {group_size}")
+        raise UserError(f"{len(rewards)} completions are no whole number of groups of {group_size}")
     normalized: list[float | None] = []
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]

@@ -8,8 +8,9 @@ Source: DAPO (arXiv 2503.14476), section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import render_prompt
 from dirl.data.problems import Problem
-from dirl.data.prompt_stream import PromptStream
+from dirl.data.prompt_stream import PromptStream, fingerprint
+from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
+from dirl.rl.work_sharing import balanced_owners
 from dirl.rollout.build import EngineConfig
 from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
@@ -35,18 +38,23 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     num_generations: int = 8  # completions a group
     dynamic_sampling: bool = True  # drop groups whose rewards are all equal and draw others for them
     max_sampling_rounds: int = 2  # rollout rounds a step may take to fill its batch; 1: never draw again
+    oversampling: float = 1.0  # prompts drawn per group still missing; what is then too much goes to the next step
 
     def __post_init__(self) -> None:
         SamplingConfig.__post_init__(self)
         EngineConfig.__post_init__(self)
         if self.num_generations < 2:
-            raise ValueError(f"num_generations must be at least 2 to form a group baseline, got {self.num_generations}")
-        for key in ("prompts_per_step", "max_sampling_rounds"):
+            raise UserError(f"num_generations must be at least 2 to form a group baseline, got {self.num_generations}")
+        for key in ("prompts_per_step", "max_sampling_rounds", "oversampling"):
             if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
 
 
-class NoSignal(ValueError):
+class StopAsked(Exception):
+    """The run was asked to stop before the update; what was rolled out is kept."""
+
+
+class NoSignal(UserError):
     """No group of a step had differing rewards."""
 
 
@@ -66,6 +74,8 @@ class RolloutGroup:
     completions: list[Completion]  # (G,)
     rewards: list[float]  # (G,) weighted sums
     reward_parts: dict[str, list[float | None]]  # by reward function, (G,) each; None: did not apply
+    draw: int = 0  # place in the order of all prompts the run has drawn
+    sampled_at: int = 0  # optimizer steps the weights it was sampled with had taken
 
     @property
     def reward_G(self) -> Tensor:
@@ -83,6 +93,21 @@ class Collected:
     groups: list[RolloutGroup]  # to train on
     dropped: list[RolloutGroup]  # no spread in the rewards
     counters: dict[str, int]  # of the graders: timeouts, crashes, ...
+    num_carried: int = 0  # informative groups that were too many, over all ranks: the next step begins with them
+
+    def is_on_policy(self, step: int) -> bool:
+        """Whether all of this rank's groups were sampled with the weights of `step`."""
+        return all(group.sampled_at == step for group in self.groups)
+
+
+@dataclass
+class Harvest:
+    """What a step's rollout rounds have given so far on this rank: a stop in between must not lose it."""
+
+    groups: list[RolloutGroup]
+    dropped: list[RolloutGroup] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    num_rounds: int = 0
 
 
 def render_prompts(
@@ -104,49 +129,92 @@ class Collector:
         self, prompts: Sequence[Prompt], engine: RolloutEngine, rubric: Rubric, config: RolloutConfig, seed: int
     ) -> None:
         self.prompts, self.engine, self.rubric, self.config, self.seed = prompts, engine, rubric, config, seed
-        self.stream = PromptStream(len(prompts), seed)
+        data = fingerprint((p.token_ids, p.problem.answer, p.problem.columns) for p in prompts)
+        self.stream = PromptStream(len(prompts), seed, data)
+        self.cost: Callable[[RolloutGroup], float] = lambda group: float(sum(map(_length, group.completions)))
+        self.should_stop: Callable[[], bool] = lambda: False  # asked before each round; the same on every rank
+        self.carried: list[RolloutGroup] = []  # too many for the last step
+        self.harvest: Harvest | None = None  # of the step that is going on, until `finish`
+        self.num_drawn = 0
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether rollouts are kept that have not been trained on yet."""
+        return self.harvest is not None
 
     def collect(self, step: int, distributed: Distributed, timings: Timings) -> Collected:
         """This rank's groups of one step's batch.
 
         Raises:
+            StopAsked: it was; what there is is kept, and the next call goes on from there.
             NoSignal: no group on any rank had differing rewards after the last round.
         """
-        groups: list[RolloutGroup] = []
-        dropped: list[RolloutGroup] = []
-        counters: dict[str, int] = {}
-        missing = self.config.prompts_per_step
-        for round_index in range(self.config.max_sampling_rounds):
-            drawn = list(enumerate(self.stream.take(missing)))
-            mine = [(self.prompts[i], stable_seed(self.seed, step, round_index, n)) for n, i in drawn]
-            scored = self._roll_out(distributed.share(mine), timings, counters)
-            for group in scored:
-                keep = group.is_informative or not self.config.dynamic_sampling
-                (groups if keep else dropped).append(group)
-            (num_groups,) = distributed.sum(len(groups))
-            missing = self.config.prompts_per_step - int(num_groups)
-            if missing == 0:
+        harvest = self.harvest = self.harvest or Harvest(self.carried)
+        self.carried = []
+        while True:
+            num_groups = int(distributed.sum(len(harvest.groups))[0])
+            if self.should_stop():
+                raise StopAsked
+            missing = self.config.prompts_per_step - num_groups
+            if missing <= 0 or harvest.num_rounds == self.config.max_sampling_rounds:
                 break
-        if missing == self.config.prompts_per_step:
+            self._roll_out_round(step, math.ceil(missing * self.config.oversampling), distributed, timings)
+        if num_groups == 0:
+            self.finish()
             raise NoSignal(
                 f"step {step}: the rewards of every group were equal in {self.config.max_sampling_rounds} rounds of "
                 f"{self.config.prompts_per_step} prompts; the problems are all too easy or too hard, or the reward is "
                 "broken (see completions/)"
             )
-        return Collected(groups, dropped, counters)
+        groups, num_carried = self._shared_out(harvest.groups, distributed)
+        return Collected(groups, harvest.dropped, harvest.counters, num_carried)
+
+    def finish(self) -> None:
+        """The step's groups have been trained on; those too many stay for the next."""
+        self.harvest = None
+
+    def _roll_out_round(self, step: int, num_prompts: int, distributed: Distributed, timings: Timings) -> None:
+        harvest = self.harvest
+        assert harvest is not None
+        drawn = [
+            (self.prompts[index], self.num_drawn + n, stable_seed(self.seed, step, harvest.num_rounds, n))
+            for n, index in enumerate(self.stream.take(num_prompts))
+        ]
+        self.num_drawn += num_prompts
+        for group in self._roll_out(distributed.share(drawn), step, timings, harvest.counters):
+            keep = group.is_informative or not self.config.dynamic_sampling
+            (harvest.groups if keep else harvest.dropped).append(group)
+        harvest.num_rounds += 1
+
+    def _shared_out(self, groups: list[RolloutGroup], distributed: Distributed) -> tuple[list[RolloutGroup], int]:
+        """This rank's fair part of the groups that were drawn first; those too many stay on the rank they are on.
+
+        Only the groups that move travel, and everyone computes the same plan.
+        """
+        plan = sorted(distributed.gather([(group.draw, self.cost(group), distributed.rank) for group in groups]))
+        plan, surplus = plan[: self.config.prompts_per_step], plan[self.config.prompts_per_step :]
+        owners = balanced_owners([cost for _, cost, _ in plan], [rank for _, _, rank in plan], distributed.world_size)
+        new_owner = {draw: owner for (draw, _, _), owner in zip(plan, owners, strict=True)}
+        self.carried = [group for group in groups if group.draw not in new_owner]
+        mine = [group for group in groups if new_owner.get(group.draw) == distributed.rank]
+        leaving = [g for g in groups if g.draw in new_owner and new_owner[g.draw] != distributed.rank]
+        if distributed.world_size > 1:
+            mine += [group for group in distributed.gather(leaving) if new_owner[group.draw] == distributed.rank]
+        return sorted(mine, key=lambda group: group.draw), len(surplus)
 
     def _roll_out(
-        self, prompts: Sequence[tuple[Prompt, int]], timings: Timings, counters: dict[str, int]
+        self, prompts: Sequence[tuple[Prompt, int, int]], step: int, timings: Timings, counters: dict[str, int]
     ) -> list[RolloutGroup]:
         num_generations = self.config.num_generations
         with timings.phase("rollout"):
             completions = self.engine.generate(
-                [prompt.token_ids for prompt, _ in prompts for _ in range(num_generations)],
+                [prompt.token_ids for prompt, _, _ in prompts for _ in range(num_generations)],
                 self.config,
-                [stable_seed(seed, sample) for _, seed in prompts for sample in range(num_generations)],
+                [stable_seed(seed, sample) for _, _, seed in prompts for sample in range(num_generations)],
             )
         with timings.phase("reward"):
-            return self._score([prompt for prompt, _ in prompts], completions, counters)
+            groups = self._score([prompt for prompt, _, _ in prompts], completions, counters)
+        return [replace(group, draw=draw, sampled_at=step) for group, (_, draw, _) in zip(groups, prompts, strict=True)]
 
     def _score(
         self, prompts: Sequence[Prompt], completions: Sequence[Completion], counters: dict[str, int]
@@ -172,3 +240,7 @@ class Collector:
             )
             for start, prompt in zip(range(0, len(completions), size), prompts, strict=True)
         ]
+
+
+def _length(completion: Completion) -> int:
+    return len(completion.token_ids)

@@ -97,8 +97,9 @@ def pass_rate_histogram(pass_rates: Sequence[float]) -> dict[str, float]:
 
 def throughput(metrics: Mapping[str, float]) -> dict[str, float]:
     """Tokens per second of rollout (completion tokens up to EOS) and of training (packed tokens)."""
+    rollout_seconds = metrics.get("timing_s/rollout", 0.0)  # none where the step began with enough groups
     return {
-        "perf/rollout_tokens_per_s": metrics["num_completion_tokens"] / metrics["timing_s/rollout"],
+        "perf/rollout_tokens_per_s": metrics["num_completion_tokens"] / rollout_seconds if rollout_seconds else 0.0,
         "perf/train_tokens_per_s": metrics["num_tokens"] / metrics["timing_s/train"],
     }
 

@@ -15,22 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
-from dirl.model.checkpoint import ModelConfig, load_model, save_model
+from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import ScaleRewards, group_advantages
-from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, render_prompts
+from dirl.rl.group_state import CollectorState
+from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, StopAsked, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, sample_line, summarise, throughput
 from dirl.rl.update import PolicyUpdater, UpdateConfig
+from dirl.rl.work_sharing import replay_cost
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
@@ -38,7 +41,7 @@ from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.plots import plot_run
-from dirl.training.run import Run
+from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -86,12 +89,12 @@ class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
         OptimizerConfig.__post_init__(self)
         UpdateConfig.__post_init__(self)
         if self.max_steps % self.steps_per_rollout:
-            raise ValueError(
+            raise UserError(
                 f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
                 f"{self.steps_per_rollout}"
             )
         if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
+            raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
 
 
 class RLTrainer:
@@ -107,7 +110,7 @@ class RLTrainer:
         rubric: Rubric | None = None,
     ) -> None:
         self.config = config
-        self.distributed = Distributed(bf16=config.bf16)
+        self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
         self.timings = Timings()
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
@@ -116,8 +119,13 @@ class RLTrainer:
         if config.beta > 0:
             reference = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
             reference.to(self.distributed.device)
+        # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
+        decoded = self.model
+        if self.distributed.is_sharded:
+            decoded = copy.deepcopy(decoded).requires_grad_(False)
+            nn.Module.to(decoded, self.distributed.device)
         self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
-        self.engine: RolloutEngine = build_engine(self.model, self.tokenizer, config.rollout)
+        self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
         self.collector = self._collector(problems)
         rule = ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model))
         self.updater = PolicyUpdater(
@@ -127,6 +135,7 @@ class RLTrainer:
             max_completion_length=config.rollout.max_completion_length,
             reference=reference,
         )
+        self.learner.on_skip = self._record_skipped
         self.heldout = self._load(config.eval.path, "heldout", config.eval.limit) if config.eval.path else []
         self.steps_done = 0
         self.last: Collected | None = None  # the rollouts of the last step, to look at
@@ -134,16 +143,21 @@ class RLTrainer:
     def train(self) -> Path:
         """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
         config, output_dir = self.config, Path(self.config.output_dir)
-        with Run(config, config_to_dict(config), self.learner, self.collector.stream, config.max_steps) as run:
+        source = CollectorState(self.collector, self.distributed)
+        with Run(config, config_to_dict(config), self.learner, source, config.max_steps) as run:
             if self.distributed.is_main:
                 save_config(config, output_dir / "config.yaml")
             self.timings, self.steps_done = run.timings, run.step
             watch(self.engine, RolloutProgress(run.terminal, run.timings))
+            self.collector.should_stop = run.should_stop
             self.engine.update_weights(self.model)
             while not run.is_finished:
+                run.stop_if_asked()
                 try:
                     with run.timings.phase("step"):
                         metrics = self.step()
+                except StopAsked:
+                    continue
                 except NoSignal as reason:
                     if self.steps_done == 0:
                         raise
@@ -155,27 +169,32 @@ class RLTrainer:
                 if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
                     with run.timings.phase("eval"):
                         metrics |= self.evaluate()
-                run.save_if_due()
+                run.save_if_due(metrics)
                 metrics |= run.timings.drain()
                 metrics |= throughput(metrics)
                 run.log(metrics, headline(metrics))
-        final = output_dir / "final"
+        final = write_final(self.model, self.tokenizer, output_dir, is_main=self.distributed.is_main)
         if self.distributed.is_main:
-            save_model(self.model, self.tokenizer, final)
             plot_run(output_dir)
         self.distributed.barrier()
         return final
 
     def step(self) -> dict[str, float]:
-        """Roll out, reward, update, push: one batch of rollouts; its metrics."""
+        """Roll out, reward, update, push: one batch of rollouts; its metrics.
+
+        Raises:
+            StopAsked: a signal came before the update; what was rolled out is kept for the next call.
+        """
         collected = self.collector.collect(self.steps_done, self.distributed, self.timings)
+        self.last = collected
         advantages = self.advantages(collected.groups)
         with self.timings.phase("train"):
-            metrics = self.updater.update(collected.groups, advantages)
+            is_on_policy = self.distributed.min(float(collected.is_on_policy(self.steps_done))) > 0
+            metrics = self.updater.update(collected.groups, advantages, is_on_policy=is_on_policy)
+        self.collector.finish()
         with self.timings.phase("update_weights"):
             self.engine.update_weights(self.model)
         self.steps_done += self.config.steps_per_rollout
-        self.last = collected
         return metrics | self._rollout_metrics(collected)
 
     def advantages(self, groups: Sequence[RolloutGroup]) -> list[Tensor]:
@@ -228,14 +247,23 @@ class RLTrainer:
         if num_too_long:
             logger.warning("%d prompts are longer than data.max_prompt_length and left out", num_too_long)
         if not prompts:
-            raise ValueError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
-        return Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
+            raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
+        collector = Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
+        size = self.model.config
+        collector.cost = lambda group: replay_cost(group.completions, size.block_size, size.hidden_size)
+        return collector
+
+    def _record_skipped(self) -> None:
+        groups = self.last.groups if self.last else []
+        questions = [{"question": g.prompt.problem.question, "answer": g.prompt.problem.answer} for g in groups]
+        record_skipped(self.config.output_dir, self.steps_done + 1, questions, self.distributed)
 
     def _rollout_metrics(self, collected: Collected) -> dict[str, float]:
         """Numbers of all ranks' rollouts, those of dropped groups included."""
         metrics = rollout_metrics(self.distributed.gather(summarise(collected)))
         counters = sorted(set(self.distributed.gather(list(collected.counters))))
         counts = self.distributed.sum(*(collected.counters.get(name, 0) for name in counters)) if counters else []
+        metrics["groups/carried_over"] = collected.num_carried
         return metrics | {f"rewards/{name}": count for name, count in zip(counters, counts, strict=True)}
 
     def _log_completions(self, run: Run) -> None:

@@ -88,11 +88,18 @@ class PolicyUpdater:
         self.max_completion_length = max_completion_length
         self.distributed = learner.distributed
 
-    def update(self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor]) -> dict[str, float]:
-        """All optimizer steps of one batch of rollouts; their mean metrics."""
+    def update(
+        self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor], *, is_on_policy: bool = True
+    ) -> dict[str, float]:
+        """All optimizer steps of one batch of rollouts; their mean metrics.
+
+        Args:
+            is_on_policy: the weights have not changed since any rank's groups were sampled; the same on every rank.
+        """
         config = self.config
+        is_on_policy = is_on_policy and config.steps_per_rollout == 1
         minibatches = [
-            [(batch, self._behavior(batch)) for batch in self._micro_batches(groups[part], advantages[part])]
+            self._with_behavior(self._micro_batches(groups[part], advantages[part]), is_on_policy=is_on_policy)
             for part in _parts(len(groups), config.steps_per_generation)
         ]
         statistics = ActionStatistics()
@@ -125,16 +132,29 @@ class PolicyUpdater:
         )
         return [batch.to(self.distributed.device) for batch in batches]
 
-    def _behavior(self, batch: PolicyBatch) -> Tensor | None:
-        """Log-probabilities of the policy that sampled; None: it is the one that is trained, strictly on-policy."""
-        if self.config.steps_per_rollout == 1:
-            return None
-        recorded_T = batch.recorded_logprob_T
-        if not bool(recorded_T.isnan().any()):
-            return recorded_T
+    def _with_behavior(
+        self, batches: Sequence[PolicyBatch], *, is_on_policy: bool
+    ) -> Sequence[tuple[PolicyBatch, Tensor | None]]:
+        """Each batch with the log-probabilities of the policy that sampled it; None: it is the one that is trained."""
+        if is_on_policy:
+            return [(batch, None) for batch in batches]
         with torch.no_grad():
-            scored_T = self.learner.module(batch.packed, self.rule).logprob_T
+            return [(batch, self._behavior(batch)) for batch in self._evened(batches)][: len(batches)]
+
+    def _behavior(self, batch: PolicyBatch) -> Tensor:
+        recorded_T = batch.recorded_logprob_T
+        if not self.distributed.is_sharded and not bool(recorded_T.isnan().any()):
+            return recorded_T
+        scored_T = self.learner.module(batch.packed, self.rule).logprob_T
         return torch.where(recorded_T.isnan(), scored_T, recorded_T)
+
+    def _evened(self, batches: Sequence[PolicyBatch]) -> list[PolicyBatch]:
+        """As many on every rank where forward passes are collective."""
+        config = self._model().config
+        packed = placeholder_pack(config.block_size, config.mask_token_id)
+        none_T = torch.full((len(packed.target_T),), torch.nan)
+        filler = PolicyBatch(packed, none_T, none_T, none_T).to(self.distributed.device)
+        return self.distributed.evened(batches, filler)
 
     def _loss(
         self, batch: PolicyBatch, behavior_T: Tensor | None, statistics: ActionStatistics, *, compares: bool

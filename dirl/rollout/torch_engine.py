@@ -27,6 +27,7 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.slots import Request, Slots, Step
 from dirl.rollout.watch import Observer, frames_of
+from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
 
 _PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
 _COMPACT_BELOW = 7 / 8  # share of slots in use at which the empty ones, each a row of every pass, are dropped
@@ -77,17 +78,18 @@ class TorchEngine:
     def update_weights(self, model: nn.Module) -> None:
         if model is not self.model:
             self._is_stale = True
-            theirs, ours = (dict(m.named_parameters()) for m in (model, self.model))
+            ours, theirs = dict(self.model.named_parameters()), full_parameter_shapes(model)
             for name in theirs.keys() | ours.keys():
-                shapes = [tuple(m[name].shape) if name in m else "absent" for m in (theirs, ours)]
-                if shapes[0] != shapes[1]:  # copy_ would broadcast, and skip what the engine lacks
+                pushed = theirs.get(name, "absent")
+                held = tuple(ours[name].shape) if name in ours else "absent"
+                if pushed != held:  # copy_ would broadcast, and skip what the engine lacks
                     raise ValueError(
-                        f"update_weights: {name} is {shapes[0]} in the pushed model and {shapes[1]} in the engine; "
+                        f"update_weights: {name} is {pushed} in the pushed model and {held} in the engine; "
                         "push a model of the same configuration"
                     )
             with torch.no_grad():
-                for name, parameter in ours.items():
-                    parameter.copy_(theirs[name])
+                for name, tensor in named_full_parameters(model):
+                    ours[name].copy_(tensor)
         self._is_stale = False
         self.weights_version += 1
 

@@ -49,7 +49,7 @@ class RolloutProgress(Observer):
         self.terminal, self.timings = terminal, timings
 
     def started(self, num_prompts: int) -> None:
-        self.terminal.begin("evaluation" if self.timings.current == "eval" else "rollout", num_prompts)
+        self.terminal.begin("evaluation" if self.timings.is_in("eval") else "rollout", num_prompts)
 
     def finished(self, completion: Completion) -> None:
         self.terminal.advance(completion.completion_length)

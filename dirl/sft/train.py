@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document, load_documents
-from dirl.data.prompt_stream import PromptStream
+from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import PackedViews, placeholder_pack
-from dirl.model.checkpoint import ModelConfig, load_model, save_model
+from dirl.errors import UserError
+from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
@@ -35,7 +36,7 @@ from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Learner, OptimizerConfig, split_by_budget
 from dirl.training.plots import plot_run
-from dirl.training.run import Run
+from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class SFTDataConfig:
     def __post_init__(self) -> None:
         for key, least in (("limit", 0), ("num_heldout", 0), ("max_length", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class SFTConfig(RunConfig, OptimizerConfig):
         RunConfig.__post_init__(self)
         OptimizerConfig.__post_init__(self)
         if self.global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
+            raise UserError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
 
 
 class SFTTrainer:
@@ -89,16 +90,21 @@ class SFTTrainer:
         documents: Sequence[Document] | None = None,
     ) -> None:
         self.config = config
-        self.distributed = Distributed(bf16=config.bf16)
+        self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
         self.block_length = self.model.config.block_size
-        train, heldout = self._examples(documents)
-        self.examples, self.heldout = train, heldout
-        self.stream = PromptStream(len(self.examples), config.seed)
+        self.examples, self.heldout, self.rows = self._examples(documents)
+        self.stream = PromptStream(
+            len(self.examples),
+            config.seed,
+            fingerprint((e.prompt_ids.tolist(), e.completion_ids.tolist()) for e in self.examples),
+        )
         self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
         self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
+        self.learner.on_skip = self._record_skipped
         self.steps_done = 0
+        self._drawn: list[int] = []  # indices of the last step's documents
 
     def train(self) -> Path:
         """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
@@ -108,26 +114,27 @@ class SFTTrainer:
                 save_config(config, output_dir / "config.yaml")
             self.steps_done = run.step
             while not run.is_finished:
+                run.stop_if_asked()
                 with run.timings.phase("step"):
                     metrics = self.step()
                 run.step = self.steps_done
                 if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
                     with run.timings.phase("eval"):
                         metrics |= self.evaluate()
-                run.save_if_due()
+                run.save_if_due(metrics)
                 metrics |= run.timings.drain()
                 metrics["perf/train_tokens_per_s"] = metrics["num_tokens"] / metrics["timing_s/step"]
                 run.log(metrics, f"loss {metrics['loss']:.4f}  {metrics['perf/train_tokens_per_s']:.0f} tokens/s")
-        final = output_dir / "final"
+        final = write_final(self.model, self.tokenizer, output_dir, is_main=self.distributed.is_main)
         if self.distributed.is_main:
-            save_model(self.model, self.tokenizer, final)
             plot_run(output_dir)
         self.distributed.barrier()
         return final
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its metrics."""
-        batch = [self.examples[i] for i in self.stream.take(self.config.global_batch_size)]
+        self._drawn = self.stream.take(self.config.global_batch_size)
+        batch = [self.examples[i] for i in self._drawn]
         packs = self._packs(batch, seed=_mix(self.config.seed, self.steps_done))
         denominator = float(sum(example.num_scored for example in batch))
         losses = [partial(self._loss, packed, denominator) for packed in packs]
@@ -144,9 +151,12 @@ class SFTTrainer:
         """
         self.learner.module.eval()
         packs = self._packs(self.heldout, seed=_mix(self.config.seed, -1))
+        filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)
         total, deciles = 0.0, torch.zeros(10, 2, dtype=torch.float64)
-        for packed in packs:
+        for index, packed in enumerate(self.distributed.evened(packs, filler)):
             logprob_T = self.learner.module(packed, self.rule).logprob_T
+            if index >= len(packs):
+                continue
             total += float(nelbo_loss(logprob_T, packed.weight_T, 1.0))
             # w(t) = 1/t (halved for each of a complementary pair), so the weight tells the level.
             level_T = (0.5 if self.config.noise.complementary else 1.0) / packed.weight_T
@@ -158,6 +168,10 @@ class SFTTrainer:
             if count:
                 metrics[f"eval/loss_noise_decile_{index}"] = nats / count
         return metrics
+
+    def _record_skipped(self) -> None:
+        mine = self.distributed.share([self.rows[i] for i in self._drawn])
+        record_skipped(self.config.output_dir, self.steps_done + 1, list(mine), self.distributed)
 
     def _loss(self, packed: PackedViews, denominator: float) -> Tensor:
         scores = self.learner.module(packed, self.rule)
@@ -187,8 +201,8 @@ class SFTTrainer:
         packs = pack_micro_batches(documents, self.block_length, split)
         return [packed.to(self.distributed.device) for packed in packs]
 
-    def _examples(self, documents: Sequence[Document] | None) -> tuple[list[Example], list[Example]]:
-        """Training and held-out examples; the held-out ones are the last of a fixed shuffle."""
+    def _examples(self, documents: Sequence[Document] | None) -> tuple[list[Example], list[Example], list[int]]:
+        """Training examples, held-out ones (the last of a fixed shuffle), and which documents the former are."""
         data = self.config.data
         if documents is None:
             documents = load_documents(
@@ -201,7 +215,7 @@ class SFTTrainer:
                 system_prompt=data.system_prompt,
             )
         if len(documents) <= data.num_heldout:
-            raise ValueError(
+            raise UserError(
                 f"data.num_heldout={data.num_heldout} leaves none of {len(documents)} documents to train on; lower it"
             )
         pad_id = self.tokenizer.pad_token_id
@@ -209,7 +223,7 @@ class SFTTrainer:
         examples = [make_example(d, self.block_length, fill_id, score_fill=data.score_fill) for d in documents]
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
         cut = len(examples) - data.num_heldout
-        return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]]
+        return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]], order[:cut]
 
 
 def _mix(seed: int, index: int) -> int:

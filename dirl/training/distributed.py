@@ -1,38 +1,68 @@
-"""One process or many: ranks, collectives and backward passes behind the few calls a loop needs.
+"""One process or many: ranks, collectives, and one optimizer step under DDP, DeepSpeed ZeRO-1/2/3 and FSDP2.
 
-The only file that knows accelerate and torch.distributed. All sums are float64: counts of tokens stay exact.
+The only file that knows accelerate and torch.distributed; which engine shards what is the launch's choice
+(configs/accelerate/). All sums are float64: counts of tokens stay exact.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 Item = TypeVar("Item")
 
+_NO_PATIENCE_LIMIT = timedelta(days=7)  # a run that is told not to watch the clock
+
 
 class Distributed:
-    """The processes of a run."""
+    """The processes of a run.
 
-    def __init__(self, *, bf16: bool = False) -> None:
+    Args:
+        bf16: autocast forward passes to bfloat16. Weights and optimizer keep their dtype.
+        timeout_seconds: how long a rank waits for the others in a collective; 0: without limit.
+    """
+
+    def __init__(self, *, bf16: bool = False, timeout_seconds: float = 0) -> None:
+        self._uses_deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
+        self._bf16 = bf16
+        has_cuda = torch.cuda.is_available()
+        timeout = timedelta(seconds=timeout_seconds) if timeout_seconds else _NO_PATIENCE_LIMIT
+        process_group: dict[str, Any] = {"timeout": timeout}
+        # accelerate turns every configuration into DDP where it is told `cpu`.
+        is_plain = not (self._uses_deepspeed or _is_set("ACCELERATE_USE_FSDP"))
+        if not has_cuda and not is_plain:
+            _prepare_for_cpu(process_group)
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision="bf16" if bf16 else "no",
+            cpu=is_plain and not has_cuda,
+            mixed_precision="bf16" if bf16 and not self._uses_deepspeed else "no",
             # The loops step the scheduler once per optimizer step; accelerate would step it once per process.
             step_scheduler_with_optimizer=False,
             # The buffers are constants, and ranks score without gradients different numbers of packs: a broadcast in
             # each forward pass would wait for a rank that has none.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(**process_group),
+            ],
         )
+        self._check_topology()
 
     @property
     def rank(self) -> int:
@@ -50,11 +80,37 @@ class Distributed:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def backend(self) -> str:
+        """What shards what: plain, ddp, zero1, zero2, zero3 or fsdp2."""
+        kind = self.accelerator.distributed_type
+        if kind == DistributedType.DEEPSPEED:
+            return f"zero{self.accelerator.deepspeed_plugin.zero_stage}"
+        if kind == DistributedType.FSDP:
+            return "fsdp2"
+        return "ddp" if self.world_size > 1 else "plain"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a forward pass gathers weights from other ranks: every rank must then run as many as the others."""
+        return self.backend in ("zero3", "fsdp2")
+
     def prepare(
-        self, module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler
+        self, module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, *, max_grad_norm: float = 0.0
     ) -> tuple[nn.Module, Optimizer, LRScheduler]:
         """Wrap a module and its optimizer for this set of processes."""
-        return self.accelerator.prepare(module, optimizer, scheduler)
+        if self._uses_deepspeed:
+            self._configure_deepspeed(module, max_grad_norm)
+        elif self.backend == "fsdp2":
+            # The layers of the model inside, whatever their class is called.
+            inner = next((m for m in module.modules() if getattr(m, "_no_split_modules", None)), None)
+            names = sorted(inner._no_split_modules) if inner is not None else []  # type: ignore[arg-type]
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
+        # The schedule is the loop's: accelerate would tie it to its own idea of a step.
+        wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
+        if self.backend == "ddp":  # checkpoints name parameters as one process does, whatever their number
+            self.accelerator._models[-1] = module
+        return wrapped, wrapped_optimizer, scheduler
 
     def unwrap(self, module: nn.Module) -> Any:
         return self.accelerator.unwrap_model(module)
@@ -85,21 +141,50 @@ class Distributed:
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
+    def evened(self, items: Sequence[Item], filler: Item) -> list[Item]:
+        """The items, filled up to the number that the rank with most has, where forward passes are collective."""
+        if not self.is_sharded:
+            return list(items)
+        return [*items, *[filler] * (int(self.max(len(items))) - len(items))]
+
     def accumulation(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
-        return nullcontext() if is_last else self.accelerator.no_sync(module)
+        """What a micro-batch's forward and backward stand in: the optimizer's step comes after the last one only."""
+        if self._uses_deepspeed:
+            # Otherwise each backward counts as a whole batch: the engine would step on every micro-batch.
+            module.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
+            return nullcontext()
+        # FSDP2 reduces every micro-batch: without it, whole gradients would pile up on each rank.
+        return nullcontext() if is_last or self.is_sharded else self.accelerator.no_sync(module)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, module: nn.Module, loss: Tensor) -> None:
         """Add a loss's gradient. Ranks' gradients are summed, not averaged: losses carry the global denominator."""
-        self.accelerator.backward(loss * self.world_size)
+        if self._uses_deepspeed:
+            engine: Any = module
+            engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss * self.world_size)
 
-    def clip_grad_norm(self, module: nn.Module, max_norm: float) -> float:
-        """Global gradient norm before clipping to `max_norm` (0: only measured)."""
-        norm = self.accelerator.clip_grad_norm_(module.parameters(), max_norm or float("inf"))
-        return float(norm) if norm is not None else 0.0
+    def step(self, module: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> tuple[float, bool]:
+        """Clip to `max_grad_norm` (0: not at all) and take the optimizer's step, unless the gradient is not finite.
+
+        Returns:
+            The global gradient norm before clipping, and whether the step was taken; the same on every rank.
+        """
+        if self._uses_deepspeed:
+            engine: Any = module
+            engine.step()  # skips a gradient that is not finite by itself, on all ranks
+            is_applied = self.min(float(engine.was_step_applied())) > 0
+            return (float(engine.get_global_grad_norm()) if is_applied else float("nan")), is_applied
+        norm: Any = self.accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or float("inf"))
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        is_applied = self.min(float(torch.tensor(grad_norm).isfinite())) > 0
+        if is_applied:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm, is_applied
 
     def save_state(self, directory: Path) -> None:
-        """Weights, optimizer, scheduler and every rank's RNG, in the form of the backend in use."""
+        """Weights, optimizer and every rank's RNG, in the form of the backend in use."""
         self.accelerator.save_state(str(directory), safe_serialization=True)
 
     def load_state(self, directory: Path) -> None:
@@ -108,8 +193,49 @@ class Distributed:
     def close(self) -> None:
         self.accelerator.end_training()
 
+    def _configure_deepspeed(self, module: nn.Module, max_grad_norm: float) -> None:
+        """What the DeepSpeed file cannot know: it comes from the run's configuration."""
+        config = self.accelerator.deepspeed_plugin.deepspeed_config
+        config["gradient_clipping"] = max_grad_norm
+        if next(module.parameters()).dtype == torch.bfloat16:
+            # float32 master weights in the sharded optimizer, and gradients added up in float32.
+            config["bf16"] = {"enabled": True}
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if self._bf16:
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+
+    def _check_topology(self) -> None:
+        """Several launchers silently start one process, or several that do not know each other."""
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        running = self.accelerator.num_processes
+        if asked != running:
+            raise RuntimeError(f"WORLD_SIZE={asked}, but {running} processes run; use scripts/launch.sh")
+        if self._uses_deepspeed and not self.backend.startswith("zero"):
+            raise RuntimeError("a DeepSpeed configuration was launched as DDP; unset ACCELERATE_USE_CPU")
+
     def _each(self, value: float) -> Tensor:
         return self.accelerator.gather(torch.tensor([value], dtype=torch.float64, device=self.device))
 
     def _reduce(self, values: Sequence[float], how: str) -> Tensor:
         return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), reduction=how)
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def _prepare_for_cpu(process_group: dict[str, Any]) -> None:
+    """DeepSpeed and FSDP2 run on CPUs over gloo, for tests; accelerate does not lead there by itself."""
+    process_group["backend"] = "gloo"
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # A shared-memory collective that would be compiled for more than a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        return
+    if PartialState._shared_state:  # an earlier trainer of this process has led there
+        return
+    state = PartialState(**process_group)
+    # accelerate looks for FSDP among the processes of accelerators only; PyTorch's own runs on any device.
+    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU

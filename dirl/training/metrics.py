@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from dirl.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Value = int | float | None  # None: the number was not finite
@@ -100,7 +102,7 @@ def check_tracker_names(names: Sequence[str]) -> None:
     """Raises ValueError for a name that `report_to` does not know."""
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"report_to: {name!r} is no tracker: use any of {', '.join(TRACKERS)}, or [] for none")
+            raise UserError(f"report_to: {name!r} is no tracker: use any of {', '.join(TRACKERS)}, or [] for none")
 
 
 def one_line(error: Exception) -> str:
@@ -198,7 +200,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row: dict[str, Any] = json.loads(line)
             row["step"] + 0
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}; remove it") from error
+            raise UserError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}; remove it") from error
         rows.append(row)
     return rows
 
@@ -209,17 +211,28 @@ class Timings:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._seconds: dict[str, float] = defaultdict(float)
-        self.current = ""  # the innermost phase that runs
+        self._open: list[tuple[str, float]] = []
+
+    def current(self) -> tuple[str, float] | None:
+        """The innermost phase that is going on and the seconds since it began."""
+        if not self._open:
+            return None
+        name, start = self._open[-1]
+        return name, self._clock() - start
+
+    def is_in(self, name: str) -> bool:
+        """Whether this is the innermost phase that is going on."""
+        return bool(self._open) and self._open[-1][0] == name
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside the `with` block to `name`."""
-        start, outer = self._clock(), self.current
-        self.current = name
+        start = self._clock()
+        self._open.append((name, start))
         try:
             yield
         finally:
-            self.current = outer
+            self._open.pop()
             self._seconds[name] += self._clock() - start
 
     def drain(self) -> dict[str, float]:

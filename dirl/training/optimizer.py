@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import SchedulerType, get_scheduler
 
+from dirl.errors import UserError
 from dirl.training.distributed import Distributed
+from dirl.training.full_parameters import full_parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +38,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for key, least in (("max_steps", 1), ("warmup_steps", 0), ("max_tokens_per_micro_batch", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
         for key in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"{key} must be a finite number >= 0, got {getattr(self, key)}")
+                raise UserError(f"{key} must be a finite number >= 0, got {getattr(self, key)}")
         schedules = [kind.value for kind in SchedulerType]
         if self.lr_scheduler_type not in schedules:
-            raise ValueError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {self.lr_scheduler_type!r}")
+            raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {self.lr_scheduler_type!r}")
 
 
 class TrainingDiverged(RuntimeError):
@@ -64,9 +69,13 @@ class Learner:
             scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs) or None,
         )
         self.config, self.distributed = config, distributed
-        self.module, self.optimizer, self.scheduler = distributed.prepare(module, optimizer, scheduler)
+        self._plain_optimizer = optimizer  # the schedule's; prepared ones share its groups
+        self.module, self.optimizer, self.scheduler = distributed.prepare(
+            module, optimizer, scheduler, max_grad_norm=config.max_grad_norm
+        )
         self.on_micro_batch: Callable[[int, int], None] = lambda done, total: None  # for who shows progress
         self._skipped_in_a_row = 0
+        self.on_skip: Callable[[], None] = lambda: None  # called on every rank when a step was skipped
 
     def update(self, losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
         """One optimizer step on the sum of all ranks' losses.
@@ -77,11 +86,16 @@ class Learner:
             empty_loss: a zero that touches every parameter, for ranks with fewer micro-batches than others: every
                 rank must take part in every collective.
         Returns:
-            `loss`, `grad_norm` and `learning_rate` of the step.
+            `loss`, `grad_norm` and `learning_rate` of the step, and `skipped_steps`: 1 where a loss or gradient was not
+            finite on any rank. Without losses on any rank nothing but the schedule moves.
         Raises:
             TrainingDiverged: no finite gradient three times in a row; such steps change nothing.
         """
-        num_micro_batches = int(self.distributed.max(max(len(losses), 1)))
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        num_micro_batches = int(self.distributed.max(len(losses)))
+        if num_micro_batches == 0:
+            self.scheduler.step()
+            return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "skipped_steps": 0.0}
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
         total = 0.0
@@ -89,27 +103,48 @@ class Learner:
         for index, compute_loss in enumerate(padded):
             with self.distributed.accumulation(self.module, is_last=index == len(padded) - 1):
                 loss = compute_loss()
-                self.distributed.backward(loss)
-                total += float(loss.detach())
+                value = float(loss.detach())
+                # A loss that is not finite spoils the whole gradient, so that every backend and rank skips the step.
+                self.distributed.backward(self.module, loss if math.isfinite(value) else loss * math.nan)
+                total += value
             self.on_micro_batch(index + 1, num_micro_batches)
-        learning_rate = self.scheduler.get_last_lr()[0]
-        grad_norm = self.distributed.clip_grad_norm(self.module, self.config.max_grad_norm)
+        grad_norm, is_applied = self.distributed.step(self.module, self.optimizer, self.config.max_grad_norm)
         (loss_sum,) = self.distributed.sum(total)
-        is_finite = self.distributed.min(float(math.isfinite(grad_norm) and math.isfinite(loss_sum))) > 0
-        if is_finite:
-            self.optimizer.step()
-        self._count_skipped(is_finite)
+        self._count_skipped(is_applied)
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return {
             "loss": loss_sum,
             "grad_norm": grad_norm,
-            "learning_rate": float(learning_rate),
-            "skipped_steps": float(not is_finite),
+            "learning_rate": learning_rate,
+            "skipped_steps": float(not is_applied),
         }
 
-    def _count_skipped(self, is_finite: bool) -> None:
-        self._skipped_in_a_row = 0 if is_finite else self._skipped_in_a_row + 1
+    def state_dict(self) -> dict[str, Any]:
+        """What is neither weights nor optimizer: the schedule, and the steps skipped in a row."""
+        return {"schedule": self.scheduler.state_dict(), "skipped_in_a_row": self._skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state["schedule"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        for group, learning_rate in zip(self._plain_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+
+    def identity(self) -> dict[str, Any]:
+        """What weights and optimizer states in a checkpoint belong to."""
+        shapes = full_parameter_shapes(self.distributed.unwrap(self.module))
+        listed = json.dumps(sorted(shapes.items()))
+        num_parameters = sum(math.prod(shape) for shape in shapes.values())
+        trained = sum(p.requires_grad for p in self.module.parameters())
+        return {
+            "num_parameters": num_parameters,
+            "num_trained_tensors": trained,
+            "parameters_digest": hashlib.sha256(listed.encode()).hexdigest()[:16],
+        }
+
+    def _count_skipped(self, is_applied: bool) -> None:
+        self._skipped_in_a_row = 0 if is_applied else self._skipped_in_a_row + 1
+        if not is_applied:
+            self.on_skip()
         if self._skipped_in_a_row == 3:
             raise TrainingDiverged(
                 "loss or gradient was not finite in three steps in a row; lower learning_rate or look at the data"
@@ -137,7 +172,7 @@ def split_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length > budget:
-            raise ValueError(
+            raise UserError(
                 f"a document takes {length} packed tokens, max_tokens_per_micro_batch is {budget}; raise it, or "
                 "shorten documents (data.max_length, rollout.max_completion_length)"
             )

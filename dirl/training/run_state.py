@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dirl.errors import UserError
 from dirl.training.metrics import check_tracker_names
 
 logger = logging.getLogger(__name__)
@@ -46,19 +47,22 @@ class RunConfig:
     save_total_limit: int = 2  # checkpoints kept; 0: all
     resume_from_checkpoint: str = "auto"  # "auto": newest complete one in output_dir; "none"; or a checkpoint directory
     report_to: list[str] = field(default_factory=list)  # wandb, tensorboard; metrics.jsonl is always written
+    metric_for_best_model: str = ""  # such as eval/accuracy: its best checkpoint is kept beside the newest; empty: none
+    greater_is_better: bool = True  # what best means for metric_for_best_model; false for a loss
+    phase_timeout: int = 7200  # seconds a phase of a step (rollout, train, ...) may take before the run ends
     run_name: str = ""  # what trackers show; empty: they invent one
     logging_steps: int = 1  # optimizer steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
         if not self.output_dir:
-            raise ValueError("output_dir must name a directory, got ''")
+            raise UserError("output_dir must name a directory, got ''")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
-        for key, least in (("save_steps", 0), ("save_total_limit", 0), ("logging_steps", 1)):
+            raise UserError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
+        for key, least in (("save_steps", 0), ("save_total_limit", 0), ("logging_steps", 1), ("phase_timeout", 0)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
         if not self.resume_from_checkpoint:
-            raise ValueError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
+            raise UserError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
         check_tracker_names(self.report_to)
 
 
@@ -70,6 +74,7 @@ def save_checkpoint(
     limit: int,
     is_main: bool,
     barrier: Callable[[], None],
+    best_step: int | None = None,
 ) -> Path:
     """Write a checkpoint that exists completely or not at all; returns its directory.
 
@@ -77,6 +82,7 @@ def save_checkpoint(
         write: fills the directory it is given; called on every rank, which must not write the same file.
         limit: checkpoints to keep, this one included; 0 keeps all.
         barrier: returns when every rank has called it.
+        best_step: a checkpoint that is kept whatever its age.
     """
     final = Path(output_dir) / "checkpoints" / f"step_{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
@@ -95,7 +101,7 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if is_main:
-        prune(final, limit)
+        prune(final, limit, best_step)
     barrier()
     return final
 
@@ -131,7 +137,7 @@ def force_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(newest: Path, limit: int) -> None:
+def prune(newest: Path, limit: int, best_step: int | None = None) -> None:
     """Delete the oldest checkpoints beyond `limit`, what earlier kills left, and steps this run has not reached.
 
     A later step than the one just saved belongs to a run that was given up; "auto" would resume from it.
@@ -139,6 +145,8 @@ def prune(newest: Path, limit: int) -> None:
     reached = checkpoint_step(newest)
     complete = {step: path for step, path in checkpoints_by_step(newest.parent).items() if is_complete(path)}
     kept = [complete[step] for step in sorted(complete) if step <= reached][-limit if limit else 0 :]
+    if best_step in complete and best_step <= reached:
+        kept.append(complete[best_step])
     for path in newest.parent.iterdir():
         if ANY_STATE_NAME.fullmatch(path.name) and path not in kept:
             shutil.rmtree(path)
@@ -154,7 +162,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     """The optimizer step after which the checkpoint was written."""
     match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint}: not a checkpoint directory: its name is not step_<number>")
+        raise UserError(f"{checkpoint}: not a checkpoint directory: its name is not step_<number>")
     return int(match[1])
 
 
@@ -191,7 +199,7 @@ def resolve_resume(config: RunConfig) -> Path | None:
     if choice == "auto":
         return newest_checkpoint(config.output_dir)
     if not is_complete(Path(choice)):
-        raise ValueError(
+        raise UserError(
             f"resume_from_checkpoint={choice}: not a complete checkpoint (no {MANIFEST}, or files missing or "
             "cut short): name another, or use auto or none"
         )

@@ -90,6 +90,7 @@ def test_every_draw_has_its_own_seed() -> None:
     collector = Collector(prompts, ScriptedEngine(TOKENIZER, script), rubric, config, 0)
     for step in range(2):
         collector.collect(step, Distributed(), Timings())
+        collector.finish()
     assert len(set(seeds)) == 2 * 4 * 4
 
 

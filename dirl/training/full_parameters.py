@@ -1,0 +1,97 @@
+"""A model as it is trained (sharded by ZeRO-3 or FSDP2, with LoRA) -> its parameters as a plain process has them.
+
+What an engine is pushed and what `final/` holds. Parameters are gathered one after another, so that a full copy of the
+model never exists where the caller does not make one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names as in the checkpoint, and whole tensors on the model's device, without gradient; LoRA is merged on the fly.
+
+    Collective where the model is sharded: every rank must go through to the end. A tensor may be freed when the next
+    one is asked for: copy what you keep.
+    """
+    adapted = dict(_adapted_layers(model))
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if owner in adapted and leaf == "weight":
+            yield f"{owner}.weight", _merged(adapted[owner])
+            continue
+        with _gathered([parameter]):
+            yield _plain_name(name), _full(parameter)
+
+
+def full_parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of `named_full_parameters`, without communication."""
+    return {
+        _plain_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """All full parameters in main memory; empty where `keep` is False, on ranks that only take part in gathering."""
+    state = {}
+    for name, tensor in named_full_parameters(model):
+        if keep:
+            state[name] = tensor.detach().cpu().clone()
+    return state
+
+
+def named_adapter_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The LoRA matrices alone, whole and in main memory; collective like `named_full_parameters`."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            with _gathered([parameter]):
+                if keep:
+                    state[name] = _full(parameter).cpu().clone()
+    return state
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            yield name, module
+
+
+def _merged(layer: Any) -> Tensor:
+    """W + scaling * B A of a LoRA layer, added in float32."""
+    (adapter,) = layer.lora_A.keys()
+    base, a, b = layer.base_layer.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    with _gathered([base, a, b]):
+        full = _full(base)
+        delta = _full(b).float() @ _full(a).float()
+        return (full.float() + layer.scaling[adapter] * delta).to(full.dtype)
+
+
+def _full(parameter: Tensor) -> Tensor:
+    """FSDP2 keeps parameters as DTensors; everything else is whole already."""
+    whole: Any = parameter.detach()
+    with torch.no_grad():
+        return whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+
+
+def _gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
+    """Parameters that ZeRO-3 has partitioned are whole inside."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)

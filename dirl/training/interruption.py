@@ -1,0 +1,85 @@
+"""Signals and clocks -> an orderly end: what asks a run to stop, and what ends one that hangs.
+
+SIGTERM, SIGUSR1 and the first SIGINT are only noted; the loop asks between its acts, all ranks agree, and one
+checkpoint is written. A second SIGINT ends the process at once. A rank that waits too long in one phase says where, and
+ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_STUCK = 75  # sysexits.h, EX_TEMPFAIL: try again
+
+
+class SignalWatch:
+    """Notes that a signal came; a context in which the process does not die of it."""
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the first signal; 0: none
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.received = self.received or number
+        logger.warning("%s: stopping after a checkpoint", signal.Signals(number).name)
+
+
+class PhaseClock:
+    """Ends the process when one phase of a step takes longer than `limit` seconds (0: never).
+
+    A collective that waits for a rank that died or hangs cannot be interrupted from Python; a thread beside it can end
+    the process, after saying which rank stood where.
+    """
+
+    def __init__(self, limit: float, rank: int, current: Callable[[], tuple[str, float] | None]) -> None:
+        """`current` returns the innermost phase and the seconds since it began; None between phases."""
+        self.limit, self.rank, self.current = limit, rank, current
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="phase clock", daemon=True)
+
+    def __enter__(self) -> PhaseClock:
+        if self.limit:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.limit / 4)):
+            phase = self.current()
+            if phase is not None and phase[1] > self.limit:
+                name, seconds = phase
+                print(
+                    f"dirl: error: rank {self.rank} has been in phase {name!r} for {seconds:.0f} s (phase_timeout="
+                    f"{self.limit:g}): another rank is stuck or gone, or the phase needs longer; raise phase_timeout "
+                    "or look at the other ranks' logs. The newest checkpoint is complete; the same command continues",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                os._exit(EXIT_STUCK)

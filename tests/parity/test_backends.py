@@ -1,0 +1,182 @@
+"""The same three steps of SFT and of RL under every backend and every split into micro-batches.
+
+Real launches with the shipped configs/accelerate/*.yaml through scripts/launch.sh, two processes on CPUs. This file is
+also the script that the processes run: `test_backends.py OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dirl.data.conversations import Document
+from dirl.data.problems import Problem
+from dirl.model.tiny import tiny
+from dirl.reward.rubric import RewardConfig
+from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.train import RLConfig, RLTrainer
+from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+from dirl.training.full_parameters import full_state_dict
+from dirl.training.optimizer import Learner
+
+ROOT = Path(__file__).parents[2]
+# Micro-batches a rank makes of eight documents, or of four groups of two: 8 documents at once, 4 and 4, one by one.
+BUDGETS = {"1x8": 4096, "2x4": 260, "8x1": 64}
+RL_BUDGETS = {"1x8": 4096, "2x4": 420, "8x1": 112}
+OPTIMIZER: dict[str, Any] = {
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-2,  # a large one keeps Adam from blowing rounding errors up to whole steps
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+}
+
+
+def prefers_even(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+    """A reward with spread on the completions of an untrained model."""
+    return [float(len(completion) % 2 == 0) for completion in completions]
+
+
+def sft_trainer(output_dir: Path, budget: int) -> SFTTrainer:
+    model, tokenizer = tiny()
+    documents = [
+        Document(list(range(1, 6)), list(range(40, 40 + length))) for length in (15, 26, 17, 19, 22, 24, 16, 25)
+    ]
+    config = SFTConfig(
+        output_dir=str(output_dir),
+        global_batch_size=8,
+        max_tokens_per_micro_batch=budget,
+        data=SFTDataConfig(num_heldout=0),
+        **OPTIMIZER,
+    )
+    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+
+
+def rl_trainer(output_dir: Path, budget: int) -> RLTrainer:
+    model, tokenizer = tiny()
+    config = RLConfig(
+        output_dir=str(output_dir),
+        likelihood="trajectory",
+        beta=0.1,
+        max_tokens_per_micro_batch=budget,
+        rollout=RolloutConfig(prompts_per_step=4, num_generations=2, dynamic_sampling=False, max_completion_length=20),
+        reward=RewardConfig(functions=[f"{__file__}:prefers_even"]),
+        **OPTIMIZER,
+    )
+    problems = [Problem("?" * length, "0", {}) for length in (1, 2, 5, 7)]
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
+def count_micro_batches(learner: Learner) -> list[int]:
+    counts: list[int] = []
+    update = learner.update
+
+    def counted(losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
+        counts.append(len(losses))
+        return update(losses, empty_loss)
+
+    learner.update = counted  # type: ignore[method-assign]
+    return counts
+
+
+def run_all(output_dir: Path) -> None:
+    """Every split, SFT and RL; writes record.json and the weights of each."""
+    record: dict[str, Any] = {}
+    for kind, make, budgets in (("sft", sft_trainer, BUDGETS), ("rl", rl_trainer, RL_BUDGETS)):
+        for split, budget in budgets.items():
+            trainer = make(output_dir / kind / split, budget)
+            counts = count_micro_batches(trainer.learner)
+            steps = [trainer.step() for _ in range(3)]
+            model = trainer.distributed.unwrap(trainer.learner.module).model
+            weights = full_state_dict(model, keep=trainer.distributed.is_main)
+            if trainer.distributed.is_main:
+                torch.save(weights, output_dir / f"{kind}_{split}.pt")
+                record[f"{kind}_{split}"] = {"steps": steps, "micro_batches": counts}
+            record |= {"world_size": trainer.distributed.world_size, "backend": trainer.distributed.backend}
+    if trainer.distributed.is_main:
+        (output_dir / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    trainer.distributed.close()
+
+
+def launch(backend: str, num_processes: int, output_dir: Path) -> dict[str, Any]:
+    output_dir.mkdir()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
+        **({"ACCELERATE_CONFIG": backend} if backend != "plain" else {}),
+        "NUM_PROCESSES": str(num_processes),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "NO_VENV": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = ["bash", "-c", 'source "$0"; launch "$@"', str(ROOT / "scripts/launch.sh"), __file__, str(output_dir)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((output_dir / "record.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process computes in one micro-batch."""
+    folder = tmp_path_factory.mktemp("backends") / "plain"
+    record = launch("plain", 1, folder)
+    assert (record["world_size"], record["backend"]) == (1, "plain")
+    for kind in ("sft", "rl"):
+        whole, halves, single = (record[f"{kind}_{split}"]["micro_batches"] for split in BUDGETS)
+        assert (whole, halves) == ([1] * 3, [2] * 3)
+        assert min(single) >= 7  # two short completions may share a pack
+    return folder
+
+
+def assert_same(folder: Path, reference: Path, run: str) -> None:
+    kind = run.split("_")[0]
+    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, reference))
+    for row, other in zip(ours[run]["steps"], theirs[f"{kind}_1x8"]["steps"], strict=True):
+        for name in ("loss", "grad_norm", "learning_rate", "num_tokens", *(["kl", "entropy"] if kind == "rl" else [])):
+            if not (name == "num_tokens" and kind == "rl"):  # a group that is cut repeats its prompt
+                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (run, name)
+        assert row["grad_norm"] > 0 and row["skipped_steps"] == 0
+    weights, expected = (
+        torch.load(path, weights_only=True) for path in (folder / f"{run}.pt", reference / f"{kind}_1x8.pt")
+    )
+    start = tiny()[0].state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+    assert max(float((expected[name] - start[name]).abs().max()) for name in expected) > 1e-3
+
+
+RUNS = [f"{kind}_{split}" for kind in ("sft", "rl") for split in BUDGETS]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_accumulation_in_one_process(run: str, one_process: Path) -> None:
+    assert_same(one_process, one_process, run)
+
+
+@pytest.mark.parametrize(
+    "backend", ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
+)
+def test_two_processes_equal_one(backend: str, one_process: Path, tmp_path: Path) -> None:
+    if backend.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("needs the deepspeed extra")
+    record = launch(backend, 2, tmp_path / backend)
+    assert (record["world_size"], record["backend"]) == (2, backend)
+    for run in RUNS:
+        assert_same(tmp_path / backend, one_process, run)
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))

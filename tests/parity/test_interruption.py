@@ -1,0 +1,265 @@
+"""Two processes that are stopped by a signal on one rank, or meet NaN on one rank, under real launches.
+
+This file is also the script that the processes run: `test_interruption.py TASK OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dirl.data.conversations import Document
+from dirl.data.problems import Problem
+from dirl.errors import RunInterrupted, UserError
+from dirl.model.checkpoint import load
+from dirl.model.tiny import tiny
+from dirl.reward.rubric import RewardConfig
+from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.train import RLConfig, RLTrainer
+from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+from dirl.training.full_parameters import full_state_dict
+from dirl.training.optimizer import TrainingDiverged
+from dirl.training.run import check_identity
+
+ROOT = Path(__file__).parents[2]
+STEPS: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "max_tokens_per_micro_batch": 128}
+
+
+def prefers_even(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+    return [float(len(completion) % 2 == 0) for completion in completions]
+
+
+def sft_trainer(output_dir: Path, **changes: Any) -> SFTTrainer:
+    model, tokenizer = tiny()
+    config = SFTConfig(
+        output_dir=str(output_dir), global_batch_size=5, data=SFTDataConfig(num_heldout=2), **{**STEPS, **changes}
+    )
+    documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
+    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+
+
+def rl_trainer(output_dir: Path, **changes: Any) -> RLTrainer:
+    model, tokenizer = tiny()
+    config = RLConfig(
+        output_dir=str(output_dir),
+        likelihood="trajectory",
+        rollout=RolloutConfig(
+            prompts_per_step=3, num_generations=4, max_completion_length=12, max_sampling_rounds=3, oversampling=1.5
+        ),
+        reward=RewardConfig(functions=[f"{__file__}:prefers_even"]),
+        **{**STEPS, **changes},
+    )
+    return RLTrainer(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        problems=[Problem("?" * length, "0", {}) for length in range(1, 12)],
+    )
+
+
+def stop_in_second(function: Callable[..., Any], *, rank: int) -> Callable[..., Any]:
+    """The function, which sends SIGTERM to its own process (on rank 1 of 2) in the middle of its third call."""
+    calls = 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+def train_both(output_dir: Path, *, is_stopped: bool) -> None:
+    for kind, make in (("sft", sft_trainer), ("rl", rl_trainer)):
+        trainer: Any = make(output_dir / kind)
+        if is_stopped and kind == "sft":  # while it trains
+            trainer.learner.update = stop_in_second(trainer.learner.update, rank=trainer.distributed.rank)
+        elif is_stopped:  # while it rolls out
+            trainer.engine.generate = stop_in_second(trainer.engine.generate, rank=trainer.distributed.rank)
+        try:
+            trainer.train()
+        except RunInterrupted as stop:
+            if trainer.distributed.is_main:
+                amid = trainer.collector.is_amid if kind == "rl" else False
+                (output_dir / f"{kind}_stopped.json").write_text(json.dumps([str(stop), trainer.steps_done, amid]))
+
+
+def meet_nan(output_dir: Path) -> None:
+    """A loss, then a gradient, that is not a number on rank 1 only; then three losses in a row."""
+    trainer = sft_trainer(output_dir / "nan")
+    inner = trainer.distributed.unwrap(trainer.learner.module).model
+    poison = torch.tensor(float("nan"))
+    update = trainer.learner.update
+    plan = ["loss", "gradient", "", "loss", "loss", "loss"]
+
+    def poisoned(losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
+        how = plan.pop(0) if trainer.distributed.rank == 1 else ""
+
+        def spoil(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            def spoilt() -> Tensor:
+                loss = compute()
+                if how == "gradient":  # a finite loss whose gradient is not
+                    loss = loss + (loss - loss.detach()) * 0.0
+                    loss.register_hook(lambda gradient: gradient * poison)
+                return loss * poison if how == "loss" else loss
+
+            return spoilt
+
+        return update([spoil(losses[0]), *losses[1:]], empty_loss)
+
+    trainer.learner.update = poisoned  # type: ignore[method-assign]
+    rows, moved = [], []
+    before = full_state_dict(inner, keep=True)
+    for _ in range(3):
+        rows.append(trainer.step())
+        after = full_state_dict(inner, keep=True)
+        moved.append(max(float((after[name] - before[name]).abs().max()) for name in after))
+        before = after
+    diverged_at = 0
+    try:
+        for attempt in (1, 2, 3):
+            diverged_at = attempt
+            trainer.step()
+    except TrainingDiverged:
+        after = full_state_dict(inner, keep=True)
+        moved.append(max(float((after[name] - before[name]).abs().max()) for name in after))
+    if trainer.distributed.is_main:
+        record = {"skipped": [row["skipped_steps"] for row in rows], "moved": moved, "diverged_at": diverged_at}
+        (output_dir / "nan.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def hang(output_dir: Path) -> None:
+    """Rank 1 never comes back from its second step."""
+    trainer = sft_trainer(output_dir / "hang", phase_timeout=4)
+    update, rank = trainer.learner.update, trainer.distributed.rank
+
+    def hanging(*arguments: Any) -> dict[str, float]:
+        if rank == 1 and trainer.steps_done == 1:
+            time.sleep(600)
+        return update(*arguments)
+
+    trainer.learner.update = hanging  # type: ignore[method-assign]
+    trainer.train()
+
+
+def launch(backend: str, task: str, output_dir: Path, num_processes: int = 2) -> subprocess.CompletedProcess[str]:
+    output_dir.mkdir(exist_ok=True)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
+        "ACCELERATE_CONFIG": backend,
+        "NUM_PROCESSES": str(num_processes),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "NO_VENV": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = [str(ROOT / "scripts/launch.sh"), __file__, task, str(output_dir)]
+    return subprocess.run(
+        ["bash", "-c", 'source "$0"; launch "$@"', *script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def numbers(output_dir: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = ("timing_s/", "perf/", "time")
+    return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
+
+
+BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(backend: str, tmp_path: Path) -> None:
+    if backend.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("needs the deepspeed extra")
+    for folder, tasks in (("whole", ["whole"]), ("parts", ["stopped", "resumed"])):
+        for task in tasks:
+            done = launch(backend, task, tmp_path / folder)
+            assert done.returncode == 0, done.stderr[-5000:]
+            if task == "stopped":
+                sft, rl = (json.loads((tmp_path / "parts" / f"{k}_stopped.json").read_text()) for k in ("sft", "rl"))
+                assert sft[1:] == [3, False]
+                assert rl[1] < 3 and rl[2] is True  # in the middle of rollouts, which the checkpoint keeps
+                assert "the same command continues" in rl[0]
+                assert not (tmp_path / "parts/sft/final").exists()
+    for kind in ("sft", "rl"):
+        assert [row["step"] for row in numbers(tmp_path / "whole" / kind)] == [1, 2, 3, 4]
+        assert numbers(tmp_path / "parts" / kind) == numbers(tmp_path / "whole" / kind)
+        ours, theirs = (load(str(tmp_path / part / kind / "final"))[0].state_dict() for part in ("parts", "whole"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    nan = json.loads((tmp_path / "whole/nan.json").read_text())
+    assert nan["skipped"] == [1.0, 1.0, 0.0] and nan["diverged_at"] == 3
+    first, second, third, last = nan["moved"]
+    assert (first, second, last) == (0.0, 0.0, 0.0) and third > 0
+    skipped = [json.loads(line) for line in (tmp_path / "whole/nan/skipped_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [1, 2, 4, 5, 6]
+    assert all(len(row["documents"]) == 5 for row in skipped)
+
+
+def test_a_stuck_rank_ends_the_run_and_names_rank_and_phase(tmp_path: Path) -> None:
+    done = launch("ddp", "hang", tmp_path / "hang")
+    assert done.returncode != 0
+    assert "dirl: error: rank 0 has been in phase 'step' for" in done.stderr
+
+
+def test_another_model_is_an_error_that_says_so(tmp_path: Path) -> None:
+    sft_trainer(tmp_path, max_steps=1).train()
+    model, tokenizer = tiny()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=True)
+    config = SFTConfig(output_dir=str(tmp_path), data=SFTDataConfig(num_heldout=2), **STEPS)
+    documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
+    with pytest.raises(UserError, match=r"step_000001 holds another model: .* resume with the model.path"):
+        SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents).train()
+
+
+def test_another_number_of_processes_or_backend() -> None:
+    saved = {"parameters_digest": "a", "num_trained_tensors": 2, "num_parameters": 9, "backend": "ddp", "world_size": 2}
+    for backend, world_size in (("plain", 1), ("ddp", 8)):
+        check_identity(Path("step_1"), saved, {**saved, "backend": backend, "world_size": world_size})
+    check_identity(Path("step_1"), {**saved, "backend": "fsdp2"}, {**saved, "backend": "fsdp2", "world_size": 4})
+    with pytest.raises(UserError, match=r"written under ddp, .* under zero1: launch with the ACCELERATE_CONFIG"):
+        check_identity(Path("step_1"), saved, {**saved, "backend": "zero1"})
+    with pytest.raises(UserError, match=r"launch with NUM_PROCESSES=2"):
+        check_identity(Path("step_1"), {**saved, "backend": "zero2"}, {**saved, "backend": "zero2", "world_size": 4})
+
+
+def test_other_data_are_an_error_that_says_so(tmp_path: Path) -> None:
+    sft_trainer(tmp_path, max_steps=1).train()
+    model, tokenizer = tiny()
+    config = SFTConfig(output_dir=str(tmp_path), data=SFTDataConfig(num_heldout=2), **STEPS)
+    documents = [Document([1, 2, 3], list(range(50, 50 + length))) for length in range(9, 22)]
+    with pytest.raises(UserError, match="data_fingerprint"):
+        SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents).train()
+
+
+def main(task: str, output_dir: Path) -> None:
+    if task == "hang":
+        hang(output_dir)
+        return
+    train_both(output_dir, is_stopped=task == "stopped")
+    if task == "whole":
+        meet_nan(output_dir)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
