@@ -131,7 +131,8 @@ def meet_nan(output_dir: Path) -> None:
         before = after
     diverged_at = 0
     try:
-        for diverged_at in (1, 2, 3):
+        for attempt in (1, 2, 3):
+            diverged_at = attempt
             trainer.step()
     except TrainingDiverged:
         after = full_state_dict(inner, keep=True)
