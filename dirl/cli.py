@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dirl import __version__
 from dirl.config import load_config
@@ -54,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help=f"YAML file, such as configs/tiny/{name}.yaml")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
         command.set_defaults(run=run)
+        if name in ("sft", "rl"):
+            estimate = "print the memory a rank will need, by ACCELERATE_CONFIG, and load no model"
+            command.add_argument("--estimate-memory", action="store_true", help=estimate)
     tiny = commands.add_parser("tiny-model", help="write the embedded default model, untrained")
     tiny.add_argument("directory", metavar="DIR")
     tiny.set_defaults(run=_run_tiny_model)
@@ -63,13 +67,31 @@ def _parser() -> argparse.ArgumentParser:
 def _run_sft(options: argparse.Namespace) -> None:
     from dirl.sft.train import SFTConfig, SFTTrainer
 
-    _say(f"model: {SFTTrainer(load_config(SFTConfig, options.config, options.overrides)).train()}")
+    config = load_config(SFTConfig, options.config, options.overrides)
+    if options.estimate_memory:
+        from dirl.sft.train import sft_workload
+
+        _say_memory(config.model, sft_workload(config))
+        return
+    _say(f"model: {SFTTrainer(config).train()}")
 
 
 def _run_rl(options: argparse.Namespace) -> None:
     from dirl.rl.train import RLConfig, RLTrainer
 
-    _say(f"model: {RLTrainer(load_config(RLConfig, options.config, options.overrides)).train()}")
+    config = load_config(RLConfig, options.config, options.overrides)
+    if options.estimate_memory:
+        from dirl.rl.train import rl_workload
+
+        _say_memory(config.model, rl_workload(config))
+        return
+    _say(f"model: {RLTrainer(config).train()}")
+
+
+def _say_memory(model: Any, workload: Any) -> None:
+    from dirl.model.memory import describe_memory
+
+    _say(describe_memory(model, workload, int(os.environ.get("NUM_PROCESSES") or 8)))
 
 
 def _run_eval(options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from dirl.eval.evaluate import Evaluator, Mode
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters
+from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import ScaleRewards, group_advantages
@@ -40,7 +41,7 @@ from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
-from dirl.training.optimizer import Learner, OptimizerConfig
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
 from dirl.training.plots import plot_run
 from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
@@ -293,3 +294,17 @@ class RLTrainer:
             path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in completion_rows(groups)), encoding="utf-8")
+
+
+def rl_workload(config: RLConfig) -> Workload:
+    """What a memory estimate needs to know of an RL run."""
+    rollout = config.rollout
+    return Workload(
+        tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        bf16=config.bf16,
+        trained_fraction=trained_fraction(config.model, config.lora),
+        optimizer_bytes=OPTIMIZER_BYTES[config.optim],
+        offload_optimizer=config.offload_optimizer,
+        num_copies=int(config.beta > 0 and config.lora.r == 0),
+        decoded_tokens=rollout.max_batch_size * (config.data.max_prompt_length + rollout.max_completion_length),
+    )

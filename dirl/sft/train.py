@@ -31,11 +31,12 @@ from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
+from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.distributed import Distributed
-from dirl.training.optimizer import Learner, OptimizerConfig, split_by_budget
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig, split_by_budget
 from dirl.training.plots import plot_run
 from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
@@ -239,3 +240,14 @@ class SFTTrainer:
 def _mix(seed: int, index: int) -> int:
     """A seed for the index-th part of what `seed` governs."""
     return (seed * 1_000_003 + index * 7_919 + 12_345) % (1 << 63)
+
+
+def sft_workload(config: SFTConfig) -> Workload:
+    """What a memory estimate needs to know of an SFT run."""
+    return Workload(
+        tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        bf16=config.bf16,
+        trained_fraction=trained_fraction(config.model, config.lora),
+        optimizer_bytes=OPTIMIZER_BYTES[config.optim],
+        offload_optimizer=config.offload_optimizer,
+    )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +47,10 @@ class OptimizerConfig:
         schedules = [kind.value for kind in SchedulerType]
         if self.lr_scheduler_type not in schedules:
             raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {self.lr_scheduler_type!r}")
+
+
+# Bytes of AdamW's two moments per trained parameter.
+OPTIMIZER_BYTES: Mapping[str, float] = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0}
 
 
 class TrainingDiverged(RuntimeError):

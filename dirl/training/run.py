@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -86,7 +88,7 @@ class Run:
         self._progress.update(self._task, completed=self.step, description=headline)
         if self.step % self.config.logging_steps and not self.is_finished:
             return
-        self.metrics.log(metrics, self.step)
+        self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
         if self.distributed.is_main and not self._progress.console.is_terminal:
             logger.info("step %d/%d  %s", self.step, self.max_steps, headline)
 
@@ -227,6 +229,15 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
             f"{checkpoint} was written by {saved['world_size']} processes under {saved['backend']}, this run has "
             f"{ours['world_size']}: launch with NUM_PROCESSES={saved['world_size']}, {remedy}"
         )
+
+
+def peak_memory_gb() -> float:
+    """Most memory in use since the last call: of the GPU where there is one, else of the process since its start."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
 def _progress_bar(is_main: bool) -> Progress:

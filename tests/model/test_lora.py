@@ -112,7 +112,5 @@ def test_the_reference_of_rl_is_the_model_without_its_adapters(tmp_path: Path) -
 
 
 def test_a_target_that_is_no_layer_is_an_error() -> None:
-    with pytest.raises(
-        UserError, match=r"lora.target_modules: \['query'\] names no linear layer; choose .*q_proj"
-    ):
+    with pytest.raises(UserError, match=r"lora.target_modules: \['query'\] names no linear layer; choose .*q_proj"):
         add_adapters(tiny()[0], LoraConfig(r=2, target_modules=["query"]), seed=0)
