@@ -213,4 +213,15 @@ def split_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
             place = -1
         bins[place].append(index)
         room[place] -= length
-    return bins
+    return _evened_bins(lengths, budget, bins)
+
+
+def _evened_bins(lengths: Sequence[int], budget: int, bins: list[list[int]]) -> list[list[int]]:
+    """As many bins, about equally full, where that fits: the fullest sets the memory and the time of all."""
+    evened: list[list[int]] = [[] for _ in bins]
+    filled = [0] * len(bins)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = filled.index(min(filled))
+        evened[place].append(index)
+        filled[place] += lengths[index]
+    return evened if max(filled, default=0) <= budget else bins
