@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
         command.add_argument("--quiet", action="store_true", help="print only warnings and the result")
         command.set_defaults(run=run)
+        if name in ("sft", "rl"):
+            estimate = "print the memory a rank will need, by ACCELERATE_CONFIG, and load no model"
+            command.add_argument("--estimate-memory", action="store_true", help=estimate)
     _add_report(commands)
     _add_talk(commands)
     doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
@@ -125,13 +128,31 @@ def _run_doctor(options: argparse.Namespace) -> int:
 def _run_sft(options: argparse.Namespace) -> None:
     from dirl.sft.train import SFTConfig, SFTTrainer
 
-    _say(f"model: {SFTTrainer(load_config(SFTConfig, options.config, options.overrides)).train()}")
+    config = load_config(SFTConfig, options.config, options.overrides)
+    if options.estimate_memory:
+        from dirl.sft.train import sft_workload
+
+        _say_memory(config.model, sft_workload(config))
+        return
+    _say(f"model: {SFTTrainer(config).train()}")
 
 
 def _run_rl(options: argparse.Namespace) -> None:
     from dirl.rl.train import RLConfig, RLTrainer
 
-    _say(f"model: {RLTrainer(load_config(RLConfig, options.config, options.overrides)).train()}")
+    config = load_config(RLConfig, options.config, options.overrides)
+    if options.estimate_memory:
+        from dirl.rl.train import rl_workload
+
+        _say_memory(config.model, rl_workload(config))
+        return
+    _say(f"model: {RLTrainer(config).train()}")
+
+
+def _say_memory(model: Any, workload: Any) -> None:
+    from dirl.model.memory import describe_memory
+
+    _say(describe_memory(model, workload, int(os.environ.get("NUM_PROCESSES") or 8)))
 
 
 def _run_eval(options: argparse.Namespace) -> None:

@@ -132,6 +132,8 @@ launch_from_file() { # FILE
     [[ -z ${NUM_MACHINES:-} ]] || LAUNCHER+=(--num_machines "$NUM_MACHINES")
     [[ -z ${MACHINE_RANK:-} ]] || LAUNCHER+=(--machine_rank "$MACHINE_RANK")
     [[ -z ${MASTER_ADDR:-} ]] || LAUNCHER+=(--main_process_ip "$MASTER_ADDR")
+    # The files say 0, a free port; several machines must agree on one.
+    ((${NUM_MACHINES:-1} == 1)) || local MASTER_PORT=${MASTER_PORT:-29500}
     [[ -z ${MASTER_PORT:-} ]] || LAUNCHER+=(--main_process_port "$MASTER_PORT")
     # This script is started on every machine; DeepSpeed's own default would ssh to them from machine 0.
     [[ $type != DEEPSPEED ]] || ((${NUM_MACHINES:-1} == 1)) || LAUNCHER+=(--deepspeed_multinode_launcher standard)
@@ -169,5 +171,7 @@ launch() { # -m dirl.cli ROLE CONFIG key=value ...
     fi
     share_cores
     cd "$ROOT"
+    # Schedulers send SIGUSR1 to every process: the launcher lives on while the ranks write their checkpoint.
+    trap '' USR1
     exec "${LAUNCHER[@]}" "$@"
 }

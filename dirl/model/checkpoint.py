@@ -17,8 +17,9 @@ from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
 from dirl.errors import MissingFileError, UserError
 from dirl.model.attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
+from dirl.model.lora import LoraConfig, save_adapters
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
-from dirl.training.full_parameters import full_state_dict
+from dirl.training.full_parameters import full_state_dict, named_adapter_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +101,26 @@ def save_model(
 
 
 def write_final(
-    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path, *, is_main: bool
+    model: BlockDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    *,
+    base: str,
+    lora: LoraConfig,
+    is_main: bool,
 ) -> Path:
-    """output_dir/final, complete or absent, from a model that is whole or sharded; collective."""
+    """output_dir/final, complete or absent, from a model that is whole, sharded or adapted; collective.
+
+    LoRA adapters are merged, and stand beside in final/adapter in peft's form.
+    """
     final, temporary = output_dir / "final", output_dir / "final.tmp"
     weights = full_state_dict(model, keep=is_main)
+    adapters = named_adapter_parameters(model, keep=is_main)
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         save_model(model, tokenizer, temporary, weights)
+        if adapters:
+            save_adapters(adapters, lora, base, temporary / "adapter")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     return final

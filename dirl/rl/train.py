@@ -22,24 +22,27 @@ from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.views import PackedViews
 from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
-from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
+from dirl.model.lora import LoraConfig, adapters_off, add_adapters
+from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import ScaleRewards, group_advantages
 from dirl.rl.group_state import CollectorState
 from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, StopAsked, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, sample_line, summarise, throughput
-from dirl.rl.update import PolicyUpdater, UpdateConfig
+from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
 from dirl.rl.work_sharing import replay_cost
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
-from dirl.training.optimizer import Learner, OptimizerConfig
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
 from dirl.training.plots import plot_run
 from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
@@ -79,6 +82,7 @@ class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
     eval_steps: int = 0  # optimizer steps between evaluations; 0: only at the end
     completions_steps: int = 10  # optimizer steps between files of completions; 0: none
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: RLDataConfig = field(default_factory=RLDataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -115,18 +119,21 @@ class RLTrainer:
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
-        reference = None
-        if config.beta > 0:
-            reference = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
-            reference.to(self.distributed.device)
+        reference: Reference | None = None
+        if config.beta > 0 and config.lora.r == 0:
+            frozen = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
+            reference = frozen.to(self.distributed.device)
         # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
         decoded = self.model
         if self.distributed.is_sharded:
             decoded = copy.deepcopy(decoded).requires_grad_(False)
             nn.Module.to(decoded, self.distributed.device)
+        add_adapters(self.model, config.lora, config.seed)
         self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
         self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
         self.collector = self._collector(problems)
+        if config.beta > 0 and config.lora.r > 0:
+            reference = self._without_adapters
         rule = ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model))
         self.updater = PolicyUpdater(
             self.learner,
@@ -173,7 +180,14 @@ class RLTrainer:
                 metrics |= run.timings.drain()
                 metrics |= throughput(metrics)
                 run.log(metrics, headline(metrics))
-        final = write_final(self.model, self.tokenizer, output_dir, is_main=self.distributed.is_main)
+        final = write_final(
+            self.model,
+            self.tokenizer,
+            output_dir,
+            base=config.model.path,
+            lora=config.lora,
+            is_main=self.distributed.is_main,
+        )
         if self.distributed.is_main:
             plot_run(output_dir)
         self.distributed.barrier()
@@ -229,6 +243,10 @@ class RLTrainer:
             metrics[f"{name}/standard_error"] = result.standard_error
         return metrics
 
+    def _without_adapters(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
+        with adapters_off(self.model):
+            return self.learner.module(packed, rule)
+
     def _load(self, path: str, split: str, limit: int) -> list[Problem]:
         data = self.config.data
         return load_problems(path, split=split, limit=limit, skip_bad_rows=data.skip_bad_rows, seed=self.config.seed)
@@ -279,3 +297,17 @@ class RLTrainer:
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = completion_rows(groups, self.tokenizer, self.model.config.block_size)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rl_workload(config: RLConfig) -> Workload:
+    """What a memory estimate needs to know of an RL run."""
+    rollout = config.rollout
+    return Workload(
+        tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        bf16=config.bf16,
+        trained_fraction=trained_fraction(config.model, config.lora),
+        optimizer_bytes=OPTIMIZER_BYTES[config.optim],
+        offload_optimizer=config.offload_optimizer,
+        num_copies=int(config.beta > 0 and config.lora.r == 0),
+        decoded_tokens=rollout.max_batch_size * (config.data.max_prompt_length + rollout.max_completion_length),
+    )

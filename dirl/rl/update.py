@@ -9,7 +9,7 @@ Shapes: T actions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.likelihood import Likelihood, ScoringRule
-from dirl.diffusion.views import placeholder_pack
-from dirl.model.logprobs import PackedScorer
+from dirl.diffusion.views import PackedViews, placeholder_pack
+from dirl.model.logprobs import ActionScores
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.policy_batch import PolicyBatch, ScoredCompletion, build_policy_batches, pack_policy_batches
 from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.training.optimizer import Learner
+
+# Scores under the policy that training started from: a frozen copy, or the policy with its adapters off.
+Reference = Callable[[PackedViews, ScoringRule], ActionScores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class PolicyUpdater:
         config: UpdateConfig,
         *,
         max_completion_length: int,
-        reference: PackedScorer | None,
+        reference: Reference | None,
     ) -> None:
         self.learner, self.rule, self.config, self.reference = learner, rule, config, reference
         self.max_completion_length = max_completion_length
@@ -159,13 +162,13 @@ class PolicyUpdater:
     def _loss(
         self, batch: PolicyBatch, behavior_T: Tensor | None, statistics: ActionStatistics, *, compares: bool
     ) -> Tensor:
-        scores = self.learner.module(batch.packed, self.rule)
-        logprob_T = scores.logprob_T
-        behavior_T = logprob_T.detach() if behavior_T is None else behavior_T
         ref_logprob_T = None
         if self.reference is not None:
             with torch.no_grad():
                 ref_logprob_T = self.reference(batch.packed, self.rule).logprob_T
+        scores = self.learner.module(batch.packed, self.rule)
+        logprob_T = scores.logprob_T
+        behavior_T = logprob_T.detach() if behavior_T is None else behavior_T
         result = policy_loss(logprob_T, behavior_T, batch.advantage_T, batch.coefficient_T, self.config, ref_logprob_T)
         is_reveal_T = batch.packed.is_reveal_T
         statistics.add(
@@ -211,6 +214,9 @@ class PolicyUpdater:
         """Zero with a gradient of zero for every parameter, for a rank that has no completions left."""
         config = self._model().config
         packed = placeholder_pack(config.block_size, config.mask_token_id).to(self.distributed.device)
+        if self.reference is not None and self.distributed.is_sharded:  # the other ranks' passes wait for this one's
+            with torch.no_grad():
+                self.reference(packed, self.rule)
         return self.learner.module(packed, self.rule).logprob_T.sum() * 0.0
 
     def _model(self) -> BlockDiffusionModel:

@@ -30,11 +30,13 @@ from dirl.diffusion.views import PackedViews, placeholder_pack
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.lora import LoraConfig, add_adapters
+from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.distributed import Distributed
-from dirl.training.optimizer import Learner, OptimizerConfig, split_by_budget
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig, split_by_budget
 from dirl.training.plots import plot_run
 from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
@@ -68,6 +70,7 @@ class SFTConfig(RunConfig, OptimizerConfig):
     global_batch_size: int = 64  # documents per optimizer step, over all ranks
     eval_steps: int = 0  # optimizer steps between held-out losses; 0: only at the end
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
@@ -100,6 +103,7 @@ class SFTTrainer:
             config.seed,
             fingerprint((e.prompt_ids.tolist(), e.completion_ids.tolist()) for e in self.examples),
         )
+        add_adapters(self.model, config.lora, config.seed)
         self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
         self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
         self.learner.on_skip = self._record_skipped
@@ -125,7 +129,14 @@ class SFTTrainer:
                 metrics |= run.timings.drain()
                 metrics["perf/train_tokens_per_s"] = metrics["num_tokens"] / metrics["timing_s/step"]
                 run.log(metrics, f"loss {metrics['loss']:.4f}  {metrics['perf/train_tokens_per_s']:.0f} tokens/s")
-        final = write_final(self.model, self.tokenizer, output_dir, is_main=self.distributed.is_main)
+        final = write_final(
+            self.model,
+            self.tokenizer,
+            output_dir,
+            base=config.model.path,
+            lora=config.lora,
+            is_main=self.distributed.is_main,
+        )
         if self.distributed.is_main:
             plot_run(output_dir)
         self.distributed.barrier()
@@ -229,3 +240,14 @@ class SFTTrainer:
 def _mix(seed: int, index: int) -> int:
     """A seed for the index-th part of what `seed` governs."""
     return (seed * 1_000_003 + index * 7_919 + 12_345) % (1 << 63)
+
+
+def sft_workload(config: SFTConfig) -> Workload:
+    """What a memory estimate needs to know of an SFT run."""
+    return Workload(
+        tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        bf16=config.bf16,
+        trained_fraction=trained_fraction(config.model, config.lora),
+        optimizer_bytes=OPTIMIZER_BYTES[config.optim],
+        offload_optimizer=config.offload_optimizer,
+    )

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dirl.errors import UserError
+
 Item = TypeVar("Item")
 
 _NO_PATIENCE_LIMIT = timedelta(days=7)  # a run that is told not to watch the clock
@@ -96,11 +98,26 @@ class Distributed:
         return self.backend in ("zero3", "fsdp2")
 
     def prepare(
-        self, module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, *, max_grad_norm: float = 0.0
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        *,
+        max_grad_norm: float = 0.0,
+        offload_optimizer: bool = False,
     ) -> tuple[nn.Module, Optimizer, LRScheduler]:
-        """Wrap a module and its optimizer for this set of processes."""
+        """Wrap a module and its optimizer for this set of processes.
+
+        Raises:
+            UserError: optimizer states are to be in main memory, and the backend cannot do it.
+        """
         if self._uses_deepspeed:
-            self._configure_deepspeed(module, max_grad_norm)
+            self._configure_deepspeed(module, max_grad_norm, offload_optimizer)
+        elif offload_optimizer:
+            raise UserError(
+                f"offload_optimizer=true needs DeepSpeed, this run is launched as {self.backend}: set "
+                "ACCELERATE_CONFIG to zero1, zero2 or zero3"
+            )
         elif self.backend == "fsdp2":
             # The layers of the model inside, whatever their class is called.
             inner = next((m for m in module.modules() if getattr(m, "_no_split_modules", None)), None)
@@ -193,10 +210,13 @@ class Distributed:
     def close(self) -> None:
         self.accelerator.end_training()
 
-    def _configure_deepspeed(self, module: nn.Module, max_grad_norm: float) -> None:
+    def _configure_deepspeed(self, module: nn.Module, max_grad_norm: float, offload_optimizer: bool) -> None:
         """What the DeepSpeed file cannot know: it comes from the run's configuration."""
         config = self.accelerator.deepspeed_plugin.deepspeed_config
         config["gradient_clipping"] = max_grad_norm
+        if offload_optimizer:
+            pin_memory = self.device.type == "cuda"
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
         if next(module.parameters()).dtype == torch.bfloat16:
             # float32 master weights in the sharded optimizer, and gradients added up in float32.
             config["bf16"] = {"enabled": True}

@@ -49,7 +49,8 @@ class WandbTracker:
                 id=resume_id,
                 resume="allow" if resume_id else None,
                 mode=mode,
-                settings=wandb.Settings(init_timeout=30, silent=True),
+                # No metadata: wandb would record the command line as it is typed, tokens and all, and the host's name.
+                settings=wandb.Settings(init_timeout=30, silent=True, x_disable_meta=True, x_disable_machine_info=True),
             )
 
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")

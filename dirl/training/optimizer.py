@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from transformers import SchedulerType, get_scheduler
 
 from dirl.errors import UserError
 from dirl.training.distributed import Distributed
-from dirl.training.full_parameters import full_parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class OptimizerConfig:
 
     max_steps: int = 100  # optimizer steps
     learning_rate: float = 1e-5
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch"  # 8 bit: needs bitsandbytes
+    offload_optimizer: bool = False  # keep optimizer states in main memory; DeepSpeed ZeRO only
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, float] = field(default_factory=dict)  # such as min_lr_rate for cosine_with_min_lr
     warmup_steps: int = 0
@@ -47,6 +49,10 @@ class OptimizerConfig:
             raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {self.lr_scheduler_type!r}")
 
 
+# Bytes of AdamW's two moments per trained parameter.
+OPTIMIZER_BYTES: Mapping[str, float] = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0}
+
+
 class TrainingDiverged(RuntimeError):
     """Three optimizer steps in a row had no finite gradient."""
 
@@ -55,12 +61,7 @@ class Learner:
     """A module with its optimizer and schedule; one `update` is one optimizer step."""
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, distributed: Distributed) -> None:
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-        )
+        optimizer = build_optimizer(module, config)
         scheduler = get_scheduler(
             config.lr_scheduler_type,
             optimizer,
@@ -71,7 +72,11 @@ class Learner:
         self.config, self.distributed = config, distributed
         self._plain_optimizer = optimizer  # the schedule's; prepared ones share its groups
         self.module, self.optimizer, self.scheduler = distributed.prepare(
-            module, optimizer, scheduler, max_grad_norm=config.max_grad_norm
+            module,
+            optimizer,
+            scheduler,
+            max_grad_norm=config.max_grad_norm,
+            offload_optimizer=config.offload_optimizer,
         )
         self.on_micro_batch: Callable[[int, int], None] = lambda done, total: None  # for who shows progress
         self._skipped_in_a_row = 0
@@ -94,7 +99,7 @@ class Learner:
         learning_rate = float(self.scheduler.get_last_lr()[0])
         num_micro_batches = int(self.distributed.max(len(losses)))
         if num_micro_batches == 0:
-            self.scheduler.step()
+            self._advance_schedule()
             return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "skipped_steps": 0.0}
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
@@ -111,7 +116,7 @@ class Learner:
         grad_norm, is_applied = self.distributed.step(self.module, self.optimizer, self.config.max_grad_norm)
         (loss_sum,) = self.distributed.sum(total)
         self._count_skipped(is_applied)
-        self.scheduler.step()
+        self._advance_schedule()
         return {
             "loss": loss_sum,
             "grad_norm": grad_norm,
@@ -131,7 +136,8 @@ class Learner:
 
     def identity(self) -> dict[str, Any]:
         """What weights and optimizer states in a checkpoint belong to."""
-        shapes = full_parameter_shapes(self.distributed.unwrap(self.module))
+        named = self.distributed.unwrap(self.module).named_parameters()
+        shapes = {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
         listed = json.dumps(sorted(shapes.items()))
         num_parameters = sum(math.prod(shape) for shape in shapes.values())
         trained = sum(p.requires_grad for p in self.module.parameters())
@@ -141,6 +147,12 @@ class Learner:
             "parameters_digest": hashlib.sha256(listed.encode()).hexdigest()[:16],
         }
 
+    def _advance_schedule(self) -> None:
+        with warnings.catch_warnings():
+            # A skipped step looks to the schedule like a forgotten one.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+
     def _count_skipped(self, is_applied: bool) -> None:
         self._skipped_in_a_row = 0 if is_applied else self._skipped_in_a_row + 1
         if not is_applied:
@@ -149,6 +161,27 @@ class Learner:
             raise TrainingDiverged(
                 "loss or gradient was not finite in three steps in a row; lower learning_rate or look at the data"
             )
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW as `optim` names it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    groups = list(parameter_groups(module, config.weight_decay))
+    if config.optim != "adamw_bnb_8bit":
+        return torch.optim.AdamW(groups, fused=config.optim == "adamw_torch_fused", **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("optim=adamw_bnb_8bit needs the bitsandbytes package: pip install bitsandbytes") from error
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> Iterable[dict[str, object]]:
@@ -183,4 +216,15 @@ def split_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
             place = -1
         bins[place].append(index)
         room[place] -= length
-    return bins
+    return _evened_bins(lengths, budget, bins)
+
+
+def _evened_bins(lengths: Sequence[int], budget: int, bins: list[list[int]]) -> list[list[int]]:
+    """As many bins, about equally full, where that fits: the fullest sets the memory and the time of all."""
+    evened: list[list[int]] = [[] for _ in bins]
+    filled = [0] * len(bins)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = filled.index(min(filled))
+        evened[place].append(index)
+        filled[place] += lengths[index]
+    return evened if max(filled, default=0) <= budget else bins

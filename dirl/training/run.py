@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from dirl.errors import RunInterrupted, UserError
@@ -92,7 +94,7 @@ class Run:
         self.terminal.step(self.step, self.max_steps, headline)
         if self.step % self.config.logging_steps and not self.is_finished:
             return
-        self.metrics.log(metrics, self.step)
+        self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
         self.terminal.report(self.step, self.max_steps, metrics, headline)
         if self._saved_step == self.step:
             self._report()
@@ -250,3 +252,12 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
             f"{checkpoint} was written by {saved['world_size']} processes under {saved['backend']}, this run has "
             f"{ours['world_size']}: launch with NUM_PROCESSES={saved['world_size']}, {remedy}"
         )
+
+
+def peak_memory_gb() -> float:
+    """Most memory in use since the last call: of the GPU where there is one, else of the process since its start."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import torch
 from torch import nn
 
 from dirl.data.prompt_stream import PromptStream
+from dirl.errors import RunInterrupted
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.run import Run
@@ -95,3 +100,67 @@ def test_micro_batches_and_their_tokens_are_counted(tmp_path: Path, monkeypatch:
     with run:
         run.learner.update(losses, losses[0])
     assert told == [("training", 2), 3, 5]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    config = RunConfig(
+        output_dir=str(tmp_path), save_steps=2, save_total_limit=1, metric_for_best_model="eval/accuracy"
+    )
+    values = {2: 0.3, 3: 0.9, 5: 0.4}
+    run = new_run(config)
+    with run:
+        while run.step < 6:
+            run.step += 1
+            run.save_if_due({"eval/accuracy": values[run.step]} if run.step in values else {})
+    assert saved_steps(tmp_path) == ["step_000003", "step_000006"]
+    resumed = new_run(config)  # it knows what is best
+    with resumed:
+        resumed.step = 7
+        resumed.save_if_due({"eval/accuracy": 0.8})
+    assert saved_steps(tmp_path) == ["step_000003", "step_000007"]
+
+
+def test_a_signal_ends_the_run_after_one_checkpoint(tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        config = RunConfig(output_dir=str(tmp_path / str(int(number))))
+        run = new_run(config)
+        with pytest.raises(RunInterrupted, match=f"{number.name} at step 1"), run:
+            run.step = 1
+            run.stop_if_asked()  # nothing yet
+            os.kill(os.getpid(), number)
+            run.stop_if_asked()
+        assert saved_steps(tmp_path / str(int(number))) == ["step_000001"]
+        assert signal.getsignal(number) is not None and not new_run(config).should_stop()
+
+
+def test_a_signal_during_a_save_lets_it_end_and_makes_no_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(RunConfig(output_dir=str(tmp_path), save_steps=1))
+    saves: list[int] = []
+    save_state = run.distributed.save_state
+
+    def interrupted(directory: Path) -> None:
+        saves.append(run.step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_state(directory)
+
+    monkeypatch.setattr(run.distributed, "save_state", interrupted)
+    with pytest.raises(RunInterrupted), run:
+        run.step = 1
+        run.save_if_due()
+        run.stop_if_asked()
+    assert saves == [1] and saved_steps(tmp_path) == ["step_000001"]
+    assert new_run(RunConfig(output_dir=str(tmp_path))).step == 1
+
+
+def test_a_second_interrupt_quits_at_once() -> None:
+    code = (
+        "import os, signal, time\nfrom dirl.training.interruption import SignalWatch\n"
+        "with SignalWatch() as watch:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    assert watch.received == signal.SIGINT\n"
+        "    print('noted', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert (done.stdout, done.returncode) == ("noted\n", -signal.SIGINT)

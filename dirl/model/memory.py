@@ -1,0 +1,139 @@
+"""A configuration -> the memory one rank will need, before any model is loaded.
+
+Weights and optimizer are counted exactly, from the model's config.json alone. Activations, logits and caches follow the
+formulas below; what they leave out (allocator slack, communication buffers) is named, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dirl.errors import UserError
+from dirl.model.checkpoint import ModelConfig
+from dirl.model.logprobs import _LOGITS_PER_CHUNK
+from dirl.model.lora import LoraConfig
+
+_GB = 1e9
+# How many ranks share weights, gradients and optimizer states: name -> which of the three are divided.
+SHARDS: Mapping[str, tuple[bool, bool, bool]] = {
+    "ddp": (False, False, False),
+    "zero1": (False, False, True),
+    "zero2": (False, True, True),
+    "zero3": (True, True, True),
+    "fsdp2": (True, True, True),
+}
+# Numbers kept for backward per token and layer without checkpointing, as multiples of hidden size D and of MLP width F:
+# inputs of two norms in and out, of attention and of its output (D each), queries, keys, values and their normed and
+# rotated forms (3 widths each), and gate, up, their activation and product (F each).
+_PER_TOKEN_HIDDEN, _PER_TOKEN_ATTENTION, _PER_TOKEN_MLP = 8, 3, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What besides the model decides the memory of a run."""
+
+    tokens_per_micro_batch: int  # packed tokens of one forward pass
+    bf16: bool
+    trained_fraction: float = 1.0  # of the parameters; LoRA trains few
+    optimizer_bytes: float = 8.0  # a trained parameter, beside its float32 master copy where there is one
+    num_copies: int = 0  # whole frozen copies: a reference, an engine of its own
+    decoded_tokens: int = 0  # sequences decoded at once times their length, for the KV cache
+    offload_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank by what they are for."""
+
+    backend: str
+    world_size: int
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def line(self) -> str:
+        parts = "  ".join(f"{name} {size / _GB:.2f}" for name, size in self.parts.items())
+        return f"{self.backend:6} x{self.world_size}: {self.total / _GB:8.2f} GB a rank  ({parts})"
+
+
+def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world_size: int) -> MemoryEstimate:
+    """Memory of one rank while it trains and, in turn, rolls out.
+
+    Raises:
+        UserError: no readable config.json at model.path.
+    """
+    shape = _shape(config)
+    num_parameters = sum(parameter.numel() for parameter in _outline(shape).parameters())
+    weight_bytes = 2 if config.dtype == "bfloat16" else 4
+    compute_bytes = 2 if workload.bf16 or weight_bytes == 2 else 4
+    trained = num_parameters * workload.trained_fraction
+    has_master = weight_bytes == 2 and backend.startswith("zero")  # DeepSpeed keeps float32 masters of bfloat16 weights
+    optimizer = trained * (workload.optimizer_bytes + (4 if has_master else 0))
+    gradient_bytes = 4 if has_master else weight_bytes
+    shared = [world_size if is_shared else 1 for is_shared in SHARDS[backend]]
+    copies = workload.num_copies + (SHARDS[backend][0] and workload.decoded_tokens > 0)
+    cache_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * weight_bytes
+    return MemoryEstimate(
+        backend,
+        world_size,
+        {
+            "weights": num_parameters * weight_bytes / shared[0],
+            "gradients": trained * gradient_bytes / shared[1],
+            "optimizer": 0.0 if workload.offload_optimizer else optimizer / shared[2],
+            "copies": copies * num_parameters * weight_bytes,
+            "activations": workload.tokens_per_micro_batch * activation_bytes(shape, config, compute_bytes),
+            "logits": 2 * 4 * min(_LOGITS_PER_CHUNK, workload.tokens_per_micro_batch * shape.vocab_size),
+            "kv_cache": workload.decoded_tokens * cache_bytes,
+        },
+    )
+
+
+def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:
+    """How much of a model the run trains: all of it, or its adapters."""
+    if lora.r == 0:
+        return 1.0
+    model = _outline(_shape(config))
+    linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in lora.target_modules]
+    adapters = sum(lora.r * (m.in_features + m.out_features) for m in linear if isinstance(m, nn.Linear))
+    return adapters / sum(parameter.numel() for parameter in model.parameters())
+
+
+def _shape(config: ModelConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(config.path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={config.path}: no readable config.json: {str(error).splitlines()[0]}") from error
+
+
+def _outline(shape: Any) -> nn.Module:
+    """The model without a single number in memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def activation_bytes(shape: Any, config: ModelConfig, compute_bytes: int) -> float:
+    """Bytes kept for backward per packed token; with checkpointing, each layer's input and one layer in full."""
+    widths = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+    experts = getattr(shape, "moe_intermediate_size", 0) * getattr(shape, "num_experts_per_tok", 0)
+    mlp = experts or shape.intermediate_size
+    layer = (
+        _PER_TOKEN_HIDDEN * shape.hidden_size + _PER_TOKEN_ATTENTION * widths + _PER_TOKEN_MLP * mlp
+    ) * compute_bytes
+    if config.gradient_checkpointing:
+        return shape.num_hidden_layers * shape.hidden_size * compute_bytes + layer
+    return shape.num_hidden_layers * layer
+
+
+def describe_memory(config: ModelConfig, workload: Workload, world_size: int) -> str:
+    """One line a backend, for people."""
+    lines = [estimate_memory(config, workload, backend, world_size).line() for backend in SHARDS]
+    note = "Estimates: without allocator slack and communication buffers; add about 10 %."
+    return "\n".join([*lines, note])
