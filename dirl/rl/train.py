@@ -36,6 +36,7 @@ from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
+from dirl.training.model_card import finish_model
 from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.plots import plot_run
 from dirl.training.run import Run
@@ -162,6 +163,7 @@ class RLTrainer:
         final = output_dir / "final"
         if self.distributed.is_main:
             save_model(self.model, self.tokenizer, final)
+            finish_model(final, output_dir, "rl", config.push_to_hub)
             plot_run(output_dir)
         self.distributed.barrier()
         return final
