@@ -84,6 +84,7 @@ class Learner:
         num_micro_batches = int(self.distributed.max(max(len(losses), 1)))
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)  # what an interrupted step (Ctrl-C in a notebook) left
         total = 0.0
         self.on_micro_batch(0, num_micro_batches)
         for index, compute_loss in enumerate(padded):
