@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dirl.data.problems import Problem
+from dirl.eval.evaluate import EvalConfig
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.rollout_group import RolloutConfig
@@ -41,6 +45,30 @@ def test_the_configuration_reference_is_fresh() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_the_keys_that_pages_name_exist() -> None:
+    """Every key in the last column of the migration tables, and every section.key on any page."""
+    keys = {key for schema in (SFTConfig, RLConfig, EvalConfig) for key in dotted_keys(schema)}
+    sections = {key.split(".")[0] for key in keys if "." in key}
+    rows = re.findall(r"^\|.*\|([^|]+)\|$", (ROOT / "docs" / "migration.md").read_text(), re.MULTILINE)
+    named = {name for cell in rows for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)(?:=[^`]*)?`", cell)}
+    assert len(named) > 25
+    # A key without its section (top_k) and values in backticks are known too.
+    known = keys | {key.split(".")[-1] for key in keys} | {"sft", "rl", "greedy", "main"}
+    assert sorted(name for name in named if name not in known) == []
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.name == "migration.md":  # its first column holds DiRL's keys
+            continue
+        dotted = re.findall(r"`((?:[a-z_]+)\.[a-z_]+)(?:=[^`]*)?`", page.read_text())
+        assert sorted(key for key in dotted if key.split(".")[0] in sections and key not in keys) == [], page.name
+
+
+def dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(schema).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            yield from dotted_keys(typing.cast(type[Any], hint), f"{prefix}{name}.")
+
+
 def documented() -> dict[str, re.Pattern[str]]:
     """Metrics of the page's tables; {name} stands for anything."""
     names = re.findall(r"^\| `([^`]+)` \|", METRICS.read_text(), re.MULTILINE)
@@ -68,7 +96,6 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         eval=RLEvalConfig(path="task:noisy_sums", limit=4, num_samples=2),
     )
     RLTrainer(rl, model=model, tokenizer=tokenizer, problems=problems).train()
-    assert replace(rl).beta == 0.01
     rows = [json.loads(line) for run in ("sft", "rl") for line in (folder / run / "metrics.jsonl").open()]
     return {key for row in rows for key in row}
 

@@ -18,6 +18,9 @@ import pytest
 from PIL import Image
 
 from dirl.console.report import report_runs
+from dirl.model.tiny import tiny
+from dirl.rollout import completions
+from dirl.rollout.generate import generate
 from dirl.training.report.page import player_page
 from dirl.training.report.samples import play_data
 from dirl.training.report.write import write_report
@@ -244,6 +247,25 @@ def test_the_player_of_a_notebook(browser: Any, tmp_path: Path) -> None:
     found = visit(browser, path)
     assert opened_alone(found, path)
     assert found.page.locator(".token[data-token]").count() == 10 and found.page.locator("figure").count() == 0
+
+
+def test_the_frame_that_a_notebook_shows(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `.show()` hands it over: the player in a sandboxed frame, its policy and its script's hash intact."""
+    display = pytest.importorskip("IPython.display", reason="needs IPython: pip install 'dirl[dev]'")
+    shown: list[Any] = []
+    monkeypatch.setattr(completions, "_is_notebook", lambda: True)
+    monkeypatch.setattr(display, "display", shown.append)
+    model, tokenizer = tiny()
+    generate(model, tokenizer, ["1+1=", "2+2="], max_completion_length=16).show()
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><html data-ready>{shown[0].data}</html>")
+    found = visit(browser, path)
+    frame = found.page.frame_locator("iframe")
+    frame.locator("html[data-ready]").wait_for(state="attached")
+    assert frame.locator(".token[data-token]").count() >= 4 and frame.locator("option").count() == 2
+    frame.get_by_label("one step back").click()
+    assert frame.locator(".token.masked[data-token]").count() >= 1
+    assert found.complaints == []
 
 
 @pytest.mark.skipif("DIRL_SCREENSHOTS" not in os.environ, reason="set DIRL_SCREENSHOTS=docs/pictures to take pictures")
