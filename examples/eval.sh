@@ -14,7 +14,7 @@ fi
 use_environment
 if [[ -n ${MODEL:-} ]]; then
     set -- "model.path=$(absolute_if_here "$MODEL")" "$@"
-elif is_embedded_default; then
+elif is_embedded_default && ! names_model "$@"; then
     make_tiny_sft
 fi
 launch -m dirl.cli eval "$CONFIG" "$@"

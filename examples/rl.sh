@@ -6,5 +6,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/launch.sh"
 choose_config rl
 use_environment
-if is_embedded_default; then make_tiny_sft; fi
+if is_embedded_default && ! names_model "$@"; then make_tiny_sft; fi
 launch -m dirl.cli rl "$CONFIG" "$@"
