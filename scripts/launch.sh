@@ -64,6 +64,13 @@ make_tiny_sft() {
     env -u CONFIG bash "$ROOT/examples/sft.sh"
 }
 
+# Whoever names a model needs no embedded default.
+names_model() { # key=value ...
+    local argument
+    for argument in "$@"; do [[ $argument != model.path=* ]] || return 0; done
+    return 1
+}
+
 check_number() { # NAME VALUE MINIMUM
     [[ $2 =~ ^[0-9]+$ ]] && (($2 >= $3)) || die "$1=$2: must be a whole number, at least $3"
 }

@@ -4,11 +4,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 install_dirl dev
 
-# The report is tested in a real browser where there is one; root on Debian gets it, others may skip those tests.
+# The report is tested in a real browser where there is one; root on Debian gets it (NO_BROWSER=1: does not), others may
+# skip those tests.
 if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null &&
-    [[ -z ${NO_VENV:-} && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    [[ -z ${NO_VENV:-}${NO_BROWSER:-} && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     echo "installing chromium for the tests of the report"
-    { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends chromium; } \
+    { timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends chromium; } \
         >/dev/null 2>&1 || echo "chromium could not be installed: the tests of the report in a browser will be skipped"
 fi
 

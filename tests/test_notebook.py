@@ -71,14 +71,13 @@ def test_nothing_is_left_running(executed: Any) -> None:
 def test_running_cells_again_leaks_nothing() -> None:
     """The memory and the processes of a cell that is run many times."""
     code = """
-import gc, multiprocessing, resource, dirl
+import gc, psutil, resource, dirl
 def cell():
     model, tokenizer = dirl.tiny()
     config = dirl.RLConfig(output_dir="unused", max_steps=1, rollout=dirl.RolloutConfig(
         prompts_per_step=2, num_generations=2, max_completion_length=8, dynamic_sampling=False))
     trainer = dirl.RLTrainer(config, model=model, tokenizer=tokenizer)
     trainer.step()
-    trainer.rubric.close()
 def rss():
     gc.collect()
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
@@ -87,7 +86,7 @@ for _ in range(4):
 before = rss()
 for _ in range(10):
     cell()
-print(rss() - before, len(multiprocessing.active_children()))
+print(rss() - before, len(psutil.Process().children(recursive=True)))
 """
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc to read the memory of a process")

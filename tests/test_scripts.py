@@ -66,7 +66,8 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def run(script: Path, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """The script in a bare environment, without a GPU unless `variables` say otherwise."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": "", **variables}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": "", "NO_BROWSER": "1"}
+    environment |= variables
     command = ["bash", str(script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -209,6 +210,29 @@ def test_run_starts_in_the_repository_from_a_model_made_once(copy: Path, elsewhe
     done = run(copy / "examples/rl.sh", cwd=elsewhere, **variables)
     roles = [line.split("dirl.cli ")[1].split()[0] for line in done.stdout.splitlines() if "dirl.cli" in line]
     assert roles == ["sft", "rl"]
+    # Who names a model does not wait for that.
+    for role in ("rl", "eval"):
+        done = run(copy / f"examples/{role}.sh", "model.path=mine", cwd=elsewhere, **variables)
+        assert [line.split("dirl.cli ")[1].split()[0] for line in done.stdout.splitlines()] == [role]
+
+
+def test_a_browser_is_installed_by_root_where_there_is_none(
+    copy: Path, elsewhere: Path, tmp_path: Path, python: dict[str, str]
+) -> None:
+    log = tmp_path / "apt"
+    write_program(tmp_path / "bin/apt-get", f'#!/bin/sh\necho "$*" >>"{log}"\nexit "${{FAKE_APT:-0}}"\n')
+    write_program(tmp_path / "bin/id", "#!/bin/sh\necho 0\n")
+    for name in ("bash", "dirname", "cat", "mkdir", "cp", "timeout", "python3", "rm", "mv", "touch", "sed", "env"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    machine = {**python, "PATH": str(tmp_path / "bin"), "NO_BROWSER": ""}
+    done = run(copy / "scripts/test.sh", cwd=elsewhere, **machine)
+    assert done.returncode == 0, done.stderr
+    assert log.read_text().splitlines() == ["update", "install -y --no-install-recommends chromium"]
+    failed = run(copy / "scripts/test.sh", cwd=elsewhere, **machine, FAKE_APT="1")
+    assert failed.returncode == 0 and "tests of the report in a browser will be skipped" in failed.stdout
+    write_program(tmp_path / "bin/chromium", "#!/bin/sh\n")
+    log.unlink()
+    assert run(copy / "scripts/test.sh", cwd=elsewhere, **machine).returncode == 0 and not log.exists()
 
 
 @pytest.fixture

@@ -63,13 +63,16 @@ def summarise(collected: Collected) -> list[GroupSummary]:
 def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     """Means over all completions of a step, those of dropped groups included."""
     rewards = [reward for group in groups for reward in group.rewards]
-    num_tokens = sum(sum(group.completion_lengths) for group in groups)
+    lengths = [length for group in groups for length in group.completion_lengths]
+    num_tokens = sum(lengths)
     dropped = [group for group in groups if not group.is_kept]
     metrics: dict[str, float] = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.fmean(group.reward_std for group in groups),
         "frac_reward_zero_std": statistics.fmean(group.reward_std == 0 for group in groups),
         "completions/mean_length": num_tokens / len(rewards),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(group.num_truncated for group in groups) / len(rewards),
         "completions/tokens_per_step": num_tokens / sum(sum(group.denoising_steps) for group in groups),
         "groups/kept": len(groups) - len(dropped),

@@ -42,6 +42,7 @@ from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
+from dirl.training.model_card import finish_model
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
 from dirl.training.plots import plot_run
 from dirl.training.run import Run, record_skipped
@@ -189,6 +190,7 @@ class RLTrainer:
             is_main=self.distributed.is_main,
         )
         if self.distributed.is_main:
+            finish_model(final, output_dir, "rl", config.push_to_hub)
             plot_run(output_dir)
         self.distributed.barrier()
         return final

@@ -119,7 +119,7 @@ def play(completions: Sequence[Completion]) -> None:
 
     page = html.escape(player_page(list(_samples(completions))), quote=True)
     style = "width:100%;height:340px;border:0;resize:vertical"
-    display(HTML(f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'))
+    display(HTML(f'<div><iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe></div>'))
 
 
 def _samples(completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:

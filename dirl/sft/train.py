@@ -36,6 +36,7 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.distributed import Distributed
+from dirl.training.model_card import finish_model
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig, split_by_budget
 from dirl.training.plots import plot_run
 from dirl.training.run import Run, record_skipped
@@ -138,6 +139,7 @@ class SFTTrainer:
             is_main=self.distributed.is_main,
         )
         if self.distributed.is_main:
+            finish_model(final, output_dir, "sft", config.push_to_hub)
             plot_run(output_dir)
         self.distributed.barrier()
         return final

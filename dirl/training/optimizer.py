@@ -103,6 +103,7 @@ class Learner:
             return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "skipped_steps": 0.0}
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)  # what an interrupted step (Ctrl-C in a notebook) left
         total = 0.0
         self.on_micro_batch(0, num_micro_batches)
         for index, compute_loss in enumerate(padded):

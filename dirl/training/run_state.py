@@ -52,6 +52,7 @@ class RunConfig:
     phase_timeout: int = 7200  # seconds a phase of a step (rollout, train, ...) may take before the run ends
     run_name: str = ""  # what trackers show; empty: they invent one
     logging_steps: int = 1  # optimizer steps between lines of metrics.jsonl
+    push_to_hub: str = ""  # hub id owner/name that final/ is uploaded to at the end; a failure is a warning
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -64,6 +65,8 @@ class RunConfig:
         if not self.resume_from_checkpoint:
             raise UserError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
         check_tracker_names(self.report_to)
+        if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ValueError(f"push_to_hub must be a hub id such as owner/name, got {self.push_to_hub!r}")
 
 
 def save_checkpoint(

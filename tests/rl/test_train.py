@@ -58,6 +58,12 @@ def test_a_run_with_a_reward_from_a_file(tmp_path: Path) -> None:
         assert row["reward"] == pytest.approx(statistics.fmean(c["reward"] for c in completions))
         assert all(c["reward"] == float(len(c["text"]) % 2 == 0) for c in completions)
         assert row["rewards/hinted/mean"] == pytest.approx(row["reward"])
+        assert all(len(c["token_texts"]) == len(c["token_ids"]) and c["block_length"] == 4 for c in completions)
+        assert sum(value for name, value in row.items() if name.startswith("groups/pass_rate/")) == len(
+            {c["group"] for c in completions}
+        )
+    assert "step 2, group" in (tmp_path / "run" / "report.html").read_text()
+    assert "reinforcement learning" in (final / "README.md").read_text()
 
 
 def test_batch_scaling_divides_by_the_deviation_of_the_whole_batch() -> None:

@@ -108,3 +108,23 @@ def test_an_item_over_the_budget_is_an_error() -> None:
 def test_impossible_settings_are_errors(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=key):
         OptimizerConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_an_interrupted_step_leaves_nothing_behind() -> None:
+    """Ctrl-C in a notebook, then the same cell again."""
+
+    def interrupt() -> Tensor:
+        raise KeyboardInterrupt
+
+    ends = []
+    for is_interrupted in (False, True):
+        torch.manual_seed(0)
+        module = nn.Linear(2, 1)
+        learner = Learner(module, OptimizerConfig(learning_rate=0.1), Distributed())
+        loss = lambda learner=learner: learner.module(torch.ones(1, 2)).sum()  # noqa: E731
+        if is_interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                learner.update([loss, interrupt], loss)
+        metrics = learner.update([loss], loss)
+        ends.append((metrics["grad_norm"], module.weight.tolist()))
+    assert ends[0] == ends[1]

@@ -84,3 +84,15 @@ def test_what_was_drawn_last_stays() -> None:
         draw(draft_text(["first"], [False]))
         draw(draft_text(["last"], [True]))
     assert written(console).endswith("last\n\x1b[?25h")
+
+
+def test_bars_can_be_opened_again_for_each_chunk() -> None:
+    console = screen(is_terminal=True)
+    terminal = Terminal(is_main=True, console=console)
+    for _ in range(2):
+        terminal.open()
+        terminal.begin("evaluation", 3)
+        terminal.advance(5)
+        terminal._progress.refresh()
+        terminal.stop()
+    assert written(console).count("evaluation") >= 2

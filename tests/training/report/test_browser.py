@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dirl.console.report import report_runs
+from dirl.model.tiny import tiny
+from dirl.rollout import completions
+from dirl.rollout.generate import generate
 from dirl.training.report.page import player_page
 from dirl.training.report.samples import play_data
 from dirl.training.report.write import write_report
@@ -245,6 +249,25 @@ def test_the_player_of_a_notebook(browser: Any, tmp_path: Path) -> None:
     assert found.page.locator(".token[data-token]").count() == 10 and found.page.locator("figure").count() == 0
 
 
+def test_the_frame_that_a_notebook_shows(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `.show()` hands it over: the player in a sandboxed frame, its policy and its script's hash intact."""
+    display = pytest.importorskip("IPython.display", reason="needs IPython: pip install 'dirl[dev]'")
+    shown: list[Any] = []
+    monkeypatch.setattr(completions, "_is_notebook", lambda: True)
+    monkeypatch.setattr(display, "display", shown.append)
+    model, tokenizer = tiny()
+    generate(model, tokenizer, ["1+1=", "2+2="], max_completion_length=16).show()
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><html data-ready>{shown[0].data}</html>")
+    found = visit(browser, path)
+    frame = found.page.frame_locator("iframe")
+    frame.locator("html[data-ready]").wait_for(state="attached")
+    assert frame.locator(".token[data-token]").count() >= 4 and frame.locator("option").count() == 2
+    frame.get_by_label("one step back").click()
+    assert frame.locator(".token.masked[data-token]").count() >= 1
+    assert found.complaints == []
+
+
 @pytest.mark.skipif("DIRL_SCREENSHOTS" not in os.environ, reason="set DIRL_SCREENSHOTS=docs/pictures to take pictures")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -255,7 +278,13 @@ def test_screenshots(browser: Any, report: Path, size: str, theme: str, tmp_path
     slider = found.page.locator(".player input[type=range]").first
     slider.evaluate("e => { e.value = Math.ceil(e.max / 2); e.dispatchEvent(new Event('input')); }")
     folder = Path(os.environ["DIRL_SCREENSHOTS"])
-    found.page.screenshot(path=folder / f"report_{size}_{theme}.png", full_page=size == "desktop")
+    take_picture(found.page, folder / f"report_{size}_{theme}.png", full_page=size == "desktop")
     if size == "phone":
         found.page.locator(".player").first.scroll_into_view_if_needed()
-        found.page.screenshot(path=folder / f"report_player_{size}_{theme}.png")
+        take_picture(found.page, folder / f"report_player_{size}_{theme}.png")
+
+
+def take_picture(page: Any, path: Path, *, full_page: bool = False) -> None:
+    """A screenshot of 256 colours, which a page like this hardly shows, a third as large."""
+    page.screenshot(path=path, full_page=full_page)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
