@@ -10,13 +10,15 @@ with. LMDeploy's event loop runs in a thread of its own, and everything that tou
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import logging
 import tempfile
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+import lmdeploy
 import torch
 from lmdeploy.messages import GenerationConfig, PytorchEngineConfig, ResponseType
 from lmdeploy.pytorch import envs
@@ -31,10 +33,10 @@ from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout import lmdeploy_recorder
 from dirl.rollout.completions import make_completion, touched_tokens
-from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
+from dirl.rollout.engine import Completion, RolloutError, SamplingConfig, SleepLevel
+from dirl.rollout.lmdeploy_version import check_version
 from dirl.rollout.weights import BUCKET_BYTES, ShapeCheck, buckets, checkpoint_tensors, named_full_parameters
 
-SleepLevel = Literal[0, 1, 2]
 Result = TypeVar("Result")
 
 _PREFILL_TOKENS = 8192  # prompt tokens read in one pass; longer prompts are read in chunks
@@ -53,6 +55,7 @@ class LMDeployEngine:
         sleep_level: SleepLevel = 1,
         **engine_options: Any,  # further fields of PytorchEngineConfig
     ) -> None:
+        check_version(lmdeploy.__version__)
         lmdeploy_recorder.install()
         self.tokenizer, self.sleep_level = tokenizer, sleep_level
         self.block_length = model.config.block_size
@@ -73,6 +76,7 @@ class LMDeployEngine:
         self._agent = self._engine.executor.model_agent
         self._agent.agent_strategy.suppressed_V = suppressed_by(model).to(self._device)
         self._thread = _LoopThread()
+        atexit.register(self.close)  # LMDeploy's loop must not outlive the interpreter's modules
         try:
             self._thread.run(self._open())
             self._push(model)
@@ -125,6 +129,7 @@ class LMDeployEngine:
         if self._thread.is_open:
             self._thread.run(self._close())
             self._thread.close()
+            atexit.unregister(self.close)
 
     # -- weights
 
@@ -152,8 +157,7 @@ class LMDeployEngine:
             _wait_for_device()
         if before != [parameter.data_ptr() for parameter in self._module.parameters()]:
             self._agent.reset_graph_runner()  # captured graphs read the old storage
-        # LMDeploy keeps cached prefixes over a change of weights.
-        self._engine.scheduler.block_trie.evict(1 << 30)
+        self._forget_prefixes()
         if not self._asleep:
             self._engine._unblock_new_inputs()
             self._engine._engine_loop.resume_from_sleep()
@@ -167,6 +171,10 @@ class LMDeployEngine:
         engine._engine_loop.reset_runtime_state()
         self._agent.reset_runtime_state()
 
+    def _forget_prefixes(self) -> None:
+        """LMDeploy keeps cached prefixes over a change of weights, and over a sleep that freed their pages."""
+        self._engine.scheduler.block_trie.evict(1 << 30)
+
     def _wake(self, tags: set[str]) -> None:
         missing = sorted(tags & self._asleep, reverse=True)  # weights before kv_cache
         if missing:
@@ -175,6 +183,7 @@ class LMDeployEngine:
 
     async def _wake_up(self, tags: list[str]) -> None:
         self._engine.wakeup(tags)
+        self._forget_prefixes()
         if "weights" in tags:
             with self._agent.all_context():
                 stock_agent.process_weights_after_loading(self._module)  # moving a module unties its embeddings

@@ -12,7 +12,7 @@ sends them to the host, where `RecordedSequence` files every finished block. The
 stock response field `routed_experts`, which takes any object. A sequence that is preempted resumes from what it filed,
 with the same draws.
 
-These are private interfaces of LMDeploy: one version is supported, and another is refused.
+These are private interfaces of LMDeploy: see `lmdeploy_version`.
 
 Shapes: N sequences, B block length.
 """
@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import lmdeploy
 import numpy as np
 import torch
 from lmdeploy.pytorch import consts
@@ -46,17 +45,7 @@ from torch.nn import functional as F
 from dirl.rollout.block_step import BlockState, denoise
 from dirl.rollout.engine import SamplingConfig
 
-SUPPORTED_VERSION = "0.18.0"
 _MASKED, _UNMASKED, _CACHED = consts.DLLM_MASKED, consts.DLLM_UNMASKED, consts.DLLM_CACHED
-
-
-def check_version(version: str = lmdeploy.__version__) -> None:
-    """Raise ImportError unless this is the release whose private classes are extended here."""
-    if version != SUPPORTED_VERSION:
-        raise ImportError(
-            f"rollout.engine=lmdeploy: lmdeploy {version} is installed, and {SUPPORTED_VERSION} is supported; "
-            f"pip install lmdeploy=={SUPPORTED_VERSION}, or set rollout.engine=torch"
-        )
 
 
 def install() -> None:
@@ -64,7 +53,6 @@ def install() -> None:
 
     LMDeploy looks these names up when it builds an engine, in the scheduler and in the model's worker.
     """
-    check_version()
     stock_dllm.DLLMStrategyFactory = RecordingStrategyFactory
     for name in ("SDARForCausalLM", "SDARMoeForCausalLM"):
         module_map.MODULE_MAP[name] = f"{__name__}.{name}"

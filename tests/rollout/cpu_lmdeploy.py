@@ -3,7 +3,7 @@ as they are, and only CUDA's streams and the kernels below `forward` are replace
 
 The stand-in keeps *token ids* in the pages that LMDeploy allocates, where the real cache engine keeps keys and values,
 and computes hidden states with dirl's own model from the tokens it finds there. A page that was not written, written
-late or handed to somebody else therefore shows in the logits.
+late or handed to somebody else therefore shows in the logits; one that was written with older weights is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class CpuModel(nn.Module):
         super().__init__()
         self.inner = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         self.page_length = page_length
-        self.pages: Tensor | None = None
+        self.pages = self.written_by = torch.empty(0)
+        self.num_loads = 0
         self.num_resets = 0
 
     def get_model(self) -> CpuModel:
@@ -45,19 +46,22 @@ class CpuModel(nn.Module):
         self.num_resets += 1
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.num_loads += 1
         ours = dict(self.inner.named_parameters())
         for name, tensor in weights:
             ours[name].data.copy_(tensor)
 
     def read(self, inputs: Any) -> dict[str, Tensor]:
         """Hidden states of the tokens that are new in these inputs; writes them to their pages."""
-        assert self.pages is not None
         contexts, starts = [], []
         new_rows = inputs.input_ids.flatten().split(inputs.seq_length.tolist())
         for new, start, pages in zip(new_rows, inputs.history_lengths.tolist(), inputs.block_offsets, strict=True):
             position = torch.arange(start + len(new))
             slots = pages[position // self.page_length].long() * self.page_length + position % self.page_length
             self.pages.view(-1)[slots[start:]] = new
+            self.written_by.view(-1)[slots[start:]] = self.num_loads
+            if not bool((self.written_by.view(-1)[slots] == self.num_loads).all()):
+                raise RuntimeError("keys of older weights were read")
             contexts.append(self.pages.view(-1)[slots])
             starts.append(start)
         longest = max(map(len, contexts))
@@ -135,3 +139,4 @@ def _allocate_pages(self: Any) -> None:
     model = self.patched_model
     shape = (self.cache_config.num_gpu_blocks, model.page_length)
     model.pages = torch.full(shape, model.inner.config.vocab_size - 1, dtype=torch.int64)
+    model.written_by = torch.zeros_like(model.pages)
