@@ -168,10 +168,13 @@ class RLTrainer:
         """Roll out, reward, update, push: one batch of rollouts; its metrics."""
         collected = self.collector.collect(self.steps_done, self.distributed, self.timings)
         advantages = self.advantages(collected.groups)
+        with self.timings.phase("update_weights"):
+            self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
             metrics = self.updater.update(collected.groups, advantages)
         with self.timings.phase("update_weights"):
             self.engine.update_weights(self.model)
+            self.engine.wake()
         self.steps_done += self.config.steps_per_rollout
         self.last = collected
         return metrics | self._rollout_metrics(collected)

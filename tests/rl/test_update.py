@@ -165,3 +165,20 @@ def test_fewer_groups_than_steps(loss_type: LossType) -> None:
     metrics = trained.updater.update(groups, trained.advantages(groups))
     assert metrics["grad_norm"] > 0
     assert not all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
+
+
+def test_the_engine_sleeps_while_the_trainer_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trainer(CONFIG)
+    calls: list[str] = []
+    for owner, name in (
+        (trained.engine, "generate"),
+        (trained.engine, "sleep"),
+        (trained.updater, "update"),
+        (trained.engine, "update_weights"),
+        (trained.engine, "wake"),
+    ):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _name=name, _real=real: (calls.append(_name), _real(*a))[1])
+    trained.step()
+    assert [name for name in calls if name != "generate"] == ["sleep", "update", "update_weights", "wake"]
+    assert calls[0] == "generate" and calls[-1] == "wake"
