@@ -33,7 +33,7 @@ FLOORS = {
 }
 FACES = {"cli", "__init__", "__main__"}
 FENCES = {
-    "lmdeploy": {"rollout/lmdeploy_engine.py"},
+    "lmdeploy": {"rollout/lmdeploy_engine.py", "rollout/lmdeploy_recorder.py"},
     "math_verify": {"reward/math_answer.py"},
     "wandb": {"training/metrics.py"},
     "torch.distributed": {"training/distributed.py"},

@@ -5,7 +5,11 @@
 with rho = exp(logprob - behavior logprob). The coefficient c_i of a completion carries the normaliser of `loss_type`,
 which only the caller, who sees the global batch, can know.
 
-Shapes: T actions, N completions. Source: DiRL (arXiv 2512.22234), Eq. 6-8; DAPO (arXiv 2503.14476).
+An engine never computes exactly what the trainer computes (other kernels, other precision), so its samples come from a
+slightly different policy. `importance_weights` corrects for that: min(rho A, ...) is then also multiplied with the
+probability ratio of the trainer's policy, before the update, and the engine's, cut at `importance_sampling_clip_max`.
+
+Shapes: T actions, N completions. Source: DiRL (arXiv 2512.22234), Eq. 6-8; DAPO (arXiv 2503.14476); correction: TRL.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch import Tensor
 
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo"]
 KLEstimator = Literal["k1", "k2", "k3"]
+ImportanceSampling = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +35,12 @@ class PolicyLossConfig:
     beta: float = 0.0  # weight of the KL to the reference; 0: the reference is never loaded
     kl_estimator: KLEstimator = "k3"
     loss_type: LossType = "dapo"
+    importance_sampling_correction: ImportanceSampling = "none"  # for the mismatch of engine and trainer
+    importance_sampling_clip_max: float = 3.0  # truncate: larger ratios become this; mask: they become 0
 
     def __post_init__(self) -> None:
+        if self.importance_sampling_clip_max <= 0:
+            raise ValueError(f"importance_sampling_clip_max must be above 0, got {self.importance_sampling_clip_max}")
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"epsilon must be in [0, 1), got {self.epsilon}")
         if self.epsilon_high < 0 or self.beta < 0:
@@ -55,11 +64,18 @@ def policy_loss(
     coefficient_T: Tensor,
     config: PolicyLossConfig,
     ref_logprob_T: Tensor | None = None,
+    importance_T: Tensor | None = None,
 ) -> PolicyLoss:
-    """The clipped surrogate. On-policy, hand in `behavior_logprob_T = logprob_T.detach()`: ratios are then 1."""
+    """The clipped surrogate. On-policy, hand in `behavior_logprob_T = logprob_T.detach()`: ratios are then 1.
+
+    Args:
+        importance_T: of `importance_weights`; multiplies the surrogate, not the KL penalty. None: 1.
+    """
     ratio_T = (logprob_T - behavior_logprob_T).exp()
     clipped_T = ratio_T.clamp(1 - config.epsilon, 1 + config.epsilon_high)
     objective_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+    if importance_T is not None:
+        objective_T = objective_T * importance_T
     kl_T = torch.zeros_like(logprob_T)
     if ref_logprob_T is not None:
         kl_T = _KL_ESTIMATORS[config.kl_estimator](logprob_T, ref_logprob_T)
@@ -70,6 +86,37 @@ def policy_loss(
         clipped_high=((ratio_T > 1 + config.epsilon_high) & (advantage_T > 0)).sum(),
         kl=kl_T.detach().sum(),
     )
+
+
+def importance_weights(
+    trainer_logprob_T: Tensor,
+    engine_logprob_T: Tensor,
+    completion_T: Tensor,
+    correction: ImportanceSampling,
+    clip_max: float,
+) -> Tensor:
+    """Probability ratio of trainer and engine for each action, cut as `correction` says; (T,) float32, no gradient.
+
+    The ratio of an action (token_*) or of all actions of its completion together (sequence_*). Actions that the engine
+    has no logprob of count as equal: their log-ratio is 0.
+
+    Args:
+        trainer_logprob_T: under the weights the engine sampled with, that is before the first update.
+        engine_logprob_T: as the engine recorded them; NaN where it recorded none.
+        completion_T: int64, the completion of each action, all of whose actions are here; from 0.
+        correction: `none` is not cut.
+    Source: TRL's GRPO trainer (vllm_importance_sampling_mode).
+    """
+    difference_T = (trainer_logprob_T.detach() - engine_logprob_T).nan_to_num(nan=0.0)
+    if correction.startswith("sequence"):
+        num_completions = int(completion_T.max()) + 1 if len(completion_T) else 0
+        difference_T = difference_T.new_zeros(num_completions).index_add(0, completion_T, difference_T)[completion_T]
+    ratio_T = difference_T.exp()
+    if correction.endswith("truncate"):
+        return ratio_T.clamp(max=clip_max)
+    if correction.endswith("mask"):
+        return ratio_T.masked_fill(ratio_T > clip_max, 0.0)
+    return ratio_T
 
 
 def completion_coefficients(

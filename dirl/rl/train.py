@@ -204,12 +204,15 @@ class RLTrainer:
         collected = self.collector.collect(self.steps_done, self.distributed, self.timings)
         self.last = collected
         advantages = self.advantages(collected.groups)
+        with self.timings.phase("update_weights"):
+            self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
             is_on_policy = self.distributed.min(float(collected.is_on_policy(self.steps_done))) > 0
             metrics = self.updater.update(collected.groups, advantages, is_on_policy=is_on_policy)
         self.collector.finish()
         with self.timings.phase("update_weights"):
             self.engine.update_weights(self.model)
+            self.engine.wake()
         self.steps_done += self.config.steps_per_rollout
         return metrics | self._rollout_metrics(collected)
 

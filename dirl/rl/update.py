@@ -4,11 +4,16 @@ Strictly on-policy (one step per rollout) the behaviour log-probabilities are th
 by construction and no second pass is needed. With several steps per rollout they are those the engine recorded; for
 actions it recorded none of (holds) they come from one pass before the first step.
 
+What engine and trainer give the same token differs a little. The difference is measured at the first step of each batch
+of rollouts, corrected where `importance_sampling_correction` says so, and ends the run where it is too large to be
+rounding: then the engine does not hold the trainer's weights.
+
 Shapes: T actions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +24,11 @@ from torch import Tensor
 
 from dirl.diffusion.likelihood import Likelihood, ScoringRule
 from dirl.diffusion.views import PackedViews, placeholder_pack
+from dirl.errors import UserError
 from dirl.model.logprobs import ActionScores
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.policy_batch import PolicyBatch, ScoredCompletion, build_policy_batches, pack_policy_batches
-from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
+from dirl.rl.policy_loss import PolicyLossConfig, importance_weights, policy_loss
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.training.optimizer import Learner
 
@@ -37,12 +43,15 @@ class UpdateConfig(PolicyLossConfig):
     likelihood: Likelihood = "reveal"  # trajectory: with the probability of which positions were revealed
     num_iterations: int = 1  # passes over a batch of rollouts
     steps_per_generation: int = 1  # optimizer steps a pass is split into
+    max_logp_difference: float = 0.5  # nats; a larger mean |trainer - engine| over a batch ends the run. 0: never
 
     def __post_init__(self) -> None:
         PolicyLossConfig.__post_init__(self)
         for key in ("num_iterations", "steps_per_generation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.max_logp_difference < 0:
+            raise ValueError(f"max_logp_difference must be >= 0 nats (0: never stop), got {self.max_logp_difference}")
 
     @property
     def steps_per_rollout(self) -> int:
@@ -60,7 +69,12 @@ _SUMMED = (
     "tokens",  # packed tokens
     "compared",  # actions whose logprob the engine recorded
     "difference",  # |trainer - engine| over these
+    "ratio",  # importance-sampling ratio, as the loss uses it, over these
 )
+
+
+class EngineMismatch(UserError):
+    """Engine and trainer disagree by more than rounding."""
 
 
 class ActionStatistics:
@@ -69,10 +83,20 @@ class ActionStatistics:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.largest_difference = 0.0
+        self.smallest_ratio, self.largest_ratio = math.inf, 0.0
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A micro-batch with what the policy that sampled it thought of its actions."""
+
+    batch: PolicyBatch
+    behavior_logprob_T: Tensor | None  # None: strictly on-policy, the trained policy's own
+    importance_T: Tensor | None  # trainer against engine; None: not corrected, or known only in the forward pass
 
 
 class PolicyUpdater:
@@ -100,9 +124,11 @@ class PolicyUpdater:
             is_on_policy: the weights have not changed since any rank's groups were sampled; the same on every rank.
         """
         config = self.config
-        is_on_policy = is_on_policy and config.steps_per_rollout == 1
         minibatches = [
-            self._with_behavior(self._micro_batches(groups[part], advantages[part]), is_on_policy=is_on_policy)
+            self._prepare(
+                self._micro_batches(groups[part], advantages[part]),
+                is_on_policy=is_on_policy and config.steps_per_rollout == 1,
+            )
             for part in _parts(len(groups), config.steps_per_generation)
         ]
         statistics = ActionStatistics()
@@ -110,8 +136,8 @@ class PolicyUpdater:
         for _ in range(config.num_iterations):
             for micro_batches in minibatches:
                 # Only before the first step are these still the weights that the engine sampled with.
-                compares = not steps
-                losses = [partial(self._loss, *pair, statistics, compares=compares) for pair in micro_batches]
+                compares = is_on_policy and not steps
+                losses = [partial(self._loss, batch, statistics, compares=compares) for batch in micro_batches]
                 steps.append(self.learner.update(losses, self._empty_loss))
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["learning_rate"] = steps[-1]["learning_rate"]
@@ -135,21 +161,25 @@ class PolicyUpdater:
         )
         return [batch.to(self.distributed.device) for batch in batches]
 
-    def _with_behavior(
-        self, batches: Sequence[PolicyBatch], *, is_on_policy: bool
-    ) -> Sequence[tuple[PolicyBatch, Tensor | None]]:
-        """Each batch with the log-probabilities of the policy that sampled it; None: it is the one that is trained."""
-        if is_on_policy:
-            return [(batch, None) for batch in batches]
-        with torch.no_grad():
-            return [(batch, self._behavior(batch)) for batch in self._evened(batches)][: len(batches)]
+    def _prepare(self, batches: Sequence[PolicyBatch], *, is_on_policy: bool) -> list[PreparedBatch]:
+        """Micro-batches with what must be known of them before the first step.
 
-    def _behavior(self, batch: PolicyBatch) -> Tensor:
+        Strictly on-policy that is nothing: the policy that is trained is the one that sampled.
+        """
+        if is_on_policy:
+            return [PreparedBatch(batch, None, None) for batch in batches]
+        with torch.no_grad():
+            return [self._prepared(batch) for batch in self._evened(batches)][: len(batches)]
+
+    def _prepared(self, batch: PolicyBatch) -> PreparedBatch:
         recorded_T = batch.recorded_logprob_T
-        if not self.distributed.is_sharded and not bool(recorded_T.isnan().any()):
-            return recorded_T
+        corrects = self.config.importance_sampling_correction != "none"
+        if not corrects and not self.distributed.is_sharded and not bool(recorded_T.isnan().any()):
+            return PreparedBatch(batch, recorded_T, None)
         scored_T = self.learner.module(batch.packed, self.rule).logprob_T
-        return torch.where(recorded_T.isnan(), scored_T, recorded_T)
+        if corrects:
+            return PreparedBatch(batch, scored_T, self._importance(batch, scored_T))
+        return PreparedBatch(batch, torch.where(recorded_T.isnan(), scored_T, recorded_T), None)
 
     def _evened(self, batches: Sequence[PolicyBatch]) -> list[PolicyBatch]:
         """As many on every rank where forward passes are collective."""
@@ -159,17 +189,20 @@ class PolicyUpdater:
         filler = PolicyBatch(packed, none_T, none_T, none_T).to(self.distributed.device)
         return self.distributed.evened(batches, filler)
 
-    def _loss(
-        self, batch: PolicyBatch, behavior_T: Tensor | None, statistics: ActionStatistics, *, compares: bool
-    ) -> Tensor:
+    def _loss(self, prepared: PreparedBatch, statistics: ActionStatistics, *, compares: bool) -> Tensor:
+        batch, behavior_T, importance_T = prepared.batch, prepared.behavior_logprob_T, prepared.importance_T
         ref_logprob_T = None
         if self.reference is not None:
             with torch.no_grad():
                 ref_logprob_T = self.reference(batch.packed, self.rule).logprob_T
         scores = self.learner.module(batch.packed, self.rule)
         logprob_T = scores.logprob_T
-        behavior_T = logprob_T.detach() if behavior_T is None else behavior_T
-        result = policy_loss(logprob_T, behavior_T, batch.advantage_T, batch.coefficient_T, self.config, ref_logprob_T)
+        if behavior_T is None:
+            behavior_T = logprob_T.detach()
+            importance_T = self._importance(batch, behavior_T)
+        result = policy_loss(
+            logprob_T, behavior_T, batch.advantage_T, batch.coefficient_T, self.config, ref_logprob_T, importance_T
+        )
         is_reveal_T = batch.packed.is_reveal_T
         statistics.add(
             actions=len(logprob_T),
@@ -181,20 +214,37 @@ class PolicyUpdater:
             tokens=len(batch.packed),
         )
         if compares:
-            self._compare_with_engine(
-                logprob_T.detach()[is_reveal_T], batch.recorded_logprob_T[is_reveal_T], statistics
-            )
+            self._compare_with_engine(batch, logprob_T.detach(), importance_T, statistics)
         return result.loss
 
-    def _compare_with_engine(self, logprob_T: Tensor, recorded_T: Tensor, statistics: ActionStatistics) -> None:
-        difference_T = (logprob_T - recorded_T)[~recorded_T.isnan()].abs()
-        if len(difference_T):
-            statistics.add(compared=len(difference_T), difference=difference_T.sum())
-            statistics.largest_difference = max(statistics.largest_difference, float(difference_T.max()))
+    def _importance(self, batch: PolicyBatch, trainer_logprob_T: Tensor) -> Tensor | None:
+        """None: not corrected."""
+        config = self.config
+        if config.importance_sampling_correction == "none":
+            return None
+        return importance_weights(
+            trainer_logprob_T,
+            batch.recorded_logprob_T,
+            batch.packed.branch_T,
+            config.importance_sampling_correction,
+            config.importance_sampling_clip_max,
+        )
+
+    def _compare_with_engine(
+        self, batch: PolicyBatch, logprob_T: Tensor, importance_T: Tensor | None, statistics: ActionStatistics
+    ) -> None:
+        is_compared_T = ~batch.recorded_logprob_T.isnan()
+        difference_T = (logprob_T - batch.recorded_logprob_T)[is_compared_T]
+        if len(difference_T) == 0:
+            return
+        ratio_T = difference_T.exp() if importance_T is None else importance_T[is_compared_T]
+        statistics.add(compared=len(difference_T), difference=difference_T.abs().sum(), ratio=ratio_T.sum())
+        statistics.largest_difference = max(statistics.largest_difference, float(difference_T.abs().max()))
+        statistics.smallest_ratio = min(statistics.smallest_ratio, float(ratio_T.min()))
+        statistics.largest_ratio = max(statistics.largest_ratio, float(ratio_T.max()))
 
     def _action_metrics(self, statistics: ActionStatistics) -> dict[str, float]:
         total = dict(zip(_SUMMED, self.distributed.sum(*(statistics.sums.get(n, 0.0) for n in _SUMMED)), strict=True))
-        largest = self.distributed.max(statistics.largest_difference)
         actions = max(total["actions"], 1.0)
         metrics = {
             "entropy": total["entropy"] / max(total["reveals"], 1.0),
@@ -205,10 +255,29 @@ class PolicyUpdater:
         }
         if self.reference is not None:
             metrics["kl"] = total["kl"] / actions
-        if total["compared"]:
-            metrics["sampling/logp_difference/mean"] = total["difference"] / total["compared"]
-            metrics["sampling/logp_difference/max"] = largest
-        return metrics
+        return metrics | self._mismatch_metrics(statistics, total)
+
+    def _mismatch_metrics(self, statistics: ActionStatistics, total: dict[str, float]) -> dict[str, float]:
+        """Trainer minus engine, over all ranks; collective.
+
+        Raises:
+            EngineMismatch: the mean difference is above `max_logp_difference`; on every rank alike.
+        """
+        if not total["compared"]:
+            return {}
+        mean, limit = total["difference"] / total["compared"], self.config.max_logp_difference
+        if limit and not mean <= limit:  # NaN is too large as well
+            raise EngineMismatch(
+                f"max_logp_difference={limit}: trainer and engine differ by {mean:.3g} nats a token on average, so the "
+                "engine does not hold the trainer's weights, or decodes by other rules; check rollout.* and the engine"
+            )
+        return {
+            "sampling/logp_difference/mean": mean,
+            "sampling/logp_difference/max": self.distributed.max(statistics.largest_difference),
+            "sampling/importance_sampling_ratio/min": self.distributed.min(statistics.smallest_ratio),
+            "sampling/importance_sampling_ratio/mean": total["ratio"] / total["compared"],
+            "sampling/importance_sampling_ratio/max": self.distributed.max(statistics.largest_ratio),
+        }
 
     def _empty_loss(self) -> Tensor:
         """Zero with a gradient of zero for every parameter, for a rank that has no completions left."""

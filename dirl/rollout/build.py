@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.metadata
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rollout.engine import RolloutEngine
+from dirl.rollout.engine import RolloutEngine, SleepLevel
+from dirl.rollout.lmdeploy_version import check_version
 from dirl.rollout.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Which engine decodes, and how much at once."""
+    """Which engine decodes, where, and how much at once."""
 
-    engine: Literal["auto", "torch"] = "auto"  # auto: the best one this machine can run
+    engine: Literal["auto", "torch", "lmdeploy"] = "auto"  # auto: lmdeploy on CUDA where it is installed, else torch
+    mode: Literal["colocate", "server"] = "colocate"  # colocate: in this process; server: in others (`dirl serve`)
     max_batch_size: int = 256  # sequences decoded at once; each takes a slot of the KV cache
+    cache_max_entry_count: float = 0.5  # lmdeploy: part of the GPU memory free at start that its KV cache takes
+    sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
+    server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
+    server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}")
+        if not 0 < self.cache_max_entry_count < 1:
+            raise ValueError(f"cache_max_entry_count must be between 0 and 1, got {self.cache_max_entry_count}")
+        if self.sleep_level not in (0, 1, 2):
+            raise ValueError(f"sleep_level must be 0, 1 or 2, got {self.sleep_level}")
+        if self.mode == "colocate" and (self.server_urls or self.server_devices):
+            raise ValueError("server_urls and server_devices are read with mode=server only; set that, or remove them")
 
 
 def build_engine(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> RolloutEngine:
-    """The engine of `config`, holding the weights of `model`."""
-    return TorchEngine(model, tokenizer, max_batch_size=config.max_batch_size)
+    """The engine of `config`, holding the weights of `model`.
+
+    Raises:
+        UserError: the engine that was asked for cannot run here.
+    """
+    if config.mode == "server":
+        from dirl.rollout.server_engine import connect
+
+        return connect(model, tokenizer, config)
+    if chosen_engine(config) == "torch":
+        return TorchEngine(model, tokenizer, max_batch_size=config.max_batch_size)
+    from dirl.rollout.lmdeploy_engine import LMDeployEngine
+
+    return LMDeployEngine(
+        model,
+        tokenizer,
+        max_batch_size=config.max_batch_size,
+        cache_max_entry_count=config.cache_max_entry_count,
+        sleep_level=config.sleep_level,
+    )
+
+
+def chosen_engine(config: EngineConfig) -> Literal["torch", "lmdeploy"]:
+    """The engine that `auto` stands for on this machine, or the one that was named, if it can run."""
+    installed, has_cuda = _lmdeploy_version(), torch.cuda.is_available()
+    if config.engine == "torch" or (config.engine == "auto" and not (installed and has_cuda)):
+        return "torch"
+    if installed is None:
+        raise UserError("rollout.engine=lmdeploy: it is not installed; pip install 'dirl[lmdeploy]', or use torch")
+    check_version(installed)
+    if not has_cuda:
+        raise UserError("rollout.engine=lmdeploy: it needs a CUDA device, and there is none; use torch")
+    return "lmdeploy"
+
+
+def _lmdeploy_version() -> str | None:
+    try:
+        return importlib.metadata.version("lmdeploy")
+    except importlib.metadata.PackageNotFoundError:
+        return None

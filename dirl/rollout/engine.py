@@ -16,6 +16,9 @@ from torch import nn
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
 
+# 0: stays; 1: the KV cache is freed and the weights wait on the host; 2: both are dropped, and weights pushed again
+SleepLevel = Literal[0, 1, 2]
+
 
 class RolloutError(RuntimeError):
     """An engine could not return one completion per prompt."""

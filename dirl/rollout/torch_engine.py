@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import decode, stop_token_ids
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
+from dirl.errors import UserError
 from dirl.model.block_cache import BlockCache, BlockRows, CachePlan, PromptRows, QueryRows
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
@@ -59,7 +60,7 @@ class TorchEngine:
         ]
         for request in requests:
             if request.end_block <= len(request.prompt_ids) // block_length:
-                raise ValueError(
+                raise UserError(
                     f"max_completion_length {sampling.max_completion_length} leaves no room for a block of "
                     f"{block_length} after a prompt of {len(request.prompt_ids)} tokens; raise it"
                 )

@@ -20,6 +20,7 @@ def named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Collective where the model is sharded: every rank must go through to the end. A tensor may be freed when the next
     one is asked for: copy what you keep.
     """
+    model = _bare(model)
     adapted = dict(_adapted_layers(model))
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".base_layer.")
@@ -36,7 +37,7 @@ def full_parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of `named_full_parameters`, without communication."""
     return {
         _plain_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in model.named_parameters()
+        for name, parameter in _bare(model).named_parameters()
         if ".lora_" not in name
     }
 
@@ -59,6 +60,13 @@ def named_adapter_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tenso
                 if keep:
                     state[name] = _full(parameter).cpu().clone()
     return state
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside DDP's or DeepSpeed's wrapper, whose parameters have the checkpoint's names."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 def _plain_name(name: str) -> str:

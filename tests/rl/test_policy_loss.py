@@ -8,7 +8,15 @@ from typing import get_args
 import pytest
 import torch
 
-from dirl.rl.policy_loss import KLEstimator, LossType, PolicyLossConfig, completion_coefficients, policy_loss
+from dirl.rl.policy_loss import (
+    ImportanceSampling,
+    KLEstimator,
+    LossType,
+    PolicyLossConfig,
+    completion_coefficients,
+    importance_weights,
+    policy_loss,
+)
 
 LENGTHS = [3, 1, 6]
 MAX_LENGTH = 8
@@ -117,3 +125,45 @@ def test_k3_is_never_negative_and_kl_to_itself_is_zero() -> None:
 def test_impossible_settings_are_errors(epsilon: float, beta: float) -> None:
     with pytest.raises(ValueError, match="epsilon"):
         PolicyLossConfig(epsilon=epsilon, beta=beta)
+
+
+TRAINER = [[-1.0, -2.0, -0.5], [-1.0], [-3.0, -0.1]]
+ENGINE = [[-1.5, -1.0, math.nan], [-2.2], [-0.5, -4.1]]
+
+
+def expected_weights(correction: ImportanceSampling, clip_max: float) -> list[float]:
+    """One completion after another, by the words of TRL's modes; an action without an engine's logprob counts as 1."""
+    weights: list[float] = []
+    for trainer, engine in zip(TRAINER, ENGINE, strict=True):
+        differences = [0.0 if math.isnan(e) else t - e for t, e in zip(trainer, engine, strict=True)]
+        if correction.startswith("sequence"):
+            differences = [sum(differences)] * len(differences)
+        for ratio in map(math.exp, differences):
+            if correction.endswith("truncate"):
+                weights.append(min(ratio, clip_max))
+            else:
+                weights.append(0.0 if correction.endswith("mask") and ratio > clip_max else ratio)
+    return weights
+
+
+@pytest.mark.parametrize("clip_max", [0.7, 3.0])
+@pytest.mark.parametrize("correction", get_args(ImportanceSampling))
+def test_importance_weights_are_cut_ratios(correction: ImportanceSampling, clip_max: float) -> None:
+    trainer_T, engine_T = (torch.tensor([x for row in rows for x in row]) for rows in (TRAINER, ENGINE))
+    trainer_T.requires_grad_()
+    found = importance_weights(trainer_T, engine_T, torch.tensor([0, 0, 0, 1, 2, 2]), correction, clip_max)
+    assert found.tolist() == pytest.approx(expected_weights(correction, clip_max), rel=1e-5)
+    assert not found.requires_grad
+
+
+def test_importance_multiplies_the_surrogate_and_not_the_kl() -> None:
+    logprob_T, ref_T, advantage_T, weight_T, one_T = (*torch.randn(4, 6), torch.ones(6))
+    config = PolicyLossConfig(beta=0.3, kl_estimator="k1")
+    loss = policy_loss(logprob_T, logprob_T, advantage_T, one_T, config, ref_T, weight_T).loss
+    expected = -(weight_T * advantage_T).sum() + 0.3 * (logprob_T - ref_T).sum()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_clip_at_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="importance_sampling_clip_max must be above 0, got 0"):
+        PolicyLossConfig(importance_sampling_clip_max=0.0)

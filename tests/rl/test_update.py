@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.policy_loss import LossType
+from dirl.rl.policy_loss import ImportanceSampling, LossType
 from dirl.rl.rollout_group import RolloutConfig, RolloutGroup
 from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.update import EngineMismatch
 
 CONFIG = RLConfig(
     output_dir="unused",
@@ -67,11 +69,8 @@ def test_several_steps_per_rollout(likelihood: Likelihood, num_iterations: int, 
 @pytest.mark.parametrize(("shift", "clipped"), [(1.0, "clip_ratio/low_mean"), (-1.0, "clip_ratio/high_mean")])
 def test_off_policy_ratios_use_what_the_engine_recorded(shift: float, clipped: str) -> None:
     """An engine that recorded one nat more or less: every ratio starts at exp(-shift), beyond the clip."""
-    trained = trainer(replace(CONFIG, num_iterations=2, learning_rate=0.0))
-    groups = [
-        replace(g, completions=[replace(c, logprobs=[x + shift for x in c.logprobs or []]) for c in g.completions])
-        for g in rolled_out(trained)
-    ]
+    trained = trainer(replace(CONFIG, num_iterations=2, learning_rate=0.0, max_logp_difference=0.0))
+    groups = shifted(rolled_out(trained), shift)
     advantages = trained.advantages(groups)
     metrics = trained.updater.update(groups, advantages)
     tokens = [
@@ -83,6 +82,72 @@ def test_off_policy_ratios_use_what_the_engine_recorded(shift: float, clipped: s
     assert metrics[clipped] == pytest.approx(one_sided)
     assert metrics["clip_ratio/region_mean"] == pytest.approx(one_sided)
     assert metrics["sampling/logp_difference/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask"])
+@pytest.mark.parametrize("shift", [0.25, -0.25])
+def test_correction_weighs_tokens_by_trainer_over_engine(
+    correction: ImportanceSampling, shift: float, num_iterations: int
+) -> None:
+    """An engine whose logprobs are all off by `shift`: the gradient is the uncorrected one times one known weight."""
+    grads = []
+    for mode in ("none", correction):
+        config = replace(
+            CONFIG,
+            num_iterations=num_iterations,
+            learning_rate=0.0,
+            importance_sampling_correction=mode,
+            importance_sampling_clip_max=1.1,
+            max_grad_norm=0.0,
+        )
+        trained = trainer(config)
+        groups = shifted(rolled_out(trained), 0.0 if mode == "none" else shift)
+        metrics = trained.updater.update(groups, trained.advantages(groups))
+        grads.append(metrics["grad_norm"])
+    weight = math.exp(-shift)
+    cut = min(weight, 1.1) if correction == "token_truncate" else (weight if weight <= 1.1 else 0.0)
+    assert grads[1] == pytest.approx(cut * grads[0], rel=1e-3)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(cut, abs=1e-4)
+    assert metrics["clip_ratio/region_mean"] == 0, "the clip compares with the trainer before the update"
+
+
+def test_mismatch_of_whole_completions() -> None:
+    """Two nats over one completion, none over the others."""
+    trained = trainer(replace(CONFIG, importance_sampling_correction="sequence_truncate"))
+    first, *others = rolled_out(trained)
+    length = len(first.completions[0].token_ids)
+    odd = shifted([replace(first, completions=first.completions[:1])], -2.0 / length)[0].completions
+    groups = [replace(first, completions=[*odd, *first.completions[1:]]), *others]
+    metrics = trained.updater.update(groups, trained.advantages(groups))
+    assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(3.0)  # e^2, cut
+    assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(1.0, abs=1e-3)
+    num_tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
+    expected = 1 + 2.0 * length / num_tokens
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("shift", [0.6, math.nan])
+def test_an_engine_with_other_weights_ends_the_run(shift: float) -> None:
+    trained = trainer(CONFIG)
+    groups = rolled_out(trained)
+    logprobs = groups[0].completions[0].logprobs
+    assert logprobs is not None
+    if math.isnan(shift):  # a logprob that is no number is not "none recorded"
+        broken = replace(groups[0].completions[0], logprobs=[math.inf, *logprobs[1:]])
+        groups[0] = replace(groups[0], completions=[broken, *groups[0].completions[1:]])
+    else:
+        groups = shifted(groups, shift)
+    with pytest.raises(EngineMismatch, match=r"max_logp_difference=0\.5: trainer and engine differ"):
+        trained.updater.update(groups, trained.advantages(groups))
+
+
+def shifted(groups: list[RolloutGroup], shift: float) -> list[RolloutGroup]:
+    """The same groups from an engine that recorded `shift` nats more."""
+    return [
+        replace(g, completions=[replace(c, logprobs=[x + shift for x in c.logprobs or []]) for c in g.completions])
+        for g in groups
+    ]
 
 
 def test_without_recorded_logprobs_the_first_pass_is_on_policy() -> None:
@@ -100,3 +165,20 @@ def test_fewer_groups_than_steps(loss_type: LossType) -> None:
     metrics = trained.updater.update(groups, trained.advantages(groups))
     assert metrics["grad_norm"] > 0
     assert not all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
+
+
+def test_the_engine_sleeps_while_the_trainer_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trainer(CONFIG)
+    calls: list[str] = []
+    for owner, name in (
+        (trained.engine, "generate"),
+        (trained.engine, "sleep"),
+        (trained.updater, "update"),
+        (trained.engine, "update_weights"),
+        (trained.engine, "wake"),
+    ):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _name=name, _real=real: (calls.append(_name), _real(*a))[1])
+    trained.step()
+    assert [name for name in calls if name != "generate"] == ["sleep", "update", "update_weights", "wake"]
+    assert calls[0] == "generate" and calls[-1] == "wake"

@@ -1,0 +1,57 @@
+"""What an engine decoded -> `Completion`, and the checks every engine makes before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from dirl.data.chat import decode, stop_token_ids
+from dirl.errors import UserError
+from dirl.rollout.engine import Completion, SamplingConfig
+
+
+def touched_tokens(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig, block_length: int
+) -> list[int]:
+    """Completion tokens in the blocks that fit max_completion_length, for each prompt.
+
+    Raises:
+        ValueError: not one seed per prompt, or no block fits after a prompt.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"generate needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
+    limit = sampling.max_completion_length
+    touched = [(len(p) + limit) // block_length * block_length - len(p) for p in prompts]
+    for prompt, num_tokens in zip(prompts, touched, strict=True):
+        if num_tokens <= 0:
+            raise UserError(
+                f"max_completion_length {limit} leaves no room for a block of {block_length} after a prompt of "
+                f"{len(prompt)} tokens; raise it"
+            )
+    return touched
+
+
+def make_completion(
+    prompt_ids: Sequence[int],
+    token_ids: list[int],
+    step_map: list[int],
+    logprobs: list[float] | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+) -> Completion:
+    """A completion from its tokens and steps; lengths, reasons and text follow from them."""
+    stop_ids = stop_token_ids(tokenizer)
+    stops = [i for i, token in enumerate(token_ids) if token in stop_ids]
+    steps = [0] * (len(prompt_ids) % block_length) + step_map
+    return Completion(
+        prompt_ids=list(prompt_ids),
+        token_ids=token_ids,
+        step_map=step_map,
+        logprobs=logprobs,
+        completion_length=stops[0] + 1 if stops else len(token_ids),
+        finish_reason="stop" if stops else "length",
+        num_denoising_steps=sum(max(steps[i : i + block_length]) for i in range(0, len(steps), block_length)),
+        text=decode(tokenizer, token_ids[: stops[0]] if stops else token_ids),
+    )

@@ -1,0 +1,73 @@
+"""A trainer's module -> named tensors as a checkpoint has them, in buckets of bounded size: what a push sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+BUCKET_BYTES = 512 << 20
+
+
+def checkpoint_tensors(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """Names and shapes of a checkpoint: transformers keeps the experts of a layer in one tensor, checkpoints do not.
+
+    Source: transformers' mapping for Qwen3-MoE: gate_up_proj (E, 2I, D) is gate over up, down_proj is (E, D, I).
+    """
+    for name, tensor in named:
+        stem, _, kind = name.rpartition(".")
+        if not stem.endswith("mlp.experts") or tensor.ndim != 3:
+            yield name, tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            if kind == "gate_up_proj":
+                gate, up = weight.chunk(2)
+                yield f"{stem}.{expert}.gate_proj.weight", gate
+                yield f"{stem}.{expert}.up_proj.weight", up
+            else:
+                yield f"{stem}.{expert}.{kind}.weight", weight
+
+
+def buckets(named: NamedTensors, max_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors of at most `max_bytes` together; a larger one goes alone."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in named:
+        if bucket and size + tensor.nbytes > max_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+class ShapeCheck:
+    """Refuses a push that is not the same set of parameters as the engine was built with."""
+
+    def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        self.expected = expected
+
+    def watched(self, named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors, each checked as it passes, and their number at the end.
+
+        Raises:
+            ValueError: naming a parameter that is missing, unknown or of another shape.
+        """
+        seen = set()
+        for name, tensor in named:
+            self._check(name, tuple(tensor.shape), self.expected.get(name))
+            seen.add(name)
+            yield name, tensor
+        for name in self.expected.keys() - seen:
+            self._check(name, None, self.expected[name])
+
+    @staticmethod
+    def _check(name: str, pushed: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> None:
+        if pushed != ours:
+            raise ValueError(
+                f"update_weights: {name} is {pushed or 'absent'} in the pushed model and {ours or 'absent'} in the "
+                "engine; push a model of the same configuration"
+            )

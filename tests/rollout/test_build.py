@@ -1,0 +1,62 @@
+"""Which engine a configuration gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dirl.rollout import build
+from dirl.rollout.build import EngineConfig, build_engine, chosen_engine
+from dirl.rollout.torch_engine import TorchEngine
+from tests.oracle import sharp_tiny_model
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A CUDA machine with the supported LMDeploy, as far as the choice looks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "_lmdeploy_version", lambda: "0.18.0")
+    return monkeypatch
+
+
+def test_auto_is_lmdeploy_on_cuda_where_it_is_installed(machine: pytest.MonkeyPatch) -> None:
+    assert chosen_engine(EngineConfig()) == "lmdeploy"
+    machine.setattr(build, "_lmdeploy_version", lambda: None)
+    assert chosen_engine(EngineConfig()) == "torch"
+    machine.setattr(build, "_lmdeploy_version", lambda: "0.18.0")
+    machine.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen_engine(EngineConfig()) == "torch"
+
+
+def test_a_named_engine_is_taken_or_refused(machine: pytest.MonkeyPatch) -> None:
+    assert chosen_engine(EngineConfig(engine="torch")) == "torch"
+    wanted = EngineConfig(engine="lmdeploy")
+    assert chosen_engine(wanted) == "lmdeploy"
+    machine.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"rollout\.engine=lmdeploy: it needs a CUDA device"):
+        chosen_engine(wanted)
+    machine.setattr(build, "_lmdeploy_version", lambda: None)
+    with pytest.raises(ValueError, match=r"rollout\.engine=lmdeploy: it is not installed; pip install"):
+        chosen_engine(wanted)
+
+
+@pytest.mark.parametrize("engine", ["auto", "lmdeploy"])
+def test_another_release_is_named_not_passed_over(machine: pytest.MonkeyPatch, engine: str) -> None:
+    machine.setattr(build, "_lmdeploy_version", lambda: "0.19.1")
+    with pytest.raises(ValueError, match=r"lmdeploy 0\.19\.1 is installed, and 0\.18\.0 is supported"):
+        chosen_engine(EngineConfig(engine=engine))  # type: ignore[arg-type]
+
+
+def test_on_a_cpu_the_default_is_the_torch_engine() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert isinstance(build_engine(*sharp_tiny_model(), EngineConfig()), TorchEngine)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_batch_size", 0), ("cache_max_entry_count", 1.0), ("sleep_level", 3), ("server_urls", ["http://a:1"])],
+)
+def test_bad_settings_are_named(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key):
+        EngineConfig(**{key: value})  # type: ignore[arg-type]
