@@ -228,8 +228,7 @@ def record_skipped(output_dir: str, step: int, documents: list[Any], distributed
 def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Whether this run can continue from a checkpoint of another model, backend or number of processes.
 
-    One process, DDP and FSDP2 resume with any number of processes; one process and DDP also in place of each other.
-    DeepSpeed's shards fit the number of processes that wrote them.
+    One process and DDP resume with any number of processes. Shards (DeepSpeed, FSDP2) fit the number that wrote them.
 
     Raises:
         UserError: it cannot.
@@ -247,7 +246,7 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
             f"{checkpoint} was written under {saved['backend']}, this run is launched under {ours['backend']}: launch "
             f"with the ACCELERATE_CONFIG it was started with, {remedy}"
         )
-    if saved["backend"].startswith("zero") and saved["world_size"] != ours["world_size"]:
+    if saved["backend"] not in ("plain", "ddp") and saved["world_size"] != ours["world_size"]:
         raise UserError(
             f"{checkpoint} was written by {saved['world_size']} processes under {saved['backend']}, this run has "
             f"{ours['world_size']}: launch with NUM_PROCESSES={saved['world_size']}, {remedy}"
