@@ -108,7 +108,7 @@ function players(samples) {
   choice.addEventListener("change", choose);
   if (samples.length > 1) card.append(element("div", { class: "row" }, choice));
   const key = (name, text) => element("span", { class: `token ${name}` }, text);
-  card.append(holder, element("div", { class: "key" }, "each box is a block: ", key("masked", "masked"), key("new", "revealed in this step"), key("committed", "revealed before"), "; point at a token for its confidence"));
+  card.append(holder, element("div", { class: "key" }, element("span", {}, "each box is a block:"), key("masked", "masked"), key("new", "revealed in this step"), key("committed", "revealed before"), element("span", {}, "point at a token for its confidence")));
   choose();
   return card;
 }
