@@ -178,7 +178,9 @@ def test_the_engine_sleeps_while_the_trainer_works(monkeypatch: pytest.MonkeyPat
         (trained.engine, "wake"),
     ):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, _name=name, _real=real: (calls.append(_name), _real(*a))[1])
+        monkeypatch.setattr(
+            owner, name, lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1]
+        )
     trained.step()
     assert [name for name in calls if name != "generate"] == ["sleep", "update", "update_weights", "wake"]
     assert calls[0] == "generate" and calls[-1] == "wake"

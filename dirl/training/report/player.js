@@ -3,10 +3,11 @@
 
 // Denoising steps of all blocks in a row: for each token its block and its step counted over the whole completion.
 function timeline(sample) {
-  const tail = sample.prompt_length % sample.block_length, blocks = [];
+  const tail = sample.prompt_length % sample.block_length, blocks = [], blockOf = [];
   sample.texts.forEach((text, index) => {
     const number = Math.floor((tail + index) / sample.block_length);
     (blocks[number] ??= []).push(index);
+    blockOf[index] = number;
   });
   const at = [], starts = [];
   let before = 0;
@@ -15,12 +16,11 @@ function timeline(sample) {
     for (const index of members) at[index] = before + sample.steps[index];
     before += members.reduce((most, index) => Math.max(most, sample.steps[index]), 0);
   }
-  return { blocks, at, starts, total: before, tail };
+  return { blocks, blockOf, at, starts, total: before, tail };
 }
 
 function tokenFacts(sample, line, index) {
-  const block = line.blocks.findIndex(members => members.includes(index));
-  const parts = [`token ${index + 1} ${JSON.stringify(sample.texts[index])}`, `block ${block + 1}`, `revealed in step ${sample.steps[index]} of its block (${line.at[index]} in all)`];
+  const parts = [`token ${index + 1} ${JSON.stringify(sample.texts[index])}`, `block ${line.blockOf[index] + 1}`, `revealed in step ${sample.steps[index]} of its block (${line.at[index]} in all)`];
   if (sample.confidence) parts.push(`confidence ${sample.confidence[index].toFixed(3)}`);
   if (index >= sample.completion_length) parts.push("after the end: no part of the text");
   return parts.join(", ");
@@ -108,7 +108,7 @@ function players(samples) {
   choice.addEventListener("change", choose);
   if (samples.length > 1) card.append(element("div", { class: "row" }, choice));
   const key = (name, text) => element("span", { class: `token ${name}` }, text);
-  card.append(holder, element("div", { class: "key" }, "each box is a block: ", key("masked", "masked"), key("new", "revealed in this step"), key("committed", "revealed before"), "; point at a token for its confidence"));
+  card.append(holder, element("div", { class: "key" }, element("span", {}, "each box is a block:"), key("masked", "masked"), key("new", "revealed in this step"), key("committed", "revealed before"), element("span", {}, "point at a token for its confidence")));
   choose();
   return card;
 }

