@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "sft": (_run_sft, "fine-tune with random masking"),
         "rl": (_run_rl, "improve with DiPO on the model's own rollouts"),
         "eval": (_run_eval, "evaluate a checkpoint"),
+        "serve": (_run_serve, "decode for trainers in other processes (rollout.mode=server)"),
     }
     for name, (run, help_text) in runs.items():
         command = commands.add_parser(name, help=help_text)
@@ -159,6 +160,12 @@ def _run_eval(options: argparse.Namespace) -> None:
     from dirl.eval.evaluate import EvalConfig, run_evaluation
 
     _say(f"report: {run_evaluation(load_config(EvalConfig, options.config, options.overrides))}")
+
+
+def _run_serve(options: argparse.Namespace) -> None:
+    from dirl.rollout.server import ServeConfig, serve
+
+    serve(load_config(ServeConfig, options.config, options.overrides))
 
 
 def _run_tiny_model(options: argparse.Namespace) -> None:

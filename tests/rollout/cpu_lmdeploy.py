@@ -76,7 +76,7 @@ class CpuModel(nn.Module):
         return {"hidden_states": torch.cat(parts)[None], "seq_length": inputs.seq_length}
 
 
-class _Event:
+class Event:
     def record(self, *_: object) -> None: ...
     def wait(self, *_: object) -> None: ...
     def synchronize(self) -> None: ...
@@ -84,7 +84,7 @@ class _Event:
         return True
 
 
-class _Stream:
+class Stream:
     def wait_event(self, *_: object) -> None: ...
     def synchronize(self) -> None: ...
     def query(self) -> bool:
@@ -99,10 +99,10 @@ def cpu_lmdeploy() -> Iterator[pytest.MonkeyPatch]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "Stream": _Stream,
-            "Event": _Event,
+            "Stream": Stream,
+            "Event": Event,
             "stream": lambda *_: nullcontext(),
-            "current_stream": _Stream,
+            "current_stream": Stream,
             "synchronize": lambda *_: None,
             "empty_cache": lambda *_: None,
             "current_device": lambda: torch.device("cpu"),
@@ -111,7 +111,7 @@ def cpu_lmdeploy() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
         patch.setattr(envs, "skip_warmup", True)
         patch.setattr(stock, "get_gpu_memory", lambda *_: (GIB, GIB))
-        patch.setattr(stock, "_try_to_cuda", _to_cpu)
+        patch.setattr(stock, "_try_to_cuda", to_cpu)
         patch.setattr(stock, "build_patched_model", _build)
         agent = stock.BaseModelAgent
         patch.setattr(agent, "build_cache_plans", _plan)
@@ -121,7 +121,7 @@ def cpu_lmdeploy() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def _to_cpu(value: Any, **_: object) -> Any:
+def to_cpu(value: Any, **_: object) -> Any:
     return value.to_device("cpu") if hasattr(value, "to_device") else value
 
 
