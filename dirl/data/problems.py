@@ -1,7 +1,8 @@
 """Rows -> problems: a question, its gold answer as text, and the other columns, which travel to the reward functions.
 
 Two forms of row are read: {"question", "ground_truth_answer"} and {"prompt", "answer" | "solution"}. Of a worked
-`solution` the last \\boxed{} is the answer; without one the text stands as it is.
+`solution` the last \\boxed{} is the answer; without one the text stands as it is. A row with `test_method` asks for a
+program: its tests take the place of the answer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
 
-COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"))
+TESTS = "test_method"  # the column that marks a row whose answer is a program
+COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"), ("question", TESTS))
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Problem:
     """One question with a checkable answer."""
 
     question: str
-    answer: str  # the gold, as text
+    answer: str  # the gold, as text; "" where tests decide
     columns: dict[str, object]  # every other column of the row
 
 
@@ -52,11 +54,13 @@ def problem_from_row(row: dict[str, object]) -> Problem:
     else:
         raise ValueError(
             f"has the columns {', '.join(map(str, row)) or '(none)'}; "
-            "expected question and ground_truth_answer, or prompt and answer or solution"
+            "expected question and ground_truth_answer, prompt and answer or solution, or question and test_method"
         )
     question = row[question_key]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"has {question_key}={shorten(question)}; expected a non-empty string")
+    if answer_key == TESTS:
+        return Problem(question, "", {key: value for key, value in row.items() if key != question_key})
     answer = _gold_text(answer_key, row[answer_key])
     if answer_key == "solution":
         answer = _last_boxed(answer) or answer

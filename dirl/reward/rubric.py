@@ -20,11 +20,14 @@ from statistics import fmean, pstdev
 from types import ModuleType
 from typing import Any, Literal
 
+from dirl.reward.code_execution import code
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
 from dirl.reward.shaping import REWARD_FUNCTIONS, RewardFunction
 
 Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
+
+REWARD_FUNCTIONS["code"] = code  # it runs generated programs: never unless it is named
 
 
 class RewardError(ValueError):
