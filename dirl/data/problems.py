@@ -2,7 +2,8 @@
 
 Two forms of row are read: {"question", "ground_truth_answer"} and {"prompt", "answer" | "solution"}. Of a worked
 `solution` the last \\boxed{} is the answer; without one the text stands as it is. A row with `test_method` asks for a
-program: its tests take the place of the answer.
+program: its tests take the place of the answer. Rows of public benchmarks are read as they are published
+(`dirl.data.published`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dirl.data.published import from_published
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
 
 TESTS = "test_method"  # the column that marks a row whose answer is a program
@@ -52,6 +54,8 @@ def problem_from_row(row: dict[str, object]) -> Problem:
         if question_key in row and answer_key in row:
             break
     else:
+        if (converted := from_published(row)) is not None:
+            return problem_from_row(converted)
         raise ValueError(
             f"has the columns {', '.join(map(str, row)) or '(none)'}; "
             "expected question and ground_truth_answer, prompt and answer or solution, or question and test_method"

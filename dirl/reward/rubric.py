@@ -27,6 +27,8 @@ from dirl.reward.shaping import REWARD_FUNCTIONS, RewardFunction
 Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
+JUDGES = ("accuracy", "code")  # functions whose full score, 1, says that an answer is right
+
 REWARD_FUNCTIONS["code"] = code  # it runs generated programs: never unless it is named
 
 
