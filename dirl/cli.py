@@ -1,4 +1,4 @@
-"""The command line: `dirl sft|rl|eval CONFIG key=value ...`.
+"""The command line: `dirl sft|rl|eval CONFIG key=value ...` and `dirl report compare A B`.
 
 Errors of the user end in one line and exit code 2; nothing is imported before it is needed.
 """
@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help=f"YAML file, such as configs/tiny/{name}.yaml")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
         command.set_defaults(run=run)
+    report = commands.add_parser("report", help="compare two evaluations: report compare DIR DIR")
+    report.add_argument("words", metavar="compare DIR DIR", nargs="+", help="output directories of `dirl eval`")
+    report.set_defaults(run=_run_report)
     tiny = commands.add_parser("tiny-model", help="write the embedded default model, untrained")
     tiny.add_argument("directory", metavar="DIR")
     tiny.set_defaults(run=_run_tiny_model)
@@ -75,6 +78,15 @@ def _run_eval(options: argparse.Namespace) -> None:
     from dirl.eval.evaluate import EvalConfig, run_evaluation
 
     _say(f"report: {run_evaluation(load_config(EvalConfig, options.config, options.overrides))}")
+
+
+def _run_report(options: argparse.Namespace) -> None:
+    action, *directories = options.words
+    if action != "compare" or len(directories) != 2:
+        raise ConfigError(f"dirl report {' '.join(options.words)}: expected compare and two directories")
+    from dirl.eval.report import comparison_text
+
+    _say(comparison_text(*map(Path, directories)))
 
 
 def _run_tiny_model(options: argparse.Namespace) -> None:

@@ -236,7 +236,9 @@ def test_artefacts(world: World, tmp_path: Path) -> None:
     assert [by_mode[mode]["num_samples"] for mode in by_mode] == [4, 4, 1, 4]
     assert by_mode["static"]["tokens_per_step"] == 1.0
     assert by_mode["dynamic"]["tokens_per_step"] > 1.2
-    assert (tmp_path / "plots/thresholds.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("thresholds", "throughput"):
+        assert (tmp_path / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(plots/{name}.png)" in (tmp_path / "report.md").read_text()
     assert load_config(EvalConfig, tmp_path / "config.yaml") == config(tmp_path, confidence_thresholds=[0.5])
 
 
