@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="write the page of a run, or of several side by side")
-    report.add_argument("runs", metavar="RUN_DIR", nargs="+", help="output_dir of an sft or rl run")
+    words = "output_dir of an sft or rl run; or: compare DIR DIR, the output directories of two evaluations"
+    report.add_argument("runs", metavar="RUN_DIR", nargs="+", help=words)
     report.add_argument("--output", metavar="FILE", help="where to; default: report.html in the run's directory")
     report.set_defaults(run=_run_report)
 
@@ -97,9 +98,19 @@ def _add_talk(commands: Any) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> None:
+    if options.runs[0] == "compare":
+        return _compare_evaluations(options.runs[1:])
     from dirl.console.report import report_runs
 
-    _say(f"report: {report_runs(options.runs, options.output)}")
+    return _say(f"report: {report_runs(options.runs, options.output)}")
+
+
+def _compare_evaluations(directories: Sequence[str]) -> None:
+    if len(directories) != 2:
+        raise UserError(f"dirl report compare {' '.join(directories)}: expected the directories of two evaluations")
+    from dirl.eval.report import comparison_text
+
+    _say(comparison_text(*map(Path, directories)))
 
 
 def _run_generate(options: argparse.Namespace) -> None:

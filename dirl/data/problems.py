@@ -1,7 +1,9 @@
 """Rows -> problems: a question, its gold answer as text, and the other columns, which travel to the reward functions.
 
 Two forms of row are read: {"question", "ground_truth_answer"} and {"prompt", "answer" | "solution"}. Of a worked
-`solution` the last \\boxed{} is the answer; without one the text stands as it is.
+`solution` the last \\boxed{} is the answer; without one the text stands as it is. A row with `test_method` asks for a
+program: its tests take the place of the answer. Rows of public benchmarks are read as they are published
+(`dirl.data.published`).
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dirl.data.published import from_published
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
 from dirl.errors import UserError
 
-COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"))
+TESTS = "test_method"  # the column that marks a row whose answer is a program
+COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"), ("question", TESTS))
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Problem:
     """One question with a checkable answer."""
 
     question: str
-    answer: str  # the gold, as text
+    answer: str  # the gold, as text; "" where tests decide
     columns: dict[str, object]  # every other column of the row
 
 
@@ -51,13 +55,17 @@ def problem_from_row(row: dict[str, object]) -> Problem:
         if question_key in row and answer_key in row:
             break
     else:
+        if (converted := from_published(row)) is not None:
+            return problem_from_row(converted)
         raise UserError(
             f"has the columns {', '.join(map(str, row)) or '(none)'}; "
-            "expected question and ground_truth_answer, or prompt and answer or solution"
+            "expected question and ground_truth_answer, prompt and answer or solution, or question and test_method"
         )
     question = row[question_key]
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"has {question_key}={shorten(question)}; expected a non-empty string")
+    if answer_key == TESTS:
+        return Problem(question, "", {key: value for key, value in row.items() if key != question_key})
     answer = _gold_text(answer_key, row[answer_key])
     if answer_key == "solution":
         answer = _last_boxed(answer) or answer

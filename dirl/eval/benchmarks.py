@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dirl.data.problems import Problem, load_problems
+from dirl.data.problems import TESTS, Problem, load_problems
 from dirl.errors import MissingFileError, UserError
 
 NAMES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")
+CODE_NAMES = ("HumanEval", "MBPP")  # answered with programs, which are run
 
 # Accuracy (%), tokens per step, output length on NAMES in order. Source: DiRL (arXiv 2512.22234), Table 1.
 PAPER_TABLE = {
@@ -31,6 +32,11 @@ class Benchmark:
 
     name: str
     problems: list[Problem]
+
+    @property
+    def is_code(self) -> bool:
+        """Whether tests judge the answers."""
+        return TESTS in self.problems[0].columns
 
 
 def load_benchmarks(names_or_paths: Sequence[str], *, limit: int = 0, seed: int = 0) -> list[Benchmark]:
@@ -55,12 +61,12 @@ def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Bench
     """
     if name_or_path.startswith("task:"):
         return Benchmark(name_or_path, load_problems(name_or_path, split="heldout", limit=limit, seed=seed))
-    name = {known.lower(): known for known in NAMES}.get(name_or_path.lower())
+    name = {known.lower(): known for known in (*NAMES, *CODE_NAMES)}.get(name_or_path.lower())
     path = name_or_path if name is None else _file_of(name)
     if name is None and not Path(path).suffix and "/" not in path:
         raise UserError(
-            f"data.datasets: unknown data set {path!r}; known are {', '.join(NAMES)}, paths of .json, .jsonl or "
-            ".parquet files, and task:noisy_sums"
+            f"data.datasets: unknown data set {path!r}; known are {', '.join((*NAMES, *CODE_NAMES))}, "
+            "paths of .json, .jsonl or .parquet files, and task:noisy_sums"
         )
     return Benchmark(name or Path(path).stem, load_problems(path, split="test", limit=limit))
 
@@ -69,7 +75,7 @@ def _file_of(name: str) -> str:
     file = Path(os.environ.get("DIRL_DATA", "data/eval"), f"{name}.json")
     if not file.is_file():
         raise MissingFileError(
-            f"data.datasets: {file} does not exist; fetch the data with download.sh, then set DIRL_DATA to the folder "
-            f"that holds {file.name}"
+            f"data.datasets: {file} does not exist; fetch it with `bash download.sh data {name}`, or set DIRL_DATA to "
+            f"the folder that holds {file.name}"
         )
     return str(file)

@@ -1,8 +1,9 @@
-"""A model and data sets -> samples.jsonl, results.json and report.md.
+"""A model and data sets -> samples.jsonl, results.json and report.md, by one process or many.
 
 A decoding mode is a name for changes to the sampling: `dynamic` (threshold), `static` (one token a step), `greedy`
 (dynamic at temperature 0) and `custom` (none). Samples are written as they come, so that a killed evaluation continues.
-Each has a seed of its own, from (seed, problem, sample): it does not matter which are decoded together.
+Each has a seed of its own, from (seed, problem, sample): it does not matter which are decoded together, or by which
+process. Several processes share each chunk; the main one keeps the files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -24,15 +25,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.config import config_to_dict, save_config
 from dirl.data.chat import load_tokenizer, render_prompt
-from dirl.data.problems import Problem
+from dirl.data.problems import TESTS, Problem
 from dirl.errors import UserError
 from dirl.eval.benchmarks import Benchmark, load_benchmarks
 from dirl.eval.report import write_report
 from dirl.eval.results import ModeResult, Sample, summarise
 from dirl.eval.sample_store import SampleStore, Which
-from dirl.model.checkpoint import ModelConfig, default_device, load_model
+from dirl.model.checkpoint import ModelConfig, load_model
+from dirl.reward.code_execution import extract_code
 from dirl.reward.math_answer import extract_boxed
-from dirl.reward.rubric import RewardConfig, Rubric
+from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
 from dirl.rollout.build import EngineConfig, build_engine
 from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
@@ -53,7 +55,7 @@ class EvalDataConfig:
     limit: int = 0  # problems of each data set; 0: all
     seed: int = 0  # draws the problems of a task
     system_prompt: str = ""
-    suffix: str = ""  # appended to each question
+    suffix: str = ""  # appended to each question; not to those of code, which say what the answer must look like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class EvalConfig:
     num_samples: int = 1  # k completions a problem; greedy decoding needs only one
     modes: list[ModeName] = field(default_factory=lambda: list[ModeName](["dynamic"]))
     confidence_thresholds: list[float] = field(default_factory=list)  # further dynamic runs, for a sweep
-    chunk_size: int = 512  # completions between two writes of samples.jsonl
+    chunk_size: int = 512  # completions of each process between two writes of samples.jsonl
     overwrite: bool = False  # start again where samples of another configuration or model are found
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -79,8 +81,8 @@ class EvalConfig:
                 raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.data.limit < 0:
             raise UserError(f"data.limit must be >= 0 (0: all), got {self.data.limit}")
-        if "accuracy" not in self.reward.functions:
-            raise UserError("reward.functions must hold accuracy: an evaluation counts right answers")
+        if not set(JUDGES) & set(self.reward.functions):
+            raise UserError(f"reward.functions must hold {' or '.join(JUDGES)}: an evaluation counts right answers")
         if not self.decoding_modes:
             raise UserError("modes is empty; name at least one of dynamic, static, greedy, custom")
         default = SamplingConfig()
@@ -122,7 +124,7 @@ def decoding_modes(
 
 
 class Evaluator:
-    """Decodes problems and judges the answers."""
+    """Decodes problems and judges the answers; with `distributed`, all its processes take part in every call."""
 
     def __init__(
         self,
@@ -133,9 +135,10 @@ class Evaluator:
         seed: int = 0,
         system_prompt: str = "",
         suffix: str = "",
+        distributed: Distributed | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.rubric, self.seed = engine, tokenizer, rubric, seed
-        self.system_prompt, self.suffix = system_prompt, suffix
+        self.system_prompt, self.suffix, self.distributed = system_prompt, suffix, distributed
 
     def evaluate(self, problems: Sequence[Problem], mode: Mode, *, dataset: str = "") -> ModeResult:
         """All samples of all problems in one go."""
@@ -143,22 +146,41 @@ class Evaluator:
         return summarise(dataset, mode.name, mode.sampling, [sample for sample, _ in judged])
 
     def judge(self, problems: Sequence[Problem], mode: Mode, todo: Sequence[Which]) -> list[tuple[Sample, Completion]]:
-        """The samples named by (problem index, sample index), in that order.
+        """The samples named by (problem index, sample index), in that order, on every process.
 
-        Right is what the reward `accuracy` (the total, in a rubric without it) puts above 0.
+        Right is what one of the rewards JUDGES gives its full score; in a rubric without any, a total above 0.
         """
-        asked = [problems[problem] for problem, _ in todo]
-        prompts = {
-            problem: render_prompt(
-                self.tokenizer, problems[problem].question, system_prompt=self.system_prompt, suffix=self.suffix
-            )
-            for problem, _ in todo
-        }
+        mine = self.distributed.share(todo) if self.distributed else todo
+        asked = [problems[problem] for problem, _ in mine]
         start = time.perf_counter()
-        completions = self.engine.generate(
-            [prompts[problem] for problem, _ in todo], mode.sampling, [stable_seed(self.seed, *which) for which in todo]
+        completions = self._decode(asked, mode, mine)
+        seconds = time.perf_counter() - start
+        if self.distributed:
+            seconds = self.distributed.max(seconds)
+        is_right = self._grade(asked, completions, mode)
+        judged = [
+            (_sample(which, problem, completion, is_right=right, seconds=seconds / len(todo)), completion)
+            for which, problem, completion, right in zip(mine, asked, completions, is_right, strict=True)
+        ]
+        return self.distributed.gather(judged) if self.distributed else judged
+
+    def _decode(self, asked: Sequence[Problem], mode: Mode, todo: Sequence[Which]) -> list[Completion]:
+        """One completion for each; none on a process that has nothing to do."""
+        if not todo:
+            return []
+        prompts = {
+            question: render_prompt(self.tokenizer, question, system_prompt=self.system_prompt, suffix=self.suffix)
+            for question in {problem.question for problem in asked}
+        }
+        return self.engine.generate(
+            [prompts[problem.question] for problem in asked],
+            mode.sampling,
+            [stable_seed(self.seed, *which) for which in todo],
         )
-        seconds = (time.perf_counter() - start) / max(len(todo), 1)
+
+    def _grade(self, asked: Sequence[Problem], completions: Sequence[Completion], mode: Mode) -> list[bool]:
+        if not asked:
+            return []
         scores = self.rubric.score(
             [problem.question for problem in asked],
             [completion.text for completion in completions],
@@ -166,40 +188,70 @@ class Evaluator:
             step_maps=[completion.step_map for completion in completions],
             columns=reward_columns(asked, completions, mode.sampling.max_completion_length),
         )
-        rewards = scores.parts.get("accuracy", scores.total)
-        return [
-            (_sample(which, completion, is_right=(reward or 0.0) > 0, seconds=seconds), completion)
-            for which, completion, reward in zip(todo, completions, rewards, strict=True)
-        ]
+        judges = [scores.parts[name] for name in JUDGES if name in scores.parts]
+        if not judges:
+            return [total > 0 for total in scores.total]
+        return [any(reward is not None and reward >= 1 for reward in rewards) for rewards in zip(*judges, strict=True)]
 
 
 def run_evaluation(config: EvalConfig) -> Path:
     """Evaluate every data set in every mode; returns the report's path."""
-    if (world_size := Distributed().world_size) > 1:
-        raise UserError(f"an evaluation runs in one process, got {world_size}; set NUM_PROCESSES=1")
+    distributed = Distributed()
     directory = Path(config.output_dir)
     benchmarks = load_benchmarks(config.data.datasets, limit=config.data.limit, seed=config.data.seed)
     tokenizer = load_tokenizer(config.model.path)
     model = load_model(config.model, tokenizer)
-    store = SampleStore(directory, sample_settings(config, model, benchmarks), overwrite=config.overwrite)
-    save_config(config, directory / "config.yaml")
-    run_json = write_run_json(directory, config_to_dict(config))
-    model.to(default_device())  # type: ignore[arg-type]
-    with Rubric(config.reward) as rubric, closing(build_engine(model, tokenizer, config.engine)) as engine:
-        watch(engine, EvaluationProgress())
-        evaluator = Evaluator(
-            engine,
-            tokenizer,
-            rubric,
-            seed=config.seed,
-            system_prompt=config.data.system_prompt,
-            suffix=config.data.suffix,
-        )
-        results = [
-            _evaluate_resumably(evaluator, store, benchmark, mode, config.chunk_size)
-            for benchmark, mode in product(benchmarks, config.decoding_modes)
-        ]
-    return write_report(directory, config.model.path, results, run_json)
+    store = _open_store(config, model, benchmarks, distributed)
+    model.to(distributed.device)  # type: ignore[arg-type]
+    chunk_size = config.chunk_size * distributed.world_size
+    results = []
+    with ExitStack() as stack:
+        engine = stack.enter_context(closing(build_engine(model, tokenizer, config.engine)))
+        if distributed.is_main:
+            watch(engine, EvaluationProgress())
+        for benchmark in benchmarks:
+            evaluator = Evaluator(
+                engine,
+                tokenizer,
+                stack.enter_context(Rubric(_reward_of(benchmark, config.reward))),
+                seed=config.seed,
+                system_prompt=config.data.system_prompt,
+                suffix="" if benchmark.is_code else config.data.suffix,
+                distributed=distributed,
+            )
+            for mode in config.decoding_modes:
+                results.append(_evaluate_resumably(evaluator, store, benchmark, mode, chunk_size))
+    if distributed.is_main:
+        write_report(directory, config.model.path, results, directory / "run.json")
+    distributed.barrier()
+    return directory / "report.md"
+
+
+def _open_store(
+    config: EvalConfig, model: nn.Module, benchmarks: Sequence[Benchmark], distributed: Distributed
+) -> SampleStore | None:
+    """The main process's store, beside the record of the run; None on the others, which fail with it."""
+    store, refusal = None, ""
+    if distributed.is_main:
+        directory = Path(config.output_dir)
+        try:
+            store = SampleStore(directory, sample_settings(config, model, benchmarks), overwrite=config.overwrite)
+        except UserError as error:
+            refusal = str(error)
+        else:
+            save_config(config, directory / "config.yaml")
+            write_run_json(directory, config_to_dict(config))
+    if refusal := distributed.from_main(refusal):
+        raise UserError(refusal)
+    return store
+
+
+def _reward_of(benchmark: Benchmark, reward: RewardConfig) -> RewardConfig:
+    """Tests judge programs, whatever else is rewarded elsewhere."""
+    if not benchmark.is_code:
+        return reward
+    parameters = {"code": reward.parameters["code"]} if "code" in reward.parameters else {}
+    return replace(reward, functions=["code"], weights=[], parameters=parameters)
 
 
 def sample_settings(config: EvalConfig, model: nn.Module, benchmarks: Sequence[Benchmark]) -> dict[str, object]:
@@ -232,15 +284,18 @@ def _digest_of_problems(benchmark: Benchmark) -> str:
 
 
 def _evaluate_resumably(
-    evaluator: Evaluator, store: SampleStore, benchmark: Benchmark, mode: Mode, chunk_size: int
+    evaluator: Evaluator, store: SampleStore | None, benchmark: Benchmark, mode: Mode, chunk_size: int
 ) -> ModeResult:
     """One data set in one mode: what is not on disk yet is decoded, a chunk at a time."""
     wanted = list(product(range(len(benchmark.problems)), range(mode.num_samples)))
-    done = store.load(benchmark.name, mode.name)
+    done = store.load(benchmark.name, mode.name) if store else {}
+    if evaluator.distributed:
+        done = evaluator.distributed.from_main(done)
     missing = [which for which in wanted if which not in done]
     for start in range(0, len(missing), chunk_size):
         judged = evaluator.judge(benchmark.problems, mode, missing[start : start + chunk_size])
-        store.append(benchmark.name, mode.name, judged)
+        if store:
+            store.append(benchmark.name, mode.name, judged)
         done |= {(sample.problem, sample.sample): sample for sample, _ in judged}
         logger.info(
             "%s %s: %d of %d samples", benchmark.name, mode.name, sum(which in done for which in wanted), len(wanted)
@@ -254,12 +309,13 @@ def _evaluate_resumably(
     return result
 
 
-def _sample(which: Which, completion: Completion, *, is_right: bool, seconds: float) -> Sample:
+def _sample(which: Which, problem: Problem, completion: Completion, *, is_right: bool, seconds: float) -> Sample:
+    extract = extract_code if TESTS in problem.columns else extract_boxed
     return Sample(
         problem=which[0],
         sample=which[1],
         correct=is_right,
-        answer=extract_boxed(completion.text),
+        answer=extract(completion.text),
         completion_length=completion.completion_length,
         num_denoising_steps=completion.num_denoising_steps,
         finish_reason=completion.finish_reason,

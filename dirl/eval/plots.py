@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dirl.eval.report import plot_thresholds as draw_thresholds
+from dirl.eval.report import plot_accuracy, sweep_points
 from dirl.eval.results import ModeResult
 from dirl.training.plots import Pictures
 
@@ -21,5 +21,5 @@ def plot_thresholds(eval_dir: str | Path) -> Pictures:
         raise FileNotFoundError(f"{source}: no results to plot; give the output_dir of a finished evaluation")
     results = [ModeResult(**row) for row in json.loads(source.read_text(encoding="utf-8"))["results"]]
     path = Path(eval_dir) / "plots" / "thresholds.png"
-    draw_thresholds(results, path)
+    plot_accuracy(results, path, sweep_points, "tokens per denoising step")
     return Pictures([path])

@@ -1,12 +1,13 @@
-"""Results -> results.json, report.md in the layout of the paper's Table 1, and the picture of a threshold sweep."""
+"""Results -> results.json, report.md in the layout of the paper's Table 1, and pictures of accuracy against speed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,8 +19,11 @@ from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
 from dirl.eval.statistics import Difference, paired_bootstrap
 from dirl.training.plots import STYLE
 
+Point = tuple[float, float, float, str]  # speed, accuracy in %, its standard error, label
+
 _DEFINITIONS = """\
-- **accuracy**: avg@k, the mean over problems of the share of right samples, in percent
+- **accuracy**: avg@k, the mean over problems of the share of right samples, in percent; a program is right when it
+  passes all tests of its problem
 - **±**: standard error of avg@k over problems (what other problems of the kind would change), then over sampling (what
   other random numbers would change on these problems; 0 where k is 1)
 - **tokens per step**: all tokens up to and including EOS over all denoising forward passes; **mean of ratios**: tokens
@@ -27,8 +31,10 @@ _DEFINITIONS = """\
 - **length**: tokens up to and including EOS
 - **pass@k**: unbiased probability that one of k samples is right; **maj@k**: share of problems whose most frequent
   boxed answer is right (compared as text; samples without one do not vote; of equally frequent ones the first counts)
-- **truncated**: samples that reached max_completion_length; **no answer**: samples without a boxed answer
-- **tokens/s**: tokens up to and including EOS over seconds of decoding, grading not included"""
+- **truncated**: samples that reached max_completion_length; **no answer**: samples without a boxed answer, or, where
+  programs are asked for, without a code block
+- **tokens/s**: tokens up to and including EOS, of all processes together, over seconds of decoding, grading not
+  included; other work on the machine and the number of problems decoded at once change it"""
 _DETAILS = (
     *("data set", "mode", "problems", "k", "avg@k", "maj@k", "pass@k", "tokens per step, mean of ratios"),
     *("length p50/p95", "truncated %", "no answer %", "tokens/s"),
@@ -45,14 +51,25 @@ def write_report(directory: Path, model: str, results: Sequence[ModeResult], run
     record = {key: run[key] for key in ("config", "versions", "git_commit", "git_dirty", "hardware")}
     payload = {"model": model, **record, "results": [asdict(result) for result in results]}
     _write(directory / "results.json", json.dumps(payload, indent=2, allow_nan=False) + "\n")
-    has_sweep = any(result.mode.startswith("dynamic@") for result in results)
-    if has_sweep:
-        plot_thresholds(results, directory / "plots" / "thresholds.png")
-    return _write(directory / "report.md", report_text(model, results, has_sweep=has_sweep))
+    pictures = {}
+    if any(result.tokens_per_s > 0 for result in results):
+        pictures["plots/throughput.png"] = "accuracy against throughput"
+        plot_accuracy(results, directory / "plots/throughput.png", throughput_points, "tokens per second of decoding")
+    if any(result.mode.startswith("dynamic@") for result in results):
+        pictures["plots/thresholds.png"] = "accuracy against tokens per step"
+        plot_accuracy(results, directory / "plots/thresholds.png", sweep_points, "tokens per denoising step")
+    return _write(directory / "report.md", report_text(model, results, run=run, pictures=pictures))
 
 
-def report_text(model: str, results: Sequence[ModeResult], *, has_sweep: bool) -> str:
-    """The report as Markdown."""
+def report_text(
+    model: str, results: Sequence[ModeResult], *, run: Mapping[str, Any], pictures: Mapping[str, str]
+) -> str:
+    """The report as Markdown.
+
+    Args:
+        run: content of run.json.
+        pictures: path, relative to the report, and caption of each.
+    """
     datasets = list(dict.fromkeys(result.dataset for result in results))
     modes = list(dict.fromkeys(result.mode for result in results))
     found = {(result.mode, result.dataset): result for result in results}
@@ -65,41 +82,69 @@ def report_text(model: str, results: Sequence[ModeResult], *, has_sweep: bool) -
         _table(["model", *datasets, "average"], rows),
         _table(_DETAILS, [_detail_row(result) for result in results]),
         _DEFINITIONS,
+        _provenance(run),
+        *(f"![{caption}]({path})" for path, caption in pictures.items()),
     ]
-    if has_sweep:
-        parts.append("![accuracy against tokens per step](plots/thresholds.png)")
     return "\n\n".join(parts) + "\n"
 
 
-def plot_thresholds(results: Sequence[ModeResult], path: Path) -> None:
-    """Accuracy against tokens per step: one line a data set, one point a threshold, and static decoding."""
+def _provenance(run: Mapping[str, Any]) -> str:
+    """One line: which code, on what."""
+    commit = run["git_commit"] or f"dirl {run['versions']['dirl']}, no git checkout"
+    changed = " with uncommitted changes" if run["git_dirty"] else ""
+    hardware = run["hardware"]
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu_cores']} CPU cores ({hardware['machine']})"
+    return f"Commit {commit}{changed}; PyTorch {run['versions']['torch']} on {machine}."
+
+
+def plot_accuracy(
+    results: Sequence[ModeResult],
+    path: Path,
+    points_of: Callable[[Sequence[ModeResult], str], list[Point]],
+    quantity: str,
+) -> None:
+    """Accuracy against a speed: one line a data set, one labelled point a decoding mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
         axes = figure.subplots()
         for dataset in dict.fromkeys(result.dataset for result in results):
-            points = sweep_points(results, dataset)
+            points = points_of(results, dataset)
+            if not points:
+                continue
             speeds, accuracies, errors, labels = zip(*points, strict=True)
             axes.errorbar(speeds, accuracies, yerr=errors, marker="o", capsize=3, label=dataset)
             for label, where in zip(labels, zip(speeds, accuracies, strict=True), strict=True):
                 axes.annotate(label, where, textcoords="offset points", xytext=(4, 5), fontsize=8)
-        axes.set(title="Accuracy against speed", xlabel="tokens per denoising step", ylabel="accuracy (%)")
+        axes.set(title="Accuracy against speed", xlabel=quantity, ylabel="accuracy (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.savefig(path)
 
 
-def sweep_points(results: Sequence[ModeResult], dataset: str) -> list[tuple[float, float, float, str]]:
-    """(tokens per step, accuracy in %, its standard error, label) of each threshold and of static, slowest first."""
+def sweep_points(results: Sequence[ModeResult], dataset: str) -> list[Point]:
+    """Tokens per step of each threshold and of static, slowest first. Source: DiRL (arXiv 2512.22234), Fig. 8."""
     return sorted(
-        (
+        _point(
+            result,
             result.tokens_per_step,
-            100 * result.avg_at_k,
-            100 * result.standard_error,
             "static" if result.mode == "static" else f"{result.confidence_threshold:g}",
         )
         for result in results
         if result.dataset == dataset and result.mode.split("@")[0] in ("static", "dynamic")
     )
+
+
+def throughput_points(results: Sequence[ModeResult], dataset: str) -> list[Point]:
+    """Tokens per second of each mode, slowest first. Source: DiRL (arXiv 2512.22234), Fig. 1."""
+    return sorted(
+        _point(result, result.tokens_per_s, result.mode)
+        for result in results
+        if result.dataset == dataset and result.tokens_per_s > 0
+    )
+
+
+def _point(result: ModeResult, speed: float, label: str) -> Point:
+    return speed, 100 * result.avg_at_k, 100 * result.standard_error, label
 
 
 @dataclass(frozen=True)
@@ -118,8 +163,12 @@ def compare_runs(a: Path, b: Path) -> list[Comparison]:
     """Every data set and mode that two output directories share, problem by problem.
 
     Raises:
+        FileNotFoundError: one of them is no output directory of an evaluation.
         ValueError: they share none, or one data set with other problems.
     """
+    for directory in (a, b):
+        if not (directory / SAMPLES).is_file():
+            raise FileNotFoundError(f"{directory} holds no {SAMPLES}; give the output_dir of an evaluation")
     samples_a, samples_b = read_samples(a / SAMPLES), read_samples(b / SAMPLES)
     header_a, header_b = read_header(a), read_header(b)
     shared = [key for key in samples_a if key in samples_b]
@@ -136,6 +185,29 @@ def compare_runs(a: Path, b: Path) -> list[Comparison]:
         centres = fmean(values_a), fmean(values_b)
         comparisons.append(Comparison(dataset, mode, len(values_a), *centres, difference))
     return comparisons
+
+
+def comparison_text(a: Path, b: Path) -> str:
+    """`compare_runs` as a Markdown table for people."""
+    rows = [
+        [
+            comparison.dataset,
+            comparison.mode,
+            str(comparison.num_problems),
+            _percent(comparison.accuracy_a),
+            _percent(comparison.accuracy_b),
+            f"{100 * comparison.difference.mean:+.1f}",
+            f"{100 * comparison.difference.low:+.1f} to {100 * comparison.difference.high:+.1f}",
+            f"{comparison.difference.p_value:.4f}",
+            "yes" if comparison.difference.is_significant else "no",
+        ]
+        for comparison in compare_runs(a, b)
+    ]
+    head = ["data set", "mode", "problems", "A", "B", "B - A", "95 % interval", "p", "differ"]
+    return (
+        f"A: {a}\nB: {b}\n\n{_table(head, rows)}\n\n"
+        "Accuracies (avg@k) in percent; interval and p from a paired bootstrap over problems (10,000 resamples)."
+    )
 
 
 def _problem_means(samples: dict[Which, Sample]) -> dict[int, float]:

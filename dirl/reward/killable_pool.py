@@ -125,7 +125,7 @@ class KillablePool:
 
     def __init__(self, *, entry: str, num_workers: int, timeout_seconds: float, memory_limit_mb: int) -> None:
         self.entry = entry
-        self.num_workers = num_workers or min(4, _count_usable_cores())
+        self.num_workers = num_workers or min(4, count_usable_cores())
         self.timeout_seconds = timeout_seconds
         self.memory_limit_mb = memory_limit_mb
         self._children: list[_Child] = []
@@ -188,7 +188,7 @@ class KillablePool:
         self._lock = threading.Lock()
 
 
-def _count_usable_cores() -> int:
+def count_usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

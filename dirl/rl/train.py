@@ -236,6 +236,7 @@ class RLTrainer:
             seed=config.seed,
             system_prompt=config.data.system_prompt,
             suffix=config.data.suffix,
+            distributed=self.distributed,
         )
         modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples)}
         if config.eval.greedy:

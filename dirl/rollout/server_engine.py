@@ -27,11 +27,12 @@ from dirl.data.chat import save_tokenizer
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.build import EngineConfig
-from dirl.rollout.completions import make_completion, touched_tokens
+from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.server import KEY_VARIABLE, ServeConfig, sampling_fields
 from dirl.rollout.server_process import ServerProcess
-from dirl.rollout.weights import buckets, named_full_parameters
+from dirl.rollout.weights import buckets
+from dirl.training.full_parameters import named_full_parameters
 
 _REQUEST_SECONDS = 4 * 3600.0  # the longest rollout
 _CONFLICT_SECONDS = 600.0  # the longest push by another rank

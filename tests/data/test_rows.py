@@ -99,7 +99,7 @@ def test_rows_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('{"question": "q", "answer": "1"}', "columns question, answer; expected question and ground_truth_answer"),
+        ('{"question": "q", "reply": "1"}', "columns question, reply; expected question and ground_truth_answer"),
         ('{"question": " ", "ground_truth_answer": "1"}', "question=' '"),
         ('{"question": ["q"], "ground_truth_answer": "1"}', r"question=\['q'\]"),
         ('{"question": "q", "ground_truth_answer": null}', "ground_truth_answer=None"),

@@ -22,6 +22,7 @@ from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, deco
 from dirl.eval.sample_store import read_rows
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.tiny import save_tiny_model
+from dirl.reward import code_execution
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rollout.engine import SamplingConfig
 from tests.eval.scripted_engine import Script, ScriptedEngine
@@ -206,7 +207,7 @@ def test_static_is_one_token_per_step_whatever_the_configuration() -> None:
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"modes": []}, "modes is empty"),
         ({"confidence_thresholds": [1.5]}, r"confidence_threshold must be in \[0, 1\], got 1.5"),
-        ({"reward": RewardConfig(functions=["boxed"])}, "reward.functions must hold accuracy"),
+        ({"reward": RewardConfig(functions=["boxed"])}, "reward.functions must hold accuracy or code"),
         ({"data": EvalDataConfig(limit=-1)}, "data.limit must be >= 0"),
         ({"sampling": SamplingConfig(unmasking_strategy="random")}, "sampling.unmasking_strategy=random is read by"),
         ({"sampling": SamplingConfig(denoising_steps=2)}, "sampling.denoising_steps=2 is read by the mode custom"),
@@ -235,7 +236,9 @@ def test_artefacts(world: World, tmp_path: Path) -> None:
     assert [by_mode[mode]["num_samples"] for mode in by_mode] == [4, 4, 1, 4]
     assert by_mode["static"]["tokens_per_step"] == 1.0
     assert by_mode["dynamic"]["tokens_per_step"] > 1.2
-    assert (tmp_path / "plots/thresholds.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("thresholds", "throughput"):
+        assert (tmp_path / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(plots/{name}.png)" in (tmp_path / "report.md").read_text()
     assert load_config(EvalConfig, tmp_path / "config.yaml") == config(tmp_path, confidence_thresholds=[0.5])
 
 
@@ -352,14 +355,26 @@ def test_digest_of_weights_sees_values_and_names(dtype: torch.dtype) -> None:
     assert len({digest([1.0, 2.0]), digest([2.0, 1.0]), digest([1.0, 2.0], "b")}) == 3
 
 
-def test_several_processes_are_refused(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class TwoProcesses:
-        world_size = 2
+def code_row(**changes: Any) -> dict[str, Any]:
+    row = {"question": "9+7+8=", "test_method": "stdio", "test_input": ["", ""], "test_output": ["24", "24"]}
+    return {**row, **changes}
 
-    monkeypatch.setattr(evaluate, "Distributed", TwoProcesses)
-    with pytest.raises(ValueError, match="an evaluation runs in one process, got 2; set NUM_PROCESSES=1"):
-        evaluate.run_evaluation(config(tmp_path))
-    assert not list(tmp_path.iterdir())
+
+def test_code_is_judged_by_its_tests(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DIRL_DATA", str(tmp_path))
+    rows = [code_row(), code_row(test_output=["24", "25"]), code_row(question="1+1=")]
+    (tmp_path / "HumanEval.json").write_text(json.dumps(rows))
+    # The tiny vocabulary cannot spell a program, so that a stand-in reads one off the digits.
+    monkeypatch.setattr(code_execution, "extract_code", lambda text: f"print({text})" if text != "2" else None)
+    world.script = lambda question, *_: str(true_sum(question))
+    data = EvalDataConfig(datasets=["humaneval", "task:noisy_sums"], limit=3, suffix="1=")
+    evaluate.run_evaluation(config(tmp_path / "out", modes=["greedy"], data=data))
+    by_dataset = {row["dataset"]: row for row in results_of(tmp_path / "out")["results"]}
+    assert by_dataset["HumanEval"]["avg_at_k"] == pytest.approx(1 / 3)  # partial credit is not right
+    assert by_dataset["task:noisy_sums"]["avg_at_k"] == 0.0  # no box
+    assert by_dataset["HumanEval"]["output_length_mean"] < 4  # no suffix was appended to its questions
 
 
 @pytest.mark.parametrize("name", ["tiny", "sdar_8b"])
@@ -383,7 +398,8 @@ def test_the_tiny_model_through_the_command_line(
         *("data.limit=3", "num_samples=2", "sampling.max_completion_length=12", "overwrite=false"),
     ]
     assert cli.main(arguments) == 0
-    assert capsys.readouterr().out == f"report: {tmp_path / 'out' / 'report.md'}\n"
+    # The last line: accelerate imports DeepSpeed where it is installed, which prints a line of its own.
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'out' / 'report.md'}"
     by_mode = {row["mode"]: row for row in results_of(tmp_path / "out")["results"]}
     assert by_mode["static"]["tokens_per_step"] <= 1.0 <= by_mode["dynamic"]["tokens_per_step"] + 0.5
     rows = rows_of(tmp_path / "out")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dirl.eval.report import compare_runs, plot_thresholds, report_text, sweep_points
+from dirl.cli import main
+from dirl.eval.report import compare_runs, plot_accuracy, report_text, sweep_points, throughput_points
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SampleStore
 from dirl.eval.statistics import paired_bootstrap
@@ -35,6 +37,12 @@ RESULT = ModeResult(
     tokens_per_s=1234.5,
     seconds=10.0,
 )
+RUN: dict[str, Any] = {
+    "git_commit": "abc",
+    "git_dirty": False,
+    "versions": {"dirl": "0.1", "torch": "2.9"},
+    "hardware": {"machine": "x86_64", "cpu_cores": 2, "gpus": []},
+}
 COMPLETION = Completion(
     prompt_ids=[1],
     token_ids=[2],
@@ -55,7 +63,7 @@ def cells_of(text: str, first: str) -> list[str]:
 
 def test_layout_of_the_papers_table() -> None:
     results = [RESULT, replace(RESULT, dataset="GSM8K", avg_at_k=0.93), replace(RESULT, mode="static", avg_at_k=0.85)]
-    text = report_text("my model", results, has_sweep=False)
+    text = report_text("my model", results, run=RUN, pictures={})
     assert cells_of(text, "model") == ["MATH500", "GSM8K", "average"]
     assert cells_of(text, "my model dynamic") == ["83.1/2.0/2000.7", "93.0/2.0/2000.7", "88.0"]
     assert cells_of(text, "my model static") == ["85.0/2.0/2000.7", "", ""]  # no average over what is missing
@@ -64,17 +72,27 @@ def test_layout_of_the_papers_table() -> None:
 
 
 def test_details() -> None:
-    text = report_text("my model", [RESULT], has_sweep=True)
+    text = report_text("my model", [RESULT], run=RUN, pictures={"plots/thresholds.png": "a caption"})
     (line,) = [line for line in text.splitlines() if line.startswith("| MATH500 |")]
     for shown in ("83.1 ± 1.2 ± 0.5", "86.0", "1: 83.1, 2: 88.0, 4: 91.0", "2.04, 2.17", "1500/7000", "2.1", "3.3"):
         assert f"| {shown} |" in line
     for defined in ("accuracy", "tokens per step", "mean of ratios", "length", "pass@k", "maj@k", "truncated"):
         assert f"**{defined}**" in text
-    assert "(plots/thresholds.png)" in text
+    assert "![a caption](plots/thresholds.png)" in text
+    assert "Commit abc; PyTorch 2.9 on 2 CPU cores (x86_64)." in text
+
+
+def test_where_the_numbers_come_from() -> None:
+    hardware = {**RUN["hardware"], "gpus": ["H200", "H200"]}
+    unclean = {**RUN, "git_dirty": True, "hardware": hardware}
+    text = report_text("m", [RESULT], run=unclean, pictures={})
+    assert "Commit abc with uncommitted changes; PyTorch 2.9 on H200, H200." in text
+    text = report_text("m", [RESULT], run={**RUN, "git_commit": None, "git_dirty": None}, pictures={})
+    assert "Commit dirl 0.1, no git checkout; PyTorch" in text
 
 
 def test_rows_of_a_table_are_equally_wide() -> None:
-    lines = report_text("my model", [RESULT], has_sweep=False).splitlines()
+    lines = report_text("my model", [RESULT], run=RUN, pictures={}).splitlines()
     for head, row in (("| model |", "| DiRL-8B-Instruct dynamic (paper) |"), ("| data set |", "| MATH500 |")):
         widths = [line.count("|") for line in lines if line.startswith((head, row))]
         assert len(widths) == 2
@@ -82,7 +100,7 @@ def test_rows_of_a_table_are_equally_wide() -> None:
 
 
 def test_no_paper_rows_for_other_data_sets() -> None:
-    text = report_text("my model", [replace(RESULT, dataset="task:noisy_sums")], has_sweep=False)
+    text = report_text("my model", [replace(RESULT, dataset="task:noisy_sums")], run=RUN, pictures={})
     assert "(paper)" not in text
 
 
@@ -98,11 +116,18 @@ def test_sweep(tmp_path: Path) -> None:
     assert [label for *_, label in points] == ["static", "0.9", "0.5"]
     assert points[2] == pytest.approx((3.0, 70.0, 1.23, "0.5"))
     path = tmp_path / "plots" / "thresholds.png"
-    plot_thresholds(sweep, path)
+    plot_accuracy(sweep, path, sweep_points, "tokens per step")
     both = path.read_bytes()
-    plot_thresholds(sweep[:3], path)
+    plot_accuracy(sweep[:3], path, sweep_points, "tokens per step")
     assert both.startswith(b"\x89PNG")
     assert path.read_bytes() != both
+
+
+def test_throughput() -> None:
+    results = [RESULT, replace(RESULT, mode="static", tokens_per_s=700.0), replace(RESULT, mode="greedy", dataset="B")]
+    points = throughput_points(results, "MATH500")
+    assert [(speed, label) for speed, *_, label in points] == [(700.0, "static"), (1234.5, "dynamic")]
+    assert throughput_points([replace(RESULT, tokens_per_s=0.0)], "MATH500") == []  # nothing was timed
 
 
 def write_run(directory: Path, correct: dict[int, list[bool]], *, mode: str = "dynamic", digest: str = "a") -> Path:
@@ -136,3 +161,29 @@ def test_runs_on_other_problems_are_not_compared(tmp_path: Path) -> None:
         compare_runs(a, write_run(tmp_path / "c", {0: [True], 1: [True]}, digest="other"))
     with pytest.raises(ValueError, match="share no data set and mode"):
         compare_runs(a, write_run(tmp_path / "d", {0: [True], 1: [True]}, mode="static"))
+
+
+def test_two_runs_are_compared_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run(tmp_path / "a", {i: [i % 2 == 0, False] for i in range(40)})
+    b = write_run(tmp_path / "b", {i: [i % 2 == 0] for i in range(40)})
+    assert main(["report", "compare", str(a), str(b)]) == 0
+    cells = cells_of(capsys.readouterr().out, "A")
+    assert cells[:5] == ["dynamic", "40", "25.0", "50.0", "+25.0"]
+    assert cells[-1] == "yes"
+    assert main(["report", "compare", str(b), str(b)]) == 0
+    assert cells_of(capsys.readouterr().out, "A")[-1] == "no"
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_run(tmp_path / "a", {0: [True]})
+    for words, message in (
+        (["compare", str(a)], "expected compare and two directories"),
+        (
+            ["compare", str(a), str(tmp_path)],
+            f"{tmp_path} holds no samples.jsonl; give the output_dir of an evaluation",
+        ),
+        (["compare", str(a), str(write_run(tmp_path / "b", {1: [True]}))], "hold other problems of A"),
+    ):
+        assert main(["report", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("dirl: error: ") and message in line

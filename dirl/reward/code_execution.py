@@ -1,0 +1,191 @@
+"""Completion text -> the share of a problem's tests that its Python program passes.
+
+Data format (dLLM-RL): a row says `test_method`. `stdio`: `test_input` and `test_output`, lists of texts; the program
+reads one and prints the other. `function`: `test_list`, statements such as asserts, which run after the program, each
+in a process of its own, or `test_input` (expressions) and `test_output` (the literals they must equal); `prefix`, where
+given, stands before the program. `test_time_limit`: CPU seconds of each test.
+
+What a test expects never enters the program's process where that can be avoided (printed text, and `expression ==
+literal`): `exit()`, an object equal to everything or a patched `assert` gain nothing. Other statements are trusted to
+have passed when the process reports a secret from behind them.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from dirl.reward.killable_pool import count_usable_cores
+from dirl.reward.sandbox import Limits, Program, Sandbox, find_sandbox
+from dirl.reward.sandbox_child import RESULT, canonical
+
+logger = logging.getLogger(__name__)
+
+MAX_TIMEOUTS = 2  # a program that ran out of time so often has failed its other tests too
+FENCE = "```"
+_LANGUAGES = ("python", "py", "python3", "")
+
+
+@dataclass(frozen=True)
+class CodeTest:
+    """One test: what is run after or fed to the program, and what must come of it."""
+
+    text: str  # stdin, an expression, or statements
+    expected: str | None  # stdout, or the canonical text of the expression's value; None: statements that must pass
+    is_function: bool
+
+    def passes(self, source: str, sandbox: Sandbox, limits: Limits) -> tuple[bool, bool]:
+        """(passed, ran out of time)."""
+        if not self.is_function:
+            outcome = sandbox.run(Program(source, stdin=self.text), limits)
+            is_equal = outcome.stdout.split() == (self.expected or "").split()
+            return outcome.kind == "finished" and outcome.exit_code == 0 and is_equal, outcome.is_late
+        last = self.text if self.expected is None else f"{RESULT} = ({self.text})"
+        outcome = sandbox.run(Program(f"{source}\n\n{last}\n", is_function=True), limits)
+        has_passed = outcome.result is not None and self.expected in (None, outcome.result)
+        return has_passed, outcome.is_late
+
+
+def extract_code(completion: str) -> str | None:
+    """Content of the last closed Markdown fence that is Python or says no language; None without one."""
+    found, language, lines = None, None, list[str]()
+    for line in completion.split("\n"):
+        mark = line.strip()
+        if not mark.startswith(FENCE):
+            lines.append(line)
+        elif language is None or mark != FENCE:  # a fence that says a language opens a block even inside another
+            language, lines = mark[len(FENCE) :].strip().lower(), []
+        else:
+            found = "\n".join(lines) if language in _LANGUAGES else found
+            language = None
+    return found
+
+
+def code(
+    prompts: list[str],
+    completions: list[str],
+    *,
+    time_limit_seconds: float = 1.0,
+    memory_limit_mb: float = 512,
+    num_workers: float = 0,
+    **columns: Any,
+) -> list[float | None]:
+    """Tests passed / tests; 0 without a closed code block; None for a row without tests. Range [0, 1].
+
+    It runs what the model wrote; `dirl.reward.sandbox` says behind which walls.
+
+    Args:
+        time_limit_seconds: CPU time of a test whose row has no `test_time_limit`.
+        memory_limit_mb: address space of each process.
+        num_workers: programs run at once; 0: one per usable core, at most 4.
+    Source: dLLM-RL (arXiv 2509.06949), partial credit as in its released rewards.
+    """
+    num_rows = len(completions)
+    jobs: list[Callable[[], float] | None] = []
+    for row, completion in enumerate(completions):
+        values = {name: column[row] for name, column in columns.items() if len(column) == num_rows}
+        try:
+            tests = read_tests(values)
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+        limits = Limits(float(values.get("test_time_limit") or time_limit_seconds), int(memory_limit_mb))
+        jobs.append(_job(completion, str(values.get("prefix") or ""), tests, limits) if tests else None)
+    workers = int(num_workers) or min(4, count_usable_cores())
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        futures = [None if job is None else pool.submit(job) for job in jobs]
+        return [None if future is None else future.result() for future in futures]
+
+
+def _job(completion: str, prefix: str, tests: Sequence[CodeTest], limits: Limits) -> Callable[[], float]:
+    sandbox = warned_sandbox()
+    return lambda: score_completion(completion, prefix, tests, sandbox, limits)
+
+
+def score_completion(
+    completion: str, prefix: str, tests: Sequence[CodeTest], sandbox: Sandbox, limits: Limits
+) -> float:
+    """The share of tests that the completion's program passes."""
+    program = extract_code(completion)
+    if program is None or not program.strip():
+        return 0.0
+    source = f"{prefix.rstrip()}\n{program}" if prefix.strip() else program
+    num_passed = num_timeouts = 0
+    for test in tests:
+        has_passed, is_late = test.passes(source, sandbox, limits)
+        num_passed += has_passed
+        num_timeouts += is_late
+        if num_timeouts == MAX_TIMEOUTS:
+            break
+    return num_passed / len(tests)
+
+
+def read_tests(row: dict[str, Any]) -> list[CodeTest]:
+    """The tests of a row; none for a row of another kind.
+
+    Raises:
+        ValueError: an unknown method, no tests under it, or inputs and outputs that are no pairs.
+    """
+    method = row.get("test_method")
+    if method is None:
+        return []
+    inputs, outputs, statements = (_texts(row, name) for name in ("test_input", "test_output", "test_list"))
+    if method not in ("stdio", "function"):
+        raise ValueError(f"test_method={method!r}; expected stdio or function")
+    if len(inputs) != len(outputs):
+        raise ValueError(f"test_input has {len(inputs)} entries and test_output {len(outputs)}; they are pairs")
+    pairs = list(zip(inputs, outputs, strict=True))
+    if method == "stdio":
+        tests = [CodeTest(text, expected, is_function=False) for text, expected in pairs]
+    else:
+        tests = [_expression_test(text, expected) for text, expected in pairs] + list(map(_statement_test, statements))
+    if not tests:
+        raise ValueError(f"test_method={method} without tests")
+    return tests
+
+
+def _texts(row: dict[str, Any], name: str) -> list[str]:
+    value = row.get(name)
+    texts = [value] if isinstance(value, str) else list(value or [])
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be a list of texts, got {value!r:.80}")
+    return texts
+
+
+def _expression_test(text: str, expected: str) -> CodeTest:
+    try:
+        return CodeTest(text, canonical(ast.literal_eval(expected)), is_function=True)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"test_output {expected!r:.80} of a function test is no Python literal") from error
+
+
+def _statement_test(statement: str) -> CodeTest:
+    """`assert expression == literal` is judged outside of the program's process, every other statement inside."""
+    try:
+        (body,) = ast.parse(statement.strip()).body
+        if isinstance(body, ast.Assert) and isinstance(body.test, ast.Compare):
+            (operator,), (right,) = body.test.ops, body.test.comparators
+            if isinstance(operator, ast.Eq):
+                return CodeTest(ast.unparse(body.test.left), canonical(ast.literal_eval(right)), is_function=True)
+    except (ValueError, SyntaxError):
+        pass  # several statements, several comparisons, or something to compute on the right
+    return CodeTest(statement, None, is_function=True)
+
+
+_has_warned = False
+
+
+def warned_sandbox() -> Sandbox:
+    """The sandbox of this machine; says once what it does not keep out."""
+    global _has_warned
+    sandbox = find_sandbox()
+    if sandbox.isolation != "bwrap" and not _has_warned:
+        _has_warned = True
+        logger.warning(
+            "generated code runs with isolation %r, which is no security boundary; install bubblewrap (bwrap) for one",
+            sandbox.isolation,
+        )
+    return sandbox
