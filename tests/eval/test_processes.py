@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dirl import cli
-from dirl.config import ConfigError
+from dirl.errors import UserError
 from dirl.eval.evaluate import EvalConfig, run_evaluation
 from dirl.eval.sample_store import read_rows
 from dirl.model.checkpoint import ModelConfig
@@ -87,6 +87,6 @@ def test_all_processes_fail_with_the_main_one(model: Path, tmp_path: Path, monke
 
     monkeypatch.setattr("dirl.eval.evaluate.Distributed", SecondOfTwo)
     config = EvalConfig(output_dir=str(tmp_path / "out"), model=ModelConfig(path=str(model)))
-    with pytest.raises(ConfigError, match="samples of another configuration"):
+    with pytest.raises(UserError, match="samples of another configuration"):
         run_evaluation(config)
     assert not (tmp_path / "out").exists()

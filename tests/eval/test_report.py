@@ -177,7 +177,7 @@ def test_two_runs_are_compared_on_the_command_line(tmp_path: Path, capsys: pytes
 def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_run(tmp_path / "a", {0: [True]})
     for words, message in (
-        (["compare", str(a)], "expected compare and two directories"),
+        (["compare", str(a)], "expected the directories of two evaluations"),
         (
             ["compare", str(a), str(tmp_path)],
             f"{tmp_path} holds no samples.jsonl; give the output_dir of an evaluation",
