@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +27,7 @@ from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
 from dirl.rollout import server_engine  # noqa: E402
 from dirl.rollout.build import EngineConfig  # noqa: E402
-from dirl.rollout.engine import RolloutError  # noqa: E402
+from dirl.rollout.engine import Completion, RolloutError  # noqa: E402
 from dirl.rollout.server import KEY_VARIABLE, RolloutServer, ServeConfig, _listen, serve  # noqa: E402
 from dirl.rollout.server_engine import Server, ServerEngine, connect  # noqa: E402
 from dirl.rollout.torch_engine import TorchEngine  # noqa: E402
@@ -84,7 +84,13 @@ def test_servers_share_the_work_and_answers_keep_their_order(count: int) -> None
     model, tokenizer = likely_to_stop()
     prompts, seeds = random_prompts([1, 9, 3, 8, 4, 2, 17]), range(7)
     engine = over_threads(model, tokenizer, count=count)
-    assert engine.generate(prompts, DYNAMIC, seeds) == TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    assert what_was_decoded(engine.generate(prompts, DYNAMIC, seeds)) == what_was_decoded(expected)
+
+
+def what_was_decoded(completions: Sequence[Completion]) -> list[Any]:
+    """All but logprobs, which rounding moves with what shares a batch."""
+    return [(c.prompt_ids, c.token_ids, c.step_map, c.text) for c in completions]
 
 
 def test_answers_are_matched_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +194,7 @@ def test_another_model_is_refused() -> None:
         ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True)
 
 
+@pytest.mark.slow
 def test_a_server_of_our_own_restarts_once_after_a_crash_and_dies_with_us(tmp_path: Path) -> None:
     """Real processes: started, killed in between, started again with the weights pushed; gone when the trainer is."""
     (model, tokenizer), (donor, _) = likely_to_stop(seed=6), likely_to_stop(seed=5)
@@ -217,6 +224,7 @@ def test_a_server_that_cannot_start_shows_its_log() -> None:
         connect(model, tokenizer, EngineConfig(mode="server", engine="lmdeploy"))
 
 
+@pytest.mark.slow
 def test_no_orphan(tmp_path: Path) -> None:
     """The trainer is killed without a chance to clean up."""
     save_model(*likely_to_stop(), tmp_path / "model")
