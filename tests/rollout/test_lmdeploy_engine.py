@@ -287,6 +287,19 @@ def test_an_engine_that_dies_is_an_error_and_not_a_shorter_list(monkeypatch: pyt
     monkeypatch.setattr(engine._agent.patched_model, "read", fail)
     with pytest.raises(RolloutError, match="LMDeploy answered prompt 0"):
         engine.generate([[1, 2]], DYNAMIC, [0])
+    for again in (lambda: engine.generate([[1, 2]], DYNAMIC, [0]), lambda: engine.update_weights(likely_to_stop()[0])):
+        with pytest.raises(RolloutError, match="LMDeploy's loop has ended"):
+            again()
+
+
+def test_closing_frees_the_model_and_may_be_repeated() -> None:
+    engine = make(*likely_to_stop())
+    engine.generate([[1, 2]], DYNAMIC, [0])
+    engine.close()
+    engine.close()
+    assert engine._agent.patched_model is None
+    with pytest.raises(RolloutError, match="the engine was closed"):
+        engine.generate([[1, 2]], DYNAMIC, [0])
 
 
 def test_the_loop_runs_in_a_thread_of_its_own() -> None:
