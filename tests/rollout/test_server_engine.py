@@ -23,6 +23,7 @@ import torch
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
+from dirl.cli import main  # noqa: E402
 from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
 from dirl.rollout import server_engine  # noqa: E402
@@ -185,6 +186,12 @@ def test_no_server_without_a_key(key: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(KEY_VARIABLE, key)
     with pytest.raises(ValueError, match=f"{KEY_VARIABLE} must hold a key of at least 16 characters"):
         serve(ServeConfig(host="0.0.0.0"))
+
+
+def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["serve", str(Path(__file__).parents[2] / "configs/tiny/serve.yaml")]) == 2
+    assert KEY_VARIABLE in capsys.readouterr().err
 
 
 def test_another_model_is_refused() -> None:
