@@ -52,3 +52,12 @@ install_dirl() {
     fi
     export PATH="$ROOT/.venv/bin:$PATH"
 }
+
+# LMDeploy's classes for the tests, beside the torch that is there (see the file). Without a network its tests are skipped.
+install_lmdeploy_for_tests() {
+    local list=$ROOT/tests/requirements-lmdeploy.txt
+    [[ -z ${NO_VENV:-} ]] || return 0
+    "$ROOT/.venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('lmdeploy') is None)" 2>/dev/null && return 0
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$list" ||
+        echo "LMDeploy could not be installed (its reason is above): its tests will be skipped" >&2
+}

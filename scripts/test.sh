@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 install_dirl dev
+install_lmdeploy_for_tests
 
 # The report is tested in a real browser where there is one; root on Debian gets it (NO_BROWSER=1: does not), others may
 # skip those tests.

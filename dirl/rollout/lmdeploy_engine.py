@@ -91,6 +91,7 @@ class LMDeployEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
+        self._check_alive()
         if self._asleep:
             raise RolloutError("the engine is asleep; call wake before generate")
         if self._is_stale:
@@ -138,6 +139,7 @@ class LMDeployEngine:
     def _push(self, model: nn.Module) -> None:
         """Overwrite all weights. Sharded parameters are gathered in the calling thread, a bucket of them at a time."""
         self._is_stale = True
+        self._check_alive()
         self._wake({"weights"})
         self._thread.run(self._pause())
         before = [parameter.data_ptr() for parameter in self._module.parameters()]
@@ -252,8 +254,17 @@ class LMDeployEngine:
             await asyncio.sleep(0.01)
 
     async def _close(self) -> None:
+        loop_task = self._engine._loop_main
         self._engine.close()
-        await asyncio.sleep(0)
+        if loop_task is not None:
+            await asyncio.wait([loop_task], timeout=30)  # it frees the model and the cache on its way out
+        self._engine.req_manager.stop_loop()
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_open or self._engine._engine_loop is None:
+            raise RolloutError(
+                "LMDeploy's loop has ended (its log says why), or the engine was closed; build a new one"
+            )
 
 
 class _LoopThread:
@@ -284,8 +295,10 @@ class _LoopThread:
             torch.cuda.set_device(device)  # a new thread starts on device 0
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
+        left = asyncio.all_tasks(self._loop)
+        for task in left:
             task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 

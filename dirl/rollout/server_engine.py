@@ -171,8 +171,9 @@ class ServerEngine:
 
     def _revive(self, server: Server) -> bool:
         """Start a crashed server of our own again, once, with the weights it had."""
-        if server.process is None or server.process.is_alive or not server.restarts_left:
-            return False
+        is_sharded = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self._model.parameters())
+        if server.process is None or server.process.is_alive or not server.restarts_left or is_sharded:
+            return False  # sharded weights can only be gathered by all ranks together
         server.restarts_left -= 1
         server.process.start()
         server.url = server.process.url

@@ -31,14 +31,17 @@ def checkpoint_tensors(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
 
 
 def buckets(named: NamedTensors, max_bytes: int = BUCKET_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors of at most `max_bytes` together; a larger one goes alone."""
+    """Copies of consecutive tensors, of at most `max_bytes` together; a larger one goes alone.
+
+    Copies, because a parameter that was gathered from shards is gone when the next one is.
+    """
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named:
         if bucket and size + tensor.nbytes > max_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, tensor))
+        bucket.append((name, tensor.clone()))
         size += tensor.nbytes
     if bucket:
         yield bucket

@@ -174,7 +174,7 @@ def test_accumulation_in_one_process(run: str, one_process: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
+    "backend", ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("zero2", "zero3", "fsdp2"))]
 )
 def test_two_processes_equal_one(backend: str, one_process: Path, tmp_path: Path) -> None:
     if backend.startswith("zero") and find_spec("deepspeed") is None:

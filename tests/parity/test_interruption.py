@@ -185,7 +185,7 @@ def numbers(output_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
 
 
-BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
+BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("zero2", "zero3", "fsdp2"))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -81,7 +81,7 @@ def train(output_dir: Path, kind: str) -> None:
     MAKE[kind](output_dir, save_steps=2).train()
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("rl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("rl", marks=pytest.mark.matrix)])
 def test_killed_after_each_file(kind: str, tmp_path: Path) -> None:
     command = [sys.executable, __file__, str(tmp_path), kind]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

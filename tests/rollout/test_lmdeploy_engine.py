@@ -14,8 +14,11 @@ from torch import nn
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
 from dirl.data.chat import stop_token_ids  # noqa: E402
+from dirl.data.problems import Problem  # noqa: E402
 from dirl.diffusion.unmasking import UnmaskingStrategy  # noqa: E402
+from dirl.eval.evaluate import Evaluator, Mode  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
+from dirl.reward.rubric import RewardConfig, Rubric  # noqa: E402
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.replay import logprobs  # noqa: E402
 from dirl.rollout.torch_engine import TorchEngine  # noqa: E402
@@ -287,6 +290,19 @@ def test_an_engine_that_dies_is_an_error_and_not_a_shorter_list(monkeypatch: pyt
     monkeypatch.setattr(engine._agent.patched_model, "read", fail)
     with pytest.raises(RolloutError, match="LMDeploy answered prompt 0"):
         engine.generate([[1, 2]], DYNAMIC, [0])
+    for again in (lambda: engine.generate([[1, 2]], DYNAMIC, [0]), lambda: engine.update_weights(likely_to_stop()[0])):
+        with pytest.raises(RolloutError, match="LMDeploy's loop has ended"):
+            again()
+
+
+def test_closing_frees_the_model_and_may_be_repeated() -> None:
+    engine = make(*likely_to_stop())
+    engine.generate([[1, 2]], DYNAMIC, [0])
+    engine.close()
+    engine.close()
+    assert engine._agent.patched_model is None
+    with pytest.raises(RolloutError, match="the engine was closed"):
+        engine.generate([[1, 2]], DYNAMIC, [0])
 
 
 def test_the_loop_runs_in_a_thread_of_its_own() -> None:
@@ -297,3 +313,32 @@ def test_the_loop_runs_in_a_thread_of_its_own() -> None:
         return engine.generate([[1, 2]], DYNAMIC, [0])
 
     assert asyncio.run(inside()) == engine.generate([[1, 2]], DYNAMIC, [0])
+
+
+@pytest.mark.parametrize("call", ["update_params", "init_weights_update_group", "update_weights_from_distributed"])
+def test_stock_pushes_are_missing_on_one_gpu(call: str) -> None:
+    """What docs/lmdeploy.md says of 0.18.0; when this fails, pushes to servers can become faster."""
+    from lmdeploy.pytorch.engine.executor.base import ExecutorBase
+    from lmdeploy.pytorch.engine.executor.uni_executor import UniExecutor
+
+    assert getattr(UniExecutor, call) is getattr(ExecutorBase, call)
+    with pytest.raises(NotImplementedError):
+        getattr(UniExecutor, call)(object(), None)
+
+
+def test_evaluation_runs_on_it() -> None:
+    """Several modes, one engine: accuracy and tokens per step are those of the torch engine."""
+    model, tokenizer = likely_to_stop()
+    problems = [Problem("?" * length, "0", {}) for length in range(1, 5)]
+    modes = [
+        Mode(f"threshold {threshold}", SamplingConfig(confidence_threshold=threshold, max_completion_length=12), 2)
+        for threshold in (0.0, 0.9)
+    ]
+    found = []
+    with Rubric(RewardConfig(functions=["accuracy"])) as rubric:
+        for engine in (make(model, tokenizer), TorchEngine(model, tokenizer)):
+            evaluator = Evaluator(engine, tokenizer, rubric, seed=0)
+            results = [evaluator.evaluate(problems, mode) for mode in modes]
+            found.append([(result.avg_at_k, result.tokens_per_step) for result in results])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1], "the threshold changed nothing"

@@ -12,9 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ import torch
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
+from dirl.cli import main  # noqa: E402
 from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
 from dirl.rollout import server_engine  # noqa: E402
 from dirl.rollout.build import EngineConfig  # noqa: E402
-from dirl.rollout.engine import RolloutError  # noqa: E402
+from dirl.rollout.engine import Completion, RolloutError  # noqa: E402
 from dirl.rollout.server import KEY_VARIABLE, RolloutServer, ServeConfig, _listen, serve  # noqa: E402
 from dirl.rollout.server_engine import Server, ServerEngine, connect  # noqa: E402
 from dirl.rollout.torch_engine import TorchEngine  # noqa: E402
@@ -86,9 +86,12 @@ def test_servers_share_the_work_and_answers_keep_their_order(count: int) -> None
     prompts, seeds = random_prompts([1, 9, 3, 8, 4, 2, 17]), range(7)
     engine = over_threads(model, tokenizer, count=count)
     expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
-    for one, other in zip(engine.generate(prompts, DYNAMIC, seeds), expected, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)  # sums of other batches round otherwise
-        assert replace(one, logprobs=None) == replace(other, logprobs=None)
+    assert what_was_decoded(engine.generate(prompts, DYNAMIC, seeds)) == what_was_decoded(expected)
+
+
+def what_was_decoded(completions: Sequence[Completion]) -> list[Any]:
+    """All but logprobs, which rounding moves with what shares a batch."""
+    return [(c.prompt_ids, c.token_ids, c.step_map, c.text) for c in completions]
 
 
 def test_answers_are_matched_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +188,12 @@ def test_no_server_without_a_key(key: str, monkeypatch: pytest.MonkeyPatch) -> N
         serve(ServeConfig(host="0.0.0.0"))
 
 
+def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["serve", str(Path(__file__).parents[2] / "configs/tiny/serve.yaml")]) == 2
+    assert KEY_VARIABLE in capsys.readouterr().err
+
+
 def test_another_model_is_refused() -> None:
     _, url = start_server(*likely_to_stop(block_length=8))
     model, tokenizer = likely_to_stop(block_length=4)
@@ -192,6 +201,7 @@ def test_another_model_is_refused() -> None:
         ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True)
 
 
+@pytest.mark.slow
 def test_a_server_of_our_own_restarts_once_after_a_crash_and_dies_with_us(tmp_path: Path) -> None:
     """Real processes: started, killed in between, started again with the weights pushed; gone when the trainer is."""
     (model, tokenizer), (donor, _) = likely_to_stop(seed=6), likely_to_stop(seed=5)
@@ -221,6 +231,7 @@ def test_a_server_that_cannot_start_shows_its_log() -> None:
         connect(model, tokenizer, EngineConfig(mode="server", engine="lmdeploy"))
 
 
+@pytest.mark.slow
 def test_no_orphan(tmp_path: Path) -> None:
     """The trainer is killed without a chance to clean up."""
     save_model(*likely_to_stop(), tmp_path / "model")

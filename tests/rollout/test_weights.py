@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dirl.model.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from dirl.model.tiny import tiny
@@ -63,38 +64,28 @@ def test_tied_embeddings_are_sent_once_and_wrappers_have_no_name() -> None:
 def test_buckets_keep_order_and_size(max_bytes: int) -> None:
     named = [(str(i), torch.zeros(n)) for i, n in enumerate([3, 40, 7, 25, 25, 1, 120, 2])]
     found = list(buckets(named, max_bytes))
-    assert [item for bucket in found for item in bucket] == named
+    flat = [item for bucket in found for item in bucket]
+    assert [(name, tensor.shape) for name, tensor in flat] == [(name, tensor.shape) for name, tensor in named]
     sizes = [sum(tensor.nbytes for _, tensor in bucket) for bucket in found]
     assert all(size <= max_bytes or len(bucket) == 1 for size, bucket in zip(sizes, found, strict=True))
     firsts = [bucket[0][1].nbytes for bucket in found[1:]]
     assert all(size + first > max_bytes for size, first in zip(sizes, firsts, strict=False)), "a bucket had room"
 
 
-def test_a_bucket_at_a_time_is_alive() -> None:
-    """Sharded parameters are gathered one by one: no more than a bucket of them may be held."""
-    alive: list[int] = []
+def test_a_bucket_holds_copies_and_no_more_than_a_bucket_of_them() -> None:
+    """As with parameters gathered from shards: each is gone when the next one comes."""
+    shared = torch.zeros(10)
 
-    class Gathered:
-        count = 0
-
-        def __init__(self) -> None:
-            Gathered.count += 1
-
-        def __del__(self) -> None:
-            Gathered.count -= 1
-
-    def gather() -> object:
+    def gather() -> Iterator[tuple[str, Tensor]]:
         for i in range(20):
-            tensor = torch.zeros(10)
-            tensor.owner = Gathered()  # type: ignore[attr-defined]
-            alive.append(Gathered.count)
-            yield str(i), tensor
-            del tensor
+            yield str(i), shared.fill_(i)
+        shared.fill_(-1)
 
-    for bucket in buckets(gather(), max_bytes=120):  # type: ignore[arg-type]
-        assert len(bucket) <= 3
-        del bucket
-    assert max(alive) <= 5  # a bucket, the one that did not fit, and the one the consumer is done with
+    seen = []
+    for bucket in buckets(gather(), max_bytes=120):
+        assert sum(tensor.nbytes for _, tensor in bucket) <= 120
+        seen += [(name, tensor.tolist()) for name, tensor in bucket]
+    assert seen == [(str(i), [float(i)] * 10) for i in range(20)]
 
 
 def test_another_configuration_is_named() -> None:
