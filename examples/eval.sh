@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Evaluation. Without arguments: the SFT model of the embedded default (made first when missing).
-#   CONFIG=configs/sdar_8b/eval.yaml MODEL=/path/to/final DATASETS="math500 gsm8k" bash examples/eval.sh
+#   CONFIG=configs/sdar_8b/eval.yaml MODEL=/path/to/final DATASETS="MATH500 GSM8K" NUM_PROCESSES=8 bash examples/eval.sh
+# Several processes share the problems; a killed evaluation continues, with any number of them.
 # MODEL and DATASETS (separated by spaces) stand for model.path=... and data.datasets=[...].
 # The other variables it reads (CONFIG, NUM_PROCESSES, ACCELERATE_CONFIG, DRY_RUN, ...) are listed in scripts/launch.sh.
 set -euo pipefail

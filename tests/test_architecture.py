@@ -35,6 +35,7 @@ FACES = {"cli", "__init__", "__main__"}
 FENCES = {
     "lmdeploy": {"rollout/lmdeploy_engine.py", "rollout/lmdeploy_recorder.py"},
     "math_verify": {"reward/math_answer.py"},
+    "reasoning_gym": {"data/reasoning_tasks.py", "reward/reasoning_tasks.py"},
     "wandb": {"training/metrics.py"},
     "torch.distributed": {"training/distributed.py"},
     "accelerate": {"training/distributed.py"},

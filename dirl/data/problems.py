@@ -74,11 +74,16 @@ def problem_from_row(row: dict[str, object]) -> Problem:
 
 
 def _task_problems(path: str, *, split: str, limit: int, seed: int) -> list[Problem]:
-    from dirl.data.tasks import find_task  # here, not above: tasks makes Problems and imports this module
+    # Here, not above: tasks make Problems and import this module.
+    from dirl.data import reasoning_tasks
+    from dirl.data.tasks import find_task
 
-    task = find_task(path)
+    is_library = path.startswith(reasoning_tasks.PREFIX)
+    task = None if is_library else find_task(path)
     if split not in ("train", "heldout"):
         raise DataError(f"{path} has the splits train and heldout, got {split!r}")
+    if task is None:
+        return reasoning_tasks.reasoning_problems(path, split=split, limit=limit, seed=seed)
     if split == "train":
         return task.problems(limit or task.num_train, seed, "train")
     return task.problems(limit or task.num_heldout, seed, "heldout")

@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from dirl.data import reasoning_tasks
 from dirl.data.problems import TESTS, Problem, load_problems
 from dirl.errors import MissingFileError, UserError
 
@@ -34,9 +36,11 @@ class Benchmark:
     problems: list[Problem]
 
     @property
-    def is_code(self) -> bool:
-        """Whether tests judge the answers."""
-        return TESTS in self.problems[0].columns
+    def judge(self) -> Literal["code", "reasoning_gym"] | None:
+        """The one reward that can judge its answers; None where the configuration chooses."""
+        if TESTS in self.problems[0].columns:
+            return "code"
+        return "reasoning_gym" if self.name.startswith(reasoning_tasks.PREFIX) else None
 
 
 def load_benchmarks(names_or_paths: Sequence[str], *, limit: int = 0, seed: int = 0) -> list[Benchmark]:
@@ -66,7 +70,7 @@ def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Bench
     if name is None and not Path(path).suffix and "/" not in path:
         raise UserError(
             f"data.datasets: unknown data set {path!r}; known are {', '.join((*NAMES, *CODE_NAMES))}, "
-            "paths of .json, .jsonl or .parquet files, and task:noisy_sums"
+            "paths of .json, .jsonl or .parquet files, task:noisy_sums and task:reasoning_gym/NAME"
         )
     return Benchmark(name or Path(path).stem, load_problems(path, split="test", limit=limit))
 

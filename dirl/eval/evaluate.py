@@ -216,7 +216,7 @@ def run_evaluation(config: EvalConfig) -> Path:
                 stack.enter_context(Rubric(_reward_of(benchmark, config.reward))),
                 seed=config.seed,
                 system_prompt=config.data.system_prompt,
-                suffix="" if benchmark.is_code else config.data.suffix,
+                suffix="" if benchmark.judge == "code" else config.data.suffix,
                 distributed=distributed,
             )
             for mode in config.decoding_modes:
@@ -247,11 +247,12 @@ def _open_store(
 
 
 def _reward_of(benchmark: Benchmark, reward: RewardConfig) -> RewardConfig:
-    """Tests judge programs, whatever else is rewarded elsewhere."""
-    if not benchmark.is_code:
+    """The configured reward, except where only one can judge."""
+    if benchmark.judge is None or benchmark.judge in reward.functions:
         return reward
-    parameters = {"code": reward.parameters["code"]} if "code" in reward.parameters else {}
-    return replace(reward, functions=["code"], weights=[], parameters=parameters)
+    judge: str = benchmark.judge
+    parameters = {name: values for name, values in reward.parameters.items() if name == judge}
+    return replace(reward, functions=[judge], weights=[], parameters=parameters)
 
 
 def sample_settings(config: EvalConfig, model: nn.Module, benchmarks: Sequence[Benchmark]) -> dict[str, object]:

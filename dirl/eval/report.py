@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from dirl.errors import UserError
+from dirl.errors import MissingFileError, UserError
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
@@ -163,12 +163,12 @@ def compare_runs(a: Path, b: Path) -> list[Comparison]:
     """Every data set and mode that two output directories share, problem by problem.
 
     Raises:
-        FileNotFoundError: one of them is no output directory of an evaluation.
+        MissingFileError: one of them is no output directory of an evaluation.
         ValueError: they share none, or one data set with other problems.
     """
     for directory in (a, b):
         if not (directory / SAMPLES).is_file():
-            raise FileNotFoundError(f"{directory} holds no {SAMPLES}; give the output_dir of an evaluation")
+            raise MissingFileError(f"{directory} holds no {SAMPLES}; give the output_dir of an evaluation")
     samples_a, samples_b = read_samples(a / SAMPLES), read_samples(b / SAMPLES)
     header_a, header_b = read_header(a), read_header(b)
     shared = [key for key in samples_a if key in samples_b]

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel, SDARMoeForCausalLM
 
 Kernels = Literal["auto", "torch", "liger"]
@@ -20,11 +21,11 @@ def use_fused_kernels(model: BlockDiffusionModel, kernels: Kernels) -> None:
     Args:
         kernels: auto patches where a GPU and the package are there; liger insists; torch never does.
     Raises:
-        ValueError: liger was asked for and one of the two is missing.
+        UserError: liger was asked for and one of the two is missing.
     """
     is_possible = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
     if kernels == "liger" and not is_possible:
-        raise ValueError("model.kernels=liger needs a GPU and pip install 'dirl[liger]'; use auto or torch")
+        raise UserError("model.kernels=liger needs a GPU and pip install 'dirl[liger]'; use auto or torch")
     if kernels == "torch" or not is_possible:
         return
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3, apply_liger_kernel_to_qwen3_moe

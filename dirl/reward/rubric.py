@@ -23,14 +23,16 @@ from typing import Any, Literal
 from dirl.errors import UserError
 from dirl.reward.code_execution import code
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
+from dirl.reward.reasoning_tasks import reasoning_gym
 from dirl.reward.shaping import REWARD_FUNCTIONS, RewardFunction
 
 Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
-JUDGES = ("accuracy", "code")  # functions whose full score, 1, says that an answer is right
+JUDGES = ("accuracy", "code", "reasoning_gym")  # functions whose full score, 1, says that an answer is right
 
 REWARD_FUNCTIONS["code"] = code  # it runs generated programs: never unless it is named
+REWARD_FUNCTIONS["reasoning_gym"] = reasoning_gym
 
 
 class RewardError(UserError):

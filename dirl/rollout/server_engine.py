@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import save_tokenizer
+from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.build import EngineConfig
@@ -214,13 +215,13 @@ def connect(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, conf
     """The engine of `mode: server`: over the given servers, or over one that is started here.
 
     Raises:
-        ValueError: servers are given without their key.
+        UserError: servers are given without their key.
     """
     if not config.server_urls:
         return ServerEngine([_start(model, tokenizer, config)], model, tokenizer, pushes=True)
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
-        raise ValueError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
+        raise UserError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
     servers = [Server(url, key) for url in config.server_urls]
     return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0)
 
@@ -229,7 +230,7 @@ def _start(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, confi
     """A server of our own with the model's configuration and a random key, on this local rank's server device."""
     local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), config.server_devices
     if devices and local_rank >= len(devices):
-        raise ValueError(f"rollout.server_devices must name a device for each local rank, got {devices}")
+        raise UserError(f"rollout.server_devices must name a device for each local rank, got {devices}")
     directory = tempfile.TemporaryDirectory(prefix="dirl-serve-")
     model.config.save_pretrained(directory.name)
     save_tokenizer(tokenizer, directory.name)
@@ -257,7 +258,7 @@ def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
         ("vocab_size", config.vocab_size),
     ):
         if health[name] != ours:
-            raise ValueError(f"server {server.url} has {name} {health[name]}, the trainer {ours}; serve the same model")
+            raise UserError(f"server {server.url} has {name} {health[name]}, the trainer {ours}; serve the same model")
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

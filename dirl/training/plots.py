@@ -18,6 +18,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dirl.errors import MissingFileError
 from dirl.training.metrics import read_metrics
 
 Series = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
@@ -179,7 +180,7 @@ def plot_run(run_dir: str | Path) -> Pictures:
     """Draw every panel the run has numbers for; returns the files written, in the order of the panels."""
     source = Path(run_dir) / "metrics.jsonl"
     if not source.is_file():
-        raise FileNotFoundError(f"{source}: no metrics to plot; give the output_dir of a training run")
+        raise MissingFileError(f"{source}: no metrics to plot; give the output_dir of a training run")
     rows = read_metrics(source)
     folder = Path(run_dir) / "plots"
     folder.mkdir(exist_ok=True)

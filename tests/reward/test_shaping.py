@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from typing import Any
 
 import pytest
 
 from dirl.reward import shaping
+from dirl.reward.code_execution import extract_code
 
 
 def shape(name: str, completions: list[str] | None = None, *, prompts: list[str] | None = None, **columns: Any) -> Any:
@@ -128,9 +130,46 @@ def test_every_function_keeps_the_contract_and_states_its_range(name: str) -> No
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[2:-1])
     assert "Range" in (function.__doc__ or "")
     columns: dict[str, Any] = {
+        "answer": [],
         "is_right": [],
         "completion_length": [],
         "max_completion_length": [],
         "num_denoising_steps": [],
     }
     assert function([], [], completion_ids=[], step_maps=[], finish_reason=[], **columns) == []
+
+
+HOSTILE_TEXTS = {
+    "boxes": r"\boxed{" * 150_000,
+    "box and blanks": "\\boxed" + " " * 1_000_000,
+    "boxes and blanks": ("\\boxed" + " " * 100) * 10_000,
+    "braces": "{" * 50_000 + "}" * 50_000,
+    "one long line": "a" * 1_000_000,
+    "words": "a " * 500_000,
+    "blanks": " " * 1_000_000,
+    "line feeds": "\n" * 1_000_000,
+    "thoughts": "<think>" * 150_000,
+    "thoughts ended": "<think>" + "</think>" * 120_000,
+    "nul": "\0" * 1_000_000,
+    "unicode": "\u0130\ufdfa\u200b\U0001f600\ud800" * 100_000,
+    "fences": "```" + "`" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS)
+def test_hostile_texts_take_no_time(text: str) -> None:
+    start = time.process_time()
+    judges_of_other_rows = {"code", "reasoning_gym"}
+    for name in sorted(shaping.REWARD_FUNCTIONS.keys() - judges_of_other_rows):
+        columns = {
+            "is_right": [False],
+            "completion_length": [9],
+            "num_denoising_steps": [3],
+            "finish_reason": ["stop"],
+            "max_completion_length": [10],
+        }
+        function = shaping.REWARD_FUNCTIONS[name]
+        (reward,) = function(["Q"], [text], completion_ids=[[1]], step_maps=[[1]], **columns)
+        assert reward is not None and math.isfinite(reward), name
+    assert extract_code(text) is None
+    assert time.process_time() - start < 10

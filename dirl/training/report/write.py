@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dirl.errors import MissingFileError
 from dirl.training.metrics import one_line, read_metrics
 from dirl.training.report.curves import draw_panels
 from dirl.training.report.page import report_page
@@ -41,7 +42,7 @@ def write_report(
         path: None: report.html in the run's directory; of several, report_and_<others>.html in the first one's.
         decode: texts of tokens, for rows of completions that bring only ids.
     Raises:
-        FileNotFoundError: a directory holds no metrics.jsonl.
+        MissingFileError: a directory holds no metrics.jsonl.
     """
     folders = [Path(run_dir) for run_dir in run_dirs]
     names = _names(folders)
@@ -65,7 +66,7 @@ def _describe(folder: Path, name: str, decode: Decode | None) -> dict[str, Any]:
     """One run as the page's script wants it."""
     source = folder / "metrics.jsonl"
     if not source.is_file():
-        raise FileNotFoundError(f"{source}: no metrics to report; give the output_dir of an sft or rl run")
+        raise MissingFileError(f"{source}: no metrics to report; give the output_dir of an sft or rl run")
     rows = read_metrics(source)
     record = _read_json(folder / "run.json")
     config = record.get("config", {})
