@@ -243,16 +243,17 @@ def python(tmp_path: Path) -> dict[str, str]:
 
 
 def installs(python: dict[str, str]) -> list[str]:
-    """What pip was last asked for in each of its calls."""
+    """What each editable install was for; the list of LMDeploy's tests is no editable install."""
     log = Path(python["FAKE_LOG"])
-    return [line.partition(" -e ")[2] for line in log.read_text().splitlines()] if log.exists() else []
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line.partition(" -e ")[2] for line in lines if " -e " in line]
 
 
 def test_tests_install_once_and_pass_arguments_on(copy: Path, elsewhere: Path, python: dict[str, str]) -> None:
     for _ in range(2):
         done = run(copy / "scripts/test.sh", "-k", "views", cwd=elsewhere, **python)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == f"pytest -k views in {copy}, offline=1"
+        assert done.stdout.splitlines()[-1] == f"pytest -m not matrix -k views in {copy}, offline=1"
     assert installs(python) == [f"{copy}[dev]"]
     # The base install is contained in the dev install; a changed pyproject.toml is installed again.
     source = f'set -euo pipefail; source "{copy}/scripts/setup_env.sh"; install_dirl'
