@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from dirl.data.chat import load_tokenizer, token_texts
@@ -21,5 +22,5 @@ def _decoder(run_dirs: Sequence[str]) -> Decode | None:
     final = next((final for final in finals if (final / "tokenizer.json").is_file()), None)
     if final is None:
         return None
-    tokenizer = load_tokenizer(final)
-    return lambda ids: token_texts(tokenizer, [ids])[0]
+    tokenizer = cache(partial(load_tokenizer, final))  # takes seconds, and most runs bring their texts
+    return lambda ids: token_texts(tokenizer(), [ids])[0]
