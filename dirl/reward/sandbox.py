@@ -189,7 +189,8 @@ def _wrapper(isolation: Isolation, directory: str) -> list[str]:
     program = shutil.which(isolation) or isolation
     if isolation == "unshare":
         spaces = ["--user", "--map-current-user", "--net", "--ipc", "--pid", "--fork", "--mount", "--mount-proc"]
-        return [program, *spaces, "--kill-child=SIGKILL", "--"]
+        # The shell is process 1, which the kernel shields from SIGXCPU, and says how its child ended.
+        return [program, *spaces, "--kill-child=SIGKILL", "--", "/bin/sh", "-c", '"$@"; exit $?', "sh"]
     seen = [argument for path in (*_SYSTEM, sys.base_prefix) for argument in ("--ro-bind-try", path, path)]
     own = ["--proc", "/proc", "--dev", "/dev", "--bind", directory, directory, "--chdir", directory]
     return [program, "--unshare-all", "--die-with-parent", *seen, *own, "--"]

@@ -29,6 +29,7 @@ from safetensors.torch import load as read_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl.data.chat import load_tokenizer
+from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.build import EngineConfig, build_engine, chosen_engine
@@ -128,11 +129,11 @@ def serve(config: ServeConfig) -> None:
     """Serve until interrupted, or until the parent dies.
 
     Raises:
-        ValueError: no key in the environment.
+        UserError: no key in the environment.
     """
     key = os.environ.get(KEY_VARIABLE, "")
     if len(key) < _MIN_KEY_LENGTH:
-        raise ValueError(
+        raise UserError(
             f"{KEY_VARIABLE} must hold a key of at least {_MIN_KEY_LENGTH} characters, which server and trainer share; "
             f"export {KEY_VARIABLE}=$(python3 -c 'import secrets; print(secrets.token_hex(32))')"
         )
