@@ -31,8 +31,6 @@ choose_config() { # ROLE -> CONFIG, an absolute path
     [[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; give a path from here or from $ROOT"
 }
 
-names_model() { [[ " $*" == *" model.path="* ]]; } # "$@" of the caller: a model of one's own is not made here
-
 is_embedded_default() { [[ $CONFIG == "$ROOT"/configs/tiny/* ]] && ! is_dry_run; }
 
 # An environment made by scripts/test.sh or the quickstart, else the one on PATH, else a new one.

@@ -14,7 +14,9 @@ if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null &&
         >/dev/null 2>&1 || echo "chromium could not be installed: the tests of the report in a browser will be skipped"
 fi
 
-export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 WANDB_MODE=offline
+cores=$(getconf _NPROCESSORS_ONLN)
+workers=$((cores < 4 ? cores : 4)) # each takes about 2 GB with the processes it starts
+export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline
 cd "$ROOT"
-# A later -m wins: `bash scripts/test.sh -m matrix` runs the further backends and long runs.
-exec python3 -m pytest -m "not matrix" "$@"
+# Later options win: `bash scripts/test.sh -m matrix` runs the further backends and long runs, `-n 0` one test at a time.
+exec python3 -m pytest -n "$workers" --dist loadfile -m "not matrix" "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def test_end_to_end_offline_without_secrets(
 
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"metrics.jsonl", "run.json", "config.yaml", "loop.json", "results.json"} <= {path.name for path in files}
-    assert any("wandb" in path.parts for path in files)  # the tracker ran, offline
+    assert any("wandb" in path.parts for path in files)  # the trackers ran, offline
+    assert find_spec("tensorboard") is None or any("tfevents" in path.name for path in files)
     spoken = "".join(capfd.readouterr())
     for secret in CANARIES.values():
         assert [path for path in files if secret.encode() in path.read_bytes()] == []

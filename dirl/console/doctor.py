@@ -31,8 +31,8 @@ from dirl.model.attention import AttentionName
 from dirl.model.checkpoint import default_device
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.tiny import tiny
+from dirl.rollout.build import EngineConfig, build_engine
 from dirl.rollout.engine import SamplingConfig
-from dirl.rollout.torch_engine import TorchEngine
 
 Level = Literal["ok", "note", "problem"]
 _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -40,6 +40,8 @@ _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold r
 _OPTIONAL = {
     "lmdeploy": "fast rollouts on CUDA: pip install 'dirl[lmdeploy]' in an environment of its own",
     "deepspeed": "sharded optimizers: pip install 'dirl[deepspeed]'",
+    "peft": "lora.r > 0: pip install 'dirl[peft]'",
+    "flash-attn": "a faster KV cache on CUDA: pip install 'dirl[flash-attn]'",
     "pandas": "to_pandas() of completions: pip install pandas",
     "tensorboard": "report_to=[tensorboard]: pip install tensorboard",
     "IPython": "notebooks: pip install notebook",
@@ -65,7 +67,8 @@ def examine() -> Iterator[Finding]:
     for name in get_args(AttentionName):
         if name != "auto":
             yield _try(f"attention: {name}", partial(_attend, name), _attention_remedy(name))
-    yield _try("engine: torch", _decode, "reinstall dirl and torch; then report this with its message")
+    yield _try("engine: torch", partial(_decode, "torch"), "reinstall dirl and torch; then report this message")
+    yield _try("engine: lmdeploy", partial(_decode, "lmdeploy"), _lmdeploy_remedy())
     yield _check_disk()
 
 
@@ -172,17 +175,26 @@ def _attend(name: AttentionName) -> str:
 
 
 def _attention_remedy(name: str) -> str:
-    if name == "flex" and not torch.cuda.is_available():
+    if name.startswith("flex") and not torch.cuda.is_available():
         return "only CUDA trains with it; model.attention=auto takes sdpa here"
+    if name == "flex_flash":
+        return "only where torch offers it and flash-attn's kernels are installed; model.attention=auto takes flex"
     return "reinstall torch (flex needs triton and a C compiler)"
 
 
-def _decode() -> str:
+def _lmdeploy_remedy() -> str:
+    if not torch.cuda.is_available():
+        return "only CUDA runs it; rollout.engine=auto takes torch here"
+    return "only with pip install 'dirl[lmdeploy]' in its own environment; rollout.engine=auto takes torch until then"
+
+
+def _decode(name: Literal["torch", "lmdeploy"]) -> str:
     model, tokenizer = tiny()
     device = default_device()
     model.to(device)  # type: ignore[arg-type]
     sampling = SamplingConfig(max_completion_length=8)
-    (completion,) = TorchEngine(model, tokenizer).generate([render_prompt(tokenizer, "1+1=")], sampling, [0])
+    engine = build_engine(model, tokenizer, EngineConfig(engine=name, cache_max_entry_count=0.1))
+    (completion,) = engine.generate([render_prompt(tokenizer, "1+1=")], sampling, [0])
     return f"{len(completion.token_ids)} tokens decoded on {device.type}"
 
 

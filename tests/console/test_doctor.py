@@ -31,6 +31,9 @@ def test_this_machine_can_run_dirl(capsys: pytest.CaptureFixture[str]) -> None:
     assert findings["engine: torch"].level == "ok" and "tokens decoded" in findings["engine: torch"].found
     assert findings["attention: sdpa"].level == "ok"
     assert findings["attention: flex"].level == ("ok" if torch.cuda.is_available() else "note")
+    if not torch.cuda.is_available():
+        assert findings["attention: flex_flash"].level == findings["engine: lmdeploy"].level == "note"
+        assert "rollout.engine=lmdeploy" in findings["engine: lmdeploy"].found
     assert {"torch", "transformers", "lmdeploy", "disk"} <= findings.keys()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dirl.errors import UserError
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Learner, OptimizerConfig, TrainingDiverged, parameter_groups, split_by_budget
 
@@ -23,9 +25,14 @@ class Quadratic(nn.Module):
         return scale * (self.matrix.square().sum() + self.vector.square().sum())
 
 
-def learner(max_grad_norm: float = 0.0) -> Learner:
+def learner(max_grad_norm: float = 0.0, optim: str = "adamw_torch") -> Learner:
     config = OptimizerConfig(
-        learning_rate=0.1, lr_scheduler_type="linear", max_steps=10, max_grad_norm=max_grad_norm, weight_decay=0.1
+        learning_rate=0.1,
+        lr_scheduler_type="linear",
+        max_steps=10,
+        max_grad_norm=max_grad_norm,
+        weight_decay=0.1,
+        optim=optim,  # type: ignore[arg-type]
     )
     return Learner(Quadratic(), config, Distributed())
 
@@ -34,8 +41,9 @@ def losses(trained: Learner, *scales: float) -> list[partial[Tensor]]:
     return [partial(trained.module, scale) for scale in scales]
 
 
-def test_update_is_adamw_on_the_sum_of_losses() -> None:
-    ours, reference = learner(), Quadratic()
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_update_is_adamw_on_the_sum_of_losses(optim: str) -> None:
+    ours, reference = learner(optim=optim), Quadratic()
     optimizer = torch.optim.AdamW(
         [{"params": [reference.matrix], "weight_decay": 0.1}, {"params": [reference.vector], "weight_decay": 0.0}],
         lr=0.1,
@@ -53,6 +61,12 @@ def test_update_is_adamw_on_the_sum_of_losses() -> None:
         assert metrics["learning_rate"] == pytest.approx(0.1 * (1 - step / 10))
     for ours_p, reference_p in zip(ours.module.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours_p, reference_p)
+
+
+def test_a_missing_optimizer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"optim=adamw_bnb_8bit needs .* pip install bitsandbytes"):
+        learner(optim="adamw_bnb_8bit")
 
 
 def test_without_losses_the_rank_still_takes_part() -> None:
