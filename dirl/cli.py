@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The Hugging Face client logs every request at INFO level; that is not what people want to read.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, on purpose
     if not sys.stderr.isatty():
         # A bar of transformers' in a log file is a line of control characters; read when transformers is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
