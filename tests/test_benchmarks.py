@@ -49,3 +49,13 @@ def test_rollout_decoders_give_the_same_tokens() -> None:
     sizes = ["--batch-sizes", "1", "5", "--prompt-length", "6", "--completion-length", "16", "--plain-sequences", "4"]
     lines = lines_of("bench_rollout.py", *sizes, "--repeats", "1")
     assert [(line["compared"], line["equal"]) for line in lines] == [(1, 1), (4, 4)]
+
+
+def test_the_tables_are_those_of_the_lines() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/benchmark_table.py"), str(ROOT / "docs/benchmarks/cpu.jsonl")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "train_step" in run.stdout and run.stdout.strip() in (ROOT / "docs/benchmarks/README.md").read_text()

@@ -114,8 +114,9 @@ def plot_accuracy(
                 continue
             speeds, accuracies, errors, labels = zip(*points, strict=True)
             axes.errorbar(speeds, accuracies, yerr=errors, marker="o", capsize=3, label=dataset)
-            for label, where in zip(labels, zip(speeds, accuracies, strict=True), strict=True):
-                axes.annotate(label, where, textcoords="offset points", xytext=(4, 5), fontsize=8)
+            for i, (label, x, y) in enumerate(zip(labels, speeds, accuracies, strict=True)):
+                offset = (5, 4 if i % 2 else -12)  # by turns above and below: neighbours may be close
+                axes.annotate(label, (x, y), textcoords="offset points", xytext=offset, fontsize=8)
         axes.set(title="Accuracy against speed", xlabel=quantity, ylabel="accuracy (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.savefig(path)
