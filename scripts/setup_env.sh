@@ -53,11 +53,10 @@ install_dirl() {
     export PATH="$ROOT/.venv/bin:$PATH"
 }
 
-# LMDeploy's classes for the tests, beside the torch that is there (see the file). Without a network its tests are skipped.
-install_lmdeploy_for_tests() {
-    local list=$ROOT/tests/requirements-lmdeploy.txt
+# What only some tests need: install_for_tests MODULE PIP_ARGUMENTS... Where it cannot be installed, they are skipped.
+install_for_tests() {
     [[ -z ${NO_VENV:-} ]] || return 0
-    "$ROOT/.venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('lmdeploy') is None)" 2>/dev/null && return 0
-    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$list" ||
-        echo "LMDeploy could not be installed (its reason is above): its tests will be skipped" >&2
+    "$ROOT/.venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null && return 0
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}" ||
+        echo "$1 could not be installed (its reason is above): its tests will be skipped" >&2
 }

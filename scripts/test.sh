@@ -3,15 +3,18 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 install_dirl dev
-install_lmdeploy_for_tests
+install_for_tests lmdeploy --no-deps -r "$ROOT/tests/requirements-lmdeploy.txt" # its classes, beside the torch that is there
+install_for_tests reasoning_gym "reasoning-gym>=0.1.25"
 
-# The report is tested in a real browser where there is one; root on Debian gets it (NO_BROWSER=1: does not), others may
-# skip those tests.
-if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null &&
-    [[ -z ${NO_VENV:-}${NO_BROWSER:-} && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-    echo "installing chromium for the tests of the report"
-    { timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends chromium; } \
-        >/dev/null 2>&1 || echo "chromium could not be installed: the tests of the report in a browser will be skipped"
+# The report is tested in a real browser, and generated programs behind bubblewrap's walls, where they are there; root on
+# Debian gets them (NO_APT=1: does not), others may skip those tests.
+missing=()
+command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium)
+command -v bwrap >/dev/null || missing+=(bubblewrap)
+if ((${#missing[@]})) && [[ -z ${NO_VENV:-}${NO_APT:-} && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    echo "installing ${missing[*]} for the tests"
+    { timeout 120 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends "${missing[@]}"; } \
+        >/dev/null 2>&1 || echo "${missing[*]} could not be installed: the tests that need them will be skipped"
 fi
 
 cores=$(getconf _NPROCESSORS_ONLN)

@@ -66,7 +66,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def run(script: Path, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """The script in a bare environment, without a GPU unless `variables` say otherwise."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": "", "NO_BROWSER": "1"}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": "", "NO_APT": "1"}
     environment |= variables
     command = ["bash", str(script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
@@ -216,7 +216,7 @@ def test_run_starts_in_the_repository_from_a_model_made_once(copy: Path, elsewhe
         assert [line.split("dirl.cli ")[1].split()[0] for line in done.stdout.splitlines()] == [role]
 
 
-def test_a_browser_is_installed_by_root_where_there_is_none(
+def test_root_gets_a_browser_and_a_sandbox_where_there_is_none(
     copy: Path, elsewhere: Path, tmp_path: Path, python: dict[str, str]
 ) -> None:
     log = tmp_path / "apt"
@@ -225,13 +225,14 @@ def test_a_browser_is_installed_by_root_where_there_is_none(
     needed = "bash dirname cat mkdir cp timeout python3 rm mv touch sed env getconf"
     for name in needed.split():
         (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
-    machine = {**python, "PATH": str(tmp_path / "bin"), "NO_BROWSER": ""}
+    machine = {**python, "PATH": str(tmp_path / "bin"), "NO_APT": ""}
     done = run(copy / "scripts/test.sh", cwd=elsewhere, **machine)
     assert done.returncode == 0, done.stderr
-    assert log.read_text().splitlines() == ["update", "install -y --no-install-recommends chromium"]
+    assert log.read_text().splitlines() == ["update", "install -y --no-install-recommends chromium bubblewrap"]
     failed = run(copy / "scripts/test.sh", cwd=elsewhere, **machine, FAKE_APT="1")
-    assert failed.returncode == 0 and "tests of the report in a browser will be skipped" in failed.stdout
+    assert failed.returncode == 0 and "chromium bubblewrap could not be installed" in failed.stdout
     write_program(tmp_path / "bin/chromium", "#!/bin/sh\n")
+    write_program(tmp_path / "bin/bwrap", "#!/bin/sh\n")
     log.unlink()
     assert run(copy / "scripts/test.sh", cwd=elsewhere, **machine).returncode == 0 and not log.exists()
 
