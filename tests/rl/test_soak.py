@@ -10,6 +10,7 @@ import pytest
 
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
+from dirl.reward.killable_pool import count_usable_cores
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.rollout_group import RolloutConfig
 from dirl.rl.train import RLConfig, RLTrainer
@@ -44,10 +45,10 @@ def test_200_steps_do_not_grow(tmp_path: Path) -> None:
 
     trainer.step = watched  # type: ignore[method-assign]
     trainer.train()
-    (early_memory, early_files, early_children), (memory, files, children) = seen[20], seen[200]
+    (early_memory, early_files, _), (memory, files, children) = seen[20], seen[200]
     print(
         f"memory at step 20 and 200: {early_memory / 1e6:.1f} and {memory / 1e6:.1f} MB; files {early_files}, {files}"
     )
     assert memory < 1.05 * early_memory
     assert files <= early_files + 4  # the first save, after step 20, opens a few that stay
-    assert children <= early_children
+    assert children <= min(4, count_usable_cores())  # the grader's, which start when an answer first needs them
