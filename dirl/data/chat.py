@@ -33,8 +33,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f"no tokenizer at {path}: expected a directory holding tokenizer.json or tokenizer_config.json")
     try:
         return AutoTokenizer.from_pretrained(str(path) if is_hub_id else str(directory))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(f"cannot load a tokenizer from {path}: {reason}") from error
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -42,13 +44,14 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
     """An SDAR or SDAR-MoE model that knows its mask token and how many ids its tokenizer has.
 
     Raises:
-        FileNotFoundError: no config.json at a path that is not a hub id.
-        ValueError: another kind of model, or a tokenizer that does not fit it.
+        MissingFileError: no config.json at a path that is not a hub id.
+        UserError: another kind of model, damaged or incomplete files, or a tokenizer that does not fit.
     """
     path = config.path
     if not Path(path, "config.json").is_file() and (Path(path).exists() or path.count("/") != 1 or path[0] in "./~"):
         raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
-    model_config = AutoConfig.from_pretrained(path)
+    with _damage_named(path):
+        model_config = AutoConfig.from_pretrained(path)
     if not isinstance(model_config, (SDARConfig, SDARMoeConfig)):
         raise UserError(f"model.path: {path!r} is a {model_config.model_type!r} model; need sdar or sdar_moe")
     model_config.mask_token_id = mask_token_id(tokenizer)
@@ -59,11 +62,28 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {model_config.vocab_size} rows; "
             "use the tokenizer the model was made with"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(path, config=model_config, dtype=getattr(torch, config.dtype))
+    with _damage_named(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=model_config, dtype=getattr(torch, config.dtype), output_loading_info=True
+        )
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(f"model.path: the weights in {path!r} lack {missing[:3]}; get or save them again")
     use_fused_kernels(model, config.kernels)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """Libraries fail in many ways on files that are damaged or of another shape."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {reason}") from error
 
 
 def default_device() -> torch.device:

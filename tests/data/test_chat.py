@@ -83,9 +83,10 @@ def test_tokenizers_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(DataError, match=f"no tokenizer at {path}: expected a directory"):
             load_tokenizer(path)
-    (tmp_path / "tokenizer.json").write_text("{")  # a download cut short
-    with pytest.raises(DataError, match=f"cannot load a tokenizer from {tmp_path}"):
-        load_tokenizer(tmp_path)
+    for content in ("{", "{}"):  # a download cut short; another file
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match=f"cannot load a tokenizer from {tmp_path}"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_without_the_tokens_of_diffusion() -> None:

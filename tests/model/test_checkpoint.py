@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dirl.data.chat import save_tokenizer
+from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load, load_model, save_model
 from dirl.model.sdar import SDARForCausalLM, SDARMoeForCausalLM
 from dirl.model.tiny import save_tiny_model, tiny
@@ -146,6 +149,38 @@ def test_a_directory_without_a_config_is_named(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError) as error:
             load_model(ModelConfig(path=path), TOKENIZER)
         assert_one_line(error, "model.path", path, "Hugging Face directory")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "word"),
+    [
+        ("config.json", lambda content: b"{}", "model_type"),
+        ("config.json", lambda content: content.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "RuntimeError"),
+        ("model.safetensors", lambda content: content[:1000], "SafetensorError"),
+        ("model.safetensors", None, "model.safetensors"),
+    ],
+)
+def test_damaged_files_are_named(name: str, damage: Callable[[bytes], bytes] | None, word: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(damage(content))
+        assert file.read_bytes() != content
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
+    assert_one_line(error, "model.path", str(tmp_path), word)
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
+    assert_one_line(error, "lack ['model.layers.2.mlp.up_proj.weight']")
 
 
 def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
