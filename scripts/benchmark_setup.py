@@ -53,7 +53,11 @@ def build_model(name: str) -> BlockDiffusionModel:
         )
         with torch.device(device):
             model = SDARForCausalLM(config)
-    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.to(device)
+    if device.type == "cuda":
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in a loaded model
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def steps(name: str, model: BlockDiffusionModel) -> None:
             reward=RewardConfig(functions=[f"{Path(__file__).resolve()}:first_token_is_even"]),
         )
         problems = [Problem("What is 2 + 2?" + "?" * i, "4", {}) for i in range(64)]
-        trainer = RLTrainer(config, model=model, tokenizer=tiny()[1], problems=problems)
+        # Float32 weights under autocast: what one process trains without a sharded optimizer's master weights.
+        trainer = RLTrainer(config, model=model.float(), tokenizer=tiny()[1], problems=problems)
         try:
             for step in range(3):
                 metrics = trainer.step() | trainer.timings.drain()

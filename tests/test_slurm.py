@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,6 +53,22 @@ def test_an_unfinished_run_goes_back_into_the_queue(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\necho launched\n")
     program.chmod(0o755)
     output = f"output_dir={tmp_path}/out"
+    assert "requeued" not in submit(tmp_path, output, NO_VENV="1")  # no such directory: asking again changes nothing
+    (tmp_path / "out").mkdir()
     assert "requeued 42" in submit(tmp_path, output, NO_VENV="1")
-    (tmp_path / "out/final").mkdir(parents=True)
+    (tmp_path / "out/final").mkdir()
     assert "requeued" not in submit(tmp_path, output, NO_VENV="1")
+
+
+@pytest.mark.parametrize("written", ["{path}", "{path}  # mine", '"{path}"', "'{path}'"])
+def test_output_dir_is_read_as_yaml_means_it(written: str, tmp_path: Path) -> None:
+    program = tmp_path / "bin/accelerate"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho launched\n")
+    program.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    config = tmp_path / "run.yaml"
+    config.write_text(f"output_dir: {written.format(path=tmp_path / 'out')}\n")
+    assert "requeued 42" in submit(tmp_path, NO_VENV="1", CONFIG=str(config))
+    (tmp_path / "out/final").mkdir()
+    assert "requeued" not in submit(tmp_path, NO_VENV="1", CONFIG=str(config))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dirl.data.chat import decode, render_messages, render_prompt, stop_token_ids, with_system_prompt
+from dirl.data.chat import decode, mask_token_id, render_messages, render_prompt, stop_token_ids, with_system_prompt
 from dirl.data.rows import DataError, convert_rows, read_rows, shorten
 from dirl.data.tasks import find_task
 from dirl.errors import UserError
@@ -122,6 +122,8 @@ def _assistant_turn(messages: Sequence[Mapping[str, object]], tokenizer: PreTrai
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids up to and including the token that ends a turn, which is added where it is missing."""
+    if mask_token_id(tokenizer) in ids:
+        raise UserError("has the mask token in its completion, which a model never writes; remove it")
     stops = stop_token_ids(tokenizer)
     first_stop = next((i for i, token in enumerate(ids) if token in stops), None)
     if first_stop is not None:

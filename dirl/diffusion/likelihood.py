@@ -7,8 +7,9 @@ have drawn any token whose confidence stays below the bar c of that step, so the
     hold_j = sum over v with p_j(v) < c of q_j(v)
 
 with c = the threshold in a threshold step, the revealed token's confidence in a fallback step, and the lowest revealed
-confidence under low_confidence_static. The other strategies choose positions without looking at the drawn tokens: their
-holds have probability 1. Bars are constants for autograd: they are so almost everywhere.
+confidence under low_confidence_static (in the last two p_j(v) = c counts too, right of the revealed positions at c).
+The other strategies choose positions without looking at the drawn tokens: their holds have probability 1. Bars are
+constants for autograd: they are so almost everywhere.
 
 Shapes: T actions (sorted by view), V vocabulary, N views.
 """
@@ -68,9 +69,13 @@ def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> t
         entropy_T = entropy(sampling_TV)
     if bool(actions.is_reveal_T.all()):
         return reveal_T, entropy_T
-    confidence_T = confidence_TV.detach().gather(1, actions.target_T[:, None]).squeeze(1)
+    # Probabilities, as the decoder compared: in float32 two logarithms may stand for one of them.
+    confidence_TV = confidence_TV.detach().exp()
+    confidence_T = confidence_TV.gather(1, actions.target_T[:, None]).squeeze(1)
     bar_T = confidence_bars(confidence_T, actions, rule.unmasking)
-    below_TV = (confidence_TV.detach() < bar_T[:, None]) & sampling_TV.detach().isfinite()
+    may_tie_T = may_tie(confidence_T, bar_T, actions, rule.unmasking)
+    below_TV = (confidence_TV < bar_T[:, None]) | (may_tie_T[:, None] & (confidence_TV == bar_T[:, None]))
+    below_TV &= sampling_TV.detach().isfinite()
     is_empty_T = ~below_TV.any(dim=1)
     # logsumexp of nothing has NaN gradients: such rows sum over everything and then take the floor.
     hold_T = sampling_TV.masked_fill(~(below_TV | is_empty_T[:, None]), -torch.inf).logsumexp(dim=1)
@@ -79,10 +84,10 @@ def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> t
 
 
 def confidence_bars(confidence_T: Tensor, actions: Actions, rule: UnmaskingRule) -> Tensor:
-    """Log-confidence that a held token of each action's view must stay below; +inf where nothing is demanded; (T,).
+    """Confidence that a held token of each action's view must stay below; +inf where nothing is demanded; (T,).
 
     Args:
-        confidence_T: log-confidence of each action's token; read at reveals only.
+        confidence_T: confidence (a probability) of each action's token; read at reveals only.
     """
     if rule.strategy not in ("low_confidence_dynamic", "low_confidence_static"):
         return torch.full_like(confidence_T, torch.inf)
@@ -92,5 +97,22 @@ def confidence_bars(confidence_T: Tensor, actions: Actions, rule: UnmaskingRule)
     bar_N = lowest_N.scatter_reduce(0, row_T, revealed_T, "amin")
     if rule.strategy == "low_confidence_dynamic":
         # A threshold step bars at the threshold itself; a fallback step, below it, at its one revealed token.
-        bar_N = bar_N.clamp(max=torch.tensor(rule.confidence_threshold, device=bar_N.device).log())
+        bar_N = bar_N.clamp(max=rule.confidence_threshold)
     return bar_N[row_T]
+
+
+def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: UnmaskingRule) -> Tensor:
+    """Held actions whose token may also have had the bar's own confidence; (T,) bool.
+
+    Of equally confident positions the leftmost are revealed, so these stand right of every revealed one at the bar.
+    Ties are no rarity: a model that is certain gives 1 to the last bit.
+    """
+    place_T = torch.arange(len(actions), device=bar_T.device)
+    views, row_T = actions.view_T.unique_consecutive(return_inverse=True)
+    at_bar_T = actions.is_reveal_T & (confidence_T == bar_T)
+    nowhere_N = torch.full((len(views),), len(actions), device=bar_T.device)
+    last_N = nowhere_N.scatter_reduce(0, row_T, place_T.masked_fill(~at_bar_T, -1), "amax", include_self=False)
+    ties_T = (last_N[row_T] >= 0) & (place_T > last_N[row_T])
+    if rule.strategy == "low_confidence_dynamic":  # a token at the threshold itself is revealed wherever it stands
+        ties_T &= bar_T < rule.confidence_threshold
+    return ties_T

@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from dirl.eval.report import write_report
 from dirl.eval.results import ModeResult, Sample, summarise
 from dirl.eval.sample_store import SampleStore, Which
 from dirl.model.checkpoint import ModelConfig, load_model
+from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.code_execution import extract_code
 from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
@@ -201,7 +202,7 @@ def run_evaluation(config: EvalConfig) -> Path:
     benchmarks = load_benchmarks(config.data.datasets, limit=config.data.limit, seed=config.data.seed)
     tokenizer = load_tokenizer(config.model.path)
     model = load_model(config.model, tokenizer)
-    store = _open_store(config, model, benchmarks, distributed)
+    store = _open_store(config, model, tokenizer, benchmarks, distributed)
     model.to(distributed.device)  # type: ignore[arg-type]
     chunk_size = config.chunk_size * distributed.world_size
     results = []
@@ -228,14 +229,20 @@ def run_evaluation(config: EvalConfig) -> Path:
 
 
 def _open_store(
-    config: EvalConfig, model: nn.Module, benchmarks: Sequence[Benchmark], distributed: Distributed
+    config: EvalConfig,
+    model: BlockDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Sequence[Benchmark],
+    distributed: Distributed,
 ) -> SampleStore | None:
     """The main process's store, beside the record of the run; None on the others, which fail with it."""
     store, refusal = None, ""
     if distributed.is_main:
         directory = Path(config.output_dir)
         try:
-            store = SampleStore(directory, sample_settings(config, model, benchmarks), overwrite=config.overwrite)
+            store = SampleStore(
+                directory, sample_settings(config, model, tokenizer, benchmarks), overwrite=config.overwrite
+            )
         except UserError as error:
             refusal = str(error)
         else:
@@ -255,7 +262,12 @@ def _reward_of(benchmark: Benchmark, reward: RewardConfig) -> RewardConfig:
     return replace(reward, functions=[judge], weights=[], parameters=parameters)
 
 
-def sample_settings(config: EvalConfig, model: nn.Module, benchmarks: Sequence[Benchmark]) -> dict[str, object]:
+def sample_settings(
+    config: EvalConfig,
+    model: BlockDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Sequence[Benchmark],
+) -> dict[str, object]:
     """Everything a sample depends on besides its data set's name, its mode and its two indices, by dotted key.
 
     Weights count by content, not by path: a model trained again under the same name is another model.
@@ -267,6 +279,10 @@ def sample_settings(config: EvalConfig, model: nn.Module, benchmarks: Sequence[B
     settings |= {f"sampling.{key}": value for key, value in parts["sampling"].items()}
     settings |= {f"reward.{key}": value for key, value in parts["reward"].items() if not key.startswith("grader_")}
     settings |= {f"problems.{benchmark.name}": _digest_of_problems(benchmark) for benchmark in benchmarks}
+    shape: Any = model.config
+    for name in ("block_size", "mask_token_id", "tokenizer_length", "rope_parameters"):
+        settings[f"config.json {name}"] = getattr(shape, name)
+    settings["tokenizer.chat_template"] = str(tokenizer.chat_template)
     return {**settings, "model.weights": digest_of_weights(model)}
 
 
@@ -280,7 +296,8 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def _digest_of_problems(benchmark: Benchmark) -> str:
-    text = json.dumps([[problem.question, problem.answer] for problem in benchmark.problems])
+    problems = [[problem.question, problem.answer, problem.columns] for problem in benchmark.problems]
+    text = json.dumps(problems, default=str, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -120,7 +121,14 @@ class FlexPlan:
 @cache
 def _flex(compiled: bool) -> Callable[..., Tensor]:
     """One compiled wrapper for all layers and steps; dynamic=False since packs come in a few fixed lengths."""
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention  # type: ignore[return-value]
+    if not compiled:
+        return flex_attention  # type: ignore[return-value]
+    # Each padded length, with and without gradient, is one entry. Past Dynamo's default limit of 8 attention would
+    # silently run unfused, with L x L scores; fullgraph makes reaching the limit an error.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 256)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # type: ignore[return-value]
 
 
 def tile_block_mask(packed: PackedViews) -> BlockMask:

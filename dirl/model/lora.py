@@ -54,6 +54,9 @@ def add_adapters(model: BlockDiffusionModel, config: LoraConfig, seed: int) -> N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(_peft_config(config), model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # small updates of bfloat16 numbers round to nothing
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,6 +47,40 @@ class SDARMoeConfig(Qwen3MoeConfig):
     block_size: int = 4
     mask_token_id: int = SDAR_MASK_TOKEN_ID
     tokenizer_length: int | None = None
+
+
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of two matrices of any one precision, accumulated and kept in float32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+class _LogitsOfHalfPrecision(torch.autograd.Function):
+    """Float32 logits of half-precision hidden states and weights; gradients as nn.Linear's."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_VD)
+        return float32_product(hidden_TD, weight_VD.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_TD, weight_VD = ctx.saved_tensors
+        gradient_TV = gradients[0].to(weight_VD.dtype)
+        return gradient_TV @ weight_VD, gradient_TV.T @ hidden_TD
+
+
+class LogitsHead(nn.Linear):
+    """Float32 logits, whatever the weights' precision and autocast: rounding them moves a logprob by 0.015 nats."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            if self.weight.dtype == torch.float32:
+                return super().forward(input.float())
+            rows_TD = input.to(self.weight.dtype).flatten(0, -2)
+            logits_TV: Tensor = _LogitsOfHalfPrecision.apply(rows_TD, self.weight)
+            return logits_TV.unflatten(0, input.shape[:-1])
 
 
 class _BlockDiffusion:
@@ -89,6 +123,7 @@ class SDARForCausalLM(_BlockDiffusion, Qwen3ForCausalLM):
     def __init__(self, config: SDARConfig) -> None:
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
+        self.lm_head.__class__ = LogitsHead  # the same parameter, tied or not
 
 
 class SDARMoeForCausalLM(_BlockDiffusion, Qwen3MoeForCausalLM):
@@ -99,6 +134,7 @@ class SDARMoeForCausalLM(_BlockDiffusion, Qwen3MoeForCausalLM):
     def __init__(self, config: SDARMoeConfig) -> None:
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
+        self.lm_head.__class__ = LogitsHead  # the same parameter, tied or not
 
 
 BlockDiffusionModel: TypeAlias = SDARForCausalLM | SDARMoeForCausalLM

@@ -123,7 +123,7 @@ class RLTrainer:
         reference: Reference | None = None
         if config.beta > 0 and config.lora.r == 0:
             frozen = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
-            reference = frozen.to(self.distributed.device)
+            reference = self.distributed.placed(frozen)
         # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
         decoded = self.model
         if self.distributed.is_sharded:
@@ -133,6 +133,7 @@ class RLTrainer:
         self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
         self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
         self.collector = self._collector(problems)
+        self._warn_of_long_completions()
         if config.beta > 0 and config.lora.r > 0:
             reference = self._without_adapters
         rule = ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model))
@@ -144,7 +145,8 @@ class RLTrainer:
             reference=reference,
         )
         self.learner.on_skip = self._record_skipped
-        self.heldout = self._load(config.eval.path, "heldout", config.eval.limit) if config.eval.path else []
+        split = "heldout" if config.eval.path.startswith("task:") else "test"  # of a hub data set; files have none
+        self.heldout = self._load(config.eval.path, split, config.eval.limit) if config.eval.path else []
         self.steps_done = 0
         self.last: Collected | None = None  # the rollouts of the last step, to look at
 
@@ -248,6 +250,18 @@ class RLTrainer:
             metrics[f"{name}/tokens_per_step"] = result.tokens_per_step
             metrics[f"{name}/standard_error"] = result.standard_error
         return metrics
+
+    def _warn_of_long_completions(self) -> None:
+        """One that is decoded token by token may not fit a micro-batch, which would end the run."""
+        config = self.config
+        longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
+        tokens = longest_prompt + config.rollout.max_completion_length * (1 + self.model.config.block_size)
+        if tokens > config.max_tokens_per_micro_batch:
+            logger.warning(
+                "max_tokens_per_micro_batch=%d: the longest prompt with a completion of one token a step takes %d and "
+                "would end the run; raise it, or lower rollout.max_completion_length",
+                *(config.max_tokens_per_micro_batch, tokens),
+            )
 
     def _without_adapters(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         with adapters_off(self.model):

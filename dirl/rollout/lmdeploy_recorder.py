@@ -40,8 +40,8 @@ from lmdeploy.pytorch.strategies.dllm.model_agent import (
 from lmdeploy.pytorch.strategies.dllm.sequence import DLLMSequenceStrategy, SchedulerSequenceDLLM
 from lmdeploy.pytorch.strategies.dllm.step_inputs import DLLMStepInputs
 from torch import Tensor
-from torch.nn import functional as F
 
+from dirl.model.sdar import float32_product
 from dirl.rollout.block_step import BlockState, denoise
 from dirl.rollout.engine import SamplingConfig
 
@@ -269,11 +269,8 @@ class _Float32Head:
     lm_head: Any
 
     def get_logits(self, hidden_states: Tensor) -> Tensor:
-        weight_VD = self.lm_head.weight
-        if hidden_states.is_cuda:
-            rows = torch.mm(hidden_states.flatten(0, -2), weight_VD.T, out_dtype=torch.float32)
-            return rows.unflatten(0, hidden_states.shape[:-1])
-        return F.linear(hidden_states.float(), weight_VD.float())
+        logits = float32_product(hidden_states.flatten(0, -2), self.lm_head.weight.T)
+        return logits.unflatten(0, hidden_states.shape[:-1])
 
 
 class SDARForCausalLM(_Float32Head, stock_sdar.SDARForCausalLM):

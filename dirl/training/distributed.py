@@ -54,7 +54,8 @@ class Distributed:
             _prepare_for_cpu(process_group)
         self.accelerator = Accelerator(
             cpu=is_plain and not has_cuda,
-            mixed_precision="bf16" if bf16 and not self._uses_deepspeed else "no",
+            # Elsewhere autocast is ours: accelerate's precision is the whole process's, and set once.
+            mixed_precision="bf16" if bf16 and _is_set("ACCELERATE_USE_FSDP") else "no",
             # The loops step the scheduler once per optimizer step; accelerate would step it once per process.
             step_scheduler_with_optimizer=False,
             # The buffers are constants, and ranks score without gradients different numbers of packs: a broadcast in
@@ -109,7 +110,7 @@ class Distributed:
         """Wrap a module and its optimizer for this set of processes.
 
         Raises:
-            UserError: optimizer states are to be in main memory, and the backend cannot do it.
+            UserError: the backend cannot keep optimizer states in main memory, or train weights of this precision.
         """
         if self._uses_deepspeed:
             self._configure_deepspeed(module, max_grad_norm, offload_optimizer)
@@ -118,16 +119,26 @@ class Distributed:
                 f"offload_optimizer=true needs DeepSpeed, this run is launched as {self.backend}: set "
                 "ACCELERATE_CONFIG to zero1, zero2 or zero3"
             )
-        elif self.backend == "fsdp2":
+        else:
+            self._check_precision(module)
+        if self.backend == "fsdp2":
             # The layers of the model inside, whatever their class is called.
             inner = next((m for m in module.modules() if getattr(m, "_no_split_modules", None)), None)
             names = sorted(inner._no_split_modules) if inner is not None else []  # type: ignore[arg-type]
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
+        else:
+            module = self.placed(module)
         # The schedule is the loop's: accelerate would tie it to its own idea of a step.
         wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
         if self.backend == "ddp":  # checkpoints name parameters as one process does, whatever their number
             self.accelerator._models[-1] = module
         return wrapped, wrapped_optimizer, scheduler
+
+    def placed(self, module: nn.Module) -> nn.Module:
+        """A module on this device, its forward pass in the precision of this run."""
+        if self._bf16:
+            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+        return module.to(self.device)
 
     def unwrap(self, module: nn.Module) -> Any:
         return self.accelerator.unwrap_model(module)
@@ -221,8 +232,17 @@ class Distributed:
             # float32 master weights in the sharded optimizer, and gradients added up in float32.
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        if self._bf16:
-            module.forward = torch.autocast(self.device.type, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+
+    def _check_precision(self, module: nn.Module) -> None:
+        """Without float32 master weights most steps of a small learning rate round to nothing."""
+        trained = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+        if torch.bfloat16 in trained:
+            raise UserError(
+                f"model.dtype=bfloat16 has no float32 master weights under {self.backend}, and small updates round to "
+                "nothing: set ACCELERATE_CONFIG=zero1, zero2 or zero3, or model.dtype=float32 with bf16=true"
+            )
+        if self.backend == "fsdp2" and len({parameter.dtype for parameter in module.parameters()}) > 1:
+            raise UserError("lora under fsdp2 needs one dtype: set model.dtype=float32 with bf16=true, or use zero3")
 
     def _check_topology(self) -> None:
         """Several launchers silently start one process, or several that do not know each other."""

@@ -48,7 +48,7 @@ class Run:
         self.config, self.learner, self.source, self.max_steps = config, learner, source, max_steps
         self.distributed = learner.distributed
         self.timings = Timings()
-        self.step = 0
+        self._step = self._previous_step = 0
         self._saved_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
         self._signals = SignalWatch()
@@ -86,13 +86,22 @@ class Run:
         self._signals.__exit__()
 
     @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._step
+
+    @step.setter
+    def step(self, done: int) -> None:
+        self._previous_step, self._step = self._step, done
+
+    @property
     def is_finished(self) -> bool:
         return self.step >= self.max_steps
 
     def log(self, metrics: Mapping[str, float], headline: str) -> None:
         """Record the numbers of the step that just ended; `headline` is for people."""
         self.terminal.step(self.step, self.max_steps, headline)
-        if self.step % self.config.logging_steps and not self.is_finished:
+        if not self.is_due(self.config.logging_steps) and not self.is_finished:
             return
         self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
         self.terminal.report(self.step, self.max_steps, metrics, headline)
@@ -104,8 +113,11 @@ class Run:
         self.terminal.say(text)
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never) happens now."""
-        return every > 0 and self.step % every == 0
+        """Whether something that happens every so many steps (0: never) happens now.
+
+        A batch of rollouts may be several optimizer steps: then at the first step on or after each multiple.
+        """
+        return every > 0 and self.step // every > self._previous_step // every
 
     def should_stop(self) -> bool:
         """Whether any rank has been asked to stop; collective, and so the same on every rank."""
@@ -208,7 +220,7 @@ class Run:
         self.source.load_state_dict(state["source"])  # first: it refuses other data
         self.distributed.load_state(checkpoint)
         self.learner.load_state_dict(state["learner"])
-        self.step = self._saved_step = state["step"]
+        self._step = self._previous_step = self._saved_step = state["step"]
         self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
         logger.info("resumed from %s at step %d", checkpoint, self.step)
         return state["tracker_id"]

@@ -34,6 +34,16 @@ def test_three_forms_of_row(tmp_path: Path) -> None:
     assert tokenizer.decode(first.completion_ids) == "a b<|im_end|>"
 
 
+def test_a_completion_with_the_mask_token_is_a_bad_row(tmp_path: Path) -> None:
+    """A model never writes it: its loss would be infinite."""
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": f"a {tokenizer.mask_token} b"}]
+    path = write(tmp_path / "d.jsonl", rows)
+    with pytest.raises(DataError, match=r"d\.jsonl.*2.*has the mask token in its completion"):
+        load_documents(path, tokenizer, max_length=99)
+    assert len(load_documents(path, tokenizer, max_length=99, skip_bad_rows=True)) == 1
+
+
 def test_each_assistant_turn_is_a_document(tmp_path: Path) -> None:
     roles = ["user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]

@@ -168,3 +168,23 @@ def test_slices_keep_whole_steps() -> None:
     parts = [action_logprobs(logits_TV[rows], whole[rows], rule)[0] for rows in cut]
     torch.testing.assert_close(torch.cat(parts), action_logprobs(logits_TV, whole, rule)[0], atol=0, rtol=0)
     assert [len(whole[rows]) for rows in cut] == [5, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [UnmaskingRule("low_confidence_static"), UnmaskingRule(confidence_threshold=1.5)],  # above 1: fallback steps only
+    ids=str,
+)
+def test_equally_certain_positions_are_held_right_of_the_revealed_one(rule: UnmaskingRule) -> None:
+    """Ties go left: what stands right of the revealed position was certain to be held; what stands left, not to be."""
+    logits_TV = torch.zeros(4, VOCABULARY)
+    logits_TV[:, 2] = 30.0  # probability 1 to the last bit
+    logits_TV.requires_grad_()
+    scoring = ScoringRule(TokenDistribution(), rule, SUPPRESSED_V)
+    place = 1
+    step = Actions(torch.full((4,), 2), torch.arange(4) == place, torch.ones(4, dtype=torch.int64))
+    logprob_T, _ = action_logprobs(logits_TV, step, scoring)
+    assert logprob_T[place:].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+    assert logprob_T[0] < -20
+    (gradient_TV,) = torch.autograd.grad(logprob_T[place:].sum(), logits_TV)
+    assert float(gradient_TV.abs().max()) < 1e-6

@@ -17,10 +17,12 @@ from dirl import cli
 from dirl.config import load_config
 from dirl.data.problems import Problem
 from dirl.data.tasks import noisy_sums_problems, tiny_tokenizer
+from dirl.errors import UserError
 from dirl.eval import evaluate
 from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, decoding_modes, digest_of_weights
 from dirl.eval.sample_store import read_rows
 from dirl.model.checkpoint import ModelConfig
+from dirl.model.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model
 from dirl.reward import code_execution
 from dirl.reward.rubric import RewardConfig, Rubric
@@ -56,6 +58,7 @@ class World:
         self.script: Script = often_right
         self.dies_after: int | None = None
         self.model = nn.Linear(2, 2)
+        self.model.config = SDARConfig()  # type: ignore[assignment]
         self.engines: list[ScriptedEngine] = []
         monkeypatch.setattr(evaluate, "load_tokenizer", lambda path: TOKENIZER)
         monkeypatch.setattr(evaluate, "load_model", lambda config, tokenizer: self.model)
@@ -323,6 +326,19 @@ def test_a_changed_configuration_is_not_mixed_in(
     assert len(world.engines) == 1  # refused before anything is built
     evaluate.run_evaluation(config(tmp_path, modes=["greedy"], overwrite=True, **changes))
     assert world.num_generated == len(rows_of(tmp_path)) == changes.get("data", EvalDataConfig(limit=6)).limit
+
+
+def test_a_changed_directory_under_the_same_name_is_not_mixed_in(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate.run_evaluation(config(tmp_path, modes=["greedy"]))
+    with monkeypatch.context() as changed:
+        changed.setattr(TOKENIZER, "chat_template", f"{TOKENIZER.chat_template} ")
+        with pytest.raises(UserError, match=r"another configuration \(tokenizer.chat_template"):
+            evaluate.run_evaluation(config(tmp_path, modes=["greedy"]))
+    world.model.config = SDARConfig(block_size=8)  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"another configuration \(config.json block_size: .*4.*8"):
+        evaluate.run_evaluation(config(tmp_path, modes=["greedy"]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, replay_views
+from dirl.model import attention
 from dirl.model.attention import (
     FLEX_TILE,
     AttentionPlan,
@@ -155,6 +158,21 @@ def test_packs_of_one_padded_length_share_one_compiled_graph() -> None:
         lengths.add(len(packed))
     assert len(lengths) == 1
     assert counters["unique_graphs"] - before == 1
+
+
+def test_no_number_of_lengths_makes_attention_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past Dynamo's limit of recompilations (8) FlexAttention would run unfused, with a warning only."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    attention._flex.cache_clear()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    for num_tiles in range(1, 12):
+        packed = make_pack("one").padded(FLEX_TILE * num_tiles)
+        query, key, value = (x.detach() for x in random_qkv(len(packed)))
+        attention._flex(True)(query, key, value, block_mask=tile_block_mask(packed), enable_gqa=True)
+    attention._flex.cache_clear()
+    assert counters["unique_graphs"] - before == 11
 
 
 @pytest.mark.gpu

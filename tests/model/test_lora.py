@@ -111,6 +111,14 @@ def test_the_reference_of_rl_is_the_model_without_its_adapters(tmp_path: Path) -
     assert all(torch.equal(kept[name], start[name]) for name in kept)
 
 
+def test_adapters_of_a_bfloat16_model_are_float32() -> None:
+    model = tiny()[0].bfloat16()
+    add_adapters(model, LORA, seed=0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    model(IDS).logits.sum().backward()
+    assert {p.dtype for p in full_state_dict(model, keep=True).values()} == {torch.bfloat16}
+
+
 def test_a_target_that_is_no_layer_is_an_error() -> None:
     with pytest.raises(UserError, match=r"lora.target_modules: \['query'\] names no linear layer; choose .*q_proj"):
         add_adapters(tiny()[0], LoraConfig(r=2, target_modules=["query"]), seed=0)

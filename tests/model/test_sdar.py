@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dirl.model.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
@@ -79,3 +79,32 @@ def test_a_model_without_ids_or_plan_says_so() -> None:
         model(inputs_embeds=torch.randn(1, 4, 32))
     with pytest.raises(ValueError, match="needs an attention_plan"):
         model.model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_float32_whatever_the_weights(family: str, tied: bool) -> None:
+    """Products in float64 of the same half-precision numbers; gradients as those of nn.Linear."""
+    config, model_class, *_, more = FAMILIES[family]
+    model = model_class(config(**SIZES, **more, tie_word_embeddings=tied)).bfloat16()
+    hidden = torch.randn(2, 5, 32).bfloat16().requires_grad_()
+    weight = model.lm_head.weight
+    assert (weight is model.model.embed_tokens.weight) == tied
+    logits = model.lm_head(hidden)
+    assert logits.dtype == torch.float32
+    exact = hidden.detach().double() @ weight.detach().double().T
+    torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(logits)
+    found = torch.autograd.grad((logits * direction).sum(), (hidden, weight))
+    stock = nn.functional.linear(hidden, weight) * direction.bfloat16()
+    expected = torch.autograd.grad(stock.sum(), (hidden, weight))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_logits_are_float32_under_autocast() -> None:
+    model = SDARForCausalLM(SDARConfig(**SIZES))
+    hidden = torch.randn(3, 32)
+    expected = hidden.double() @ model.lm_head.weight.double().T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.lm_head(hidden), expected.float(), rtol=1e-5, atol=1e-5)

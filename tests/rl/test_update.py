@@ -10,11 +10,12 @@ import torch
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
+from dirl.errors import UserError
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.policy_loss import ImportanceSampling, LossType
 from dirl.rl.rollout_group import RolloutConfig, RolloutGroup
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
 from dirl.rl.update import EngineMismatch
 
 CONFIG = RLConfig(
@@ -49,6 +50,43 @@ def test_first_update_is_on_policy(likelihood: Likelihood) -> None:
     assert second["kl"] > 0
     assert second["clip_ratio/region_mean"] == 0
     assert first["sampling/logp_difference/max"] < 1e-4
+
+
+def test_under_autocast_the_reference_computes_as_the_policy_does() -> None:
+    assert trainer(replace(CONFIG, beta=0.1, bf16=True)).step()["kl"] == 0
+
+
+def test_half_precision_without_master_weights_is_refused() -> None:
+    """Steps of 1e-6 would round to nothing, and no number in the log would show it."""
+    model, tokenizer = tiny()
+    with pytest.raises(UserError, match=r"model.dtype=bfloat16 has no float32 master weights under plain.*bf16=true"):
+        RLTrainer(CONFIG, model=model.bfloat16(), tokenizer=tokenizer, problems=[Problem("1+1=", "2", {})])
+
+
+def test_a_budget_that_a_long_completion_may_exceed_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    trainer(CONFIG)
+    assert "max_tokens_per_micro_batch" not in caplog.text
+    trainer(replace(CONFIG, max_tokens_per_micro_batch=64))
+    assert (
+        "max_tokens_per_micro_batch=64: the longest prompt with a completion of one token a step takes" in caplog.text
+    )
+
+
+def test_evaluation_reads_the_test_split_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load(path: str, *, split: str, **_: object) -> list[Problem]:
+        asked.append((path, split))
+        return [Problem("1+1=", "2", {})]
+
+    monkeypatch.setattr("dirl.rl.train.load_problems", load)
+    for path in ("task:noisy_sums", "owner/name"):
+        model, tokenizer = tiny()
+        RLTrainer(replace(CONFIG, eval=RLEvalConfig(path=path)), model=model, tokenizer=tokenizer)
+    assert [(path, split) for path, split in asked if split != "train"] == [
+        ("task:noisy_sums", "heldout"),
+        ("owner/name", "test"),
+    ]
 
 
 @pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])

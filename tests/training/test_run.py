@@ -53,6 +53,19 @@ def test_saves_and_logs_when_due_and_at_the_end(tmp_path: Path) -> None:
     assert logged_steps(tmp_path) == [2, 4, 6, 7]
 
 
+def test_several_optimizer_steps_at_a_time_pass_no_multiple_unseen(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=3, save_total_limit=0, logging_steps=3)
+    with new_run(config) as run:
+        for step in (2, 4, 5, 7):
+            run.step = step
+            run.save_if_due()
+            run.log({}, "")
+    assert saved_steps(tmp_path) == ["step_000004", "step_000007"]
+    assert logged_steps(tmp_path) == [4, 7]
+    resumed = new_run(config)
+    assert resumed.step == 7 and not resumed.is_due(3)
+
+
 def test_continues_the_stream_and_forgets_lines_after_the_checkpoint(tmp_path: Path) -> None:
     config = RunConfig(output_dir=str(tmp_path), save_steps=2)
     expected = PromptStream(10, config.seed).take(21)
