@@ -21,7 +21,13 @@ from dirl.errors import RunInterrupted, UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse reads no positional argument after an option that follows the first ones.
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, format="%(message)s")
     # The Hugging Face client logs every request at INFO level; that is not what people want to read.
     for name in ("httpx", "httpx2", "accelerate"):

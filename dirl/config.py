@@ -73,6 +73,8 @@ def save_config(config: Any, path: str | Path) -> None:
 
 
 def _read_yaml(path: Path) -> DictConfig:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; name a configuration file, such as {path}/rl.yaml")
     if not path.is_file():
         raise ConfigError(f"configuration file {path} does not exist")
     try:

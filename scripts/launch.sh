@@ -104,10 +104,11 @@ launch_on_gpus() { # PROCESSES
     ((${NUM_MACHINES:-1} == 1)) || LAUNCHER+=(--machine_rank "${MACHINE_RANK:-0}" --main_process_ip "$MASTER_ADDR")
 }
 
+# No launcher, which would leave the trainer behind when it is interrupted, and end an error of one line in its traceback.
 launch_single() {
-    LAUNCHER=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
-    # A personal default_config.yaml of accelerate could otherwise turn this into another kind of run.
-    if has_cuda; then LAUNCHER+=(--config_file "$ROOT/scripts/single_process.yaml"); else LAUNCHER+=(--cpu); fi
+    LAUNCHER=(env ACCELERATE_MIXED_PRECISION=no ACCELERATE_DYNAMO_BACKEND=NO)
+    has_cuda || LAUNCHER+=(ACCELERATE_USE_CPU=true)
+    LAUNCHER+=(python3)
 }
 
 yaml_field() { sed -n "s/^$2:[[:space:]]*[\"']\{0,1\}\([A-Za-z0-9_]*\).*/\1/p" "$1"; } # FILE NAME

@@ -74,6 +74,8 @@ def test_a_run_gets_file_and_overrides(command: str, config_file: str, capsys: p
     assert "result of from the file" in capsys.readouterr().out
     assert main([command, config_file, "path=a=b"]) == 0
     assert "result of a=b" in capsys.readouterr().out
+    assert main([command, config_file, "--quiet", "path=after an option"]) == 0
+    assert "result of after an option" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,8 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         ([], 2, "COMMAND"),
         (["train"], 2, "invalid choice: 'train'"),
         (["rl"], 2, "CONFIG"),
+        (["rl", "a.yaml", "--nonsense", "seed=1"], 2, "unrecognized arguments: --nonsense"),
+        (["doctor", "more"], 2, "unrecognized arguments: more"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
@@ -141,6 +145,21 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_tiny_model(tmp_path: Path) -> None:
     assert main(["tiny-model", str(tmp_path / "tiny")]) == 0
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "tiny").iterdir()}
+
+
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    configs = Path(__file__).parents[1] / "configs"
+    assert main(["tiny-model", str(file)]) == 2
+    assert capsys.readouterr().err == f"dirl: error: {file} is a file; name a directory for the model\n"
+    for name in ("sft", "rl", "eval"):
+        assert main([name, str(configs / f"tiny/{name}.yaml"), f"output_dir={file}"]) == 2
+        error = capsys.readouterr().err
+        assert f"output_dir={file} is a file; name a directory" in error and error.count("\n") == 1
+    assert main(["rl", str(configs)]) == 2
+    assert f"{configs} is a directory; name a configuration file" in capsys.readouterr().err
+    assert file.read_bytes() == b""
 
 
 def test_help_comes_without_torch() -> None:

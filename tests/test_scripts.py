@@ -18,7 +18,7 @@ SCRIPTS = [
     for path in [*REPOSITORY.glob("scripts/*.sh"), *REPOSITORY.glob("examples/*.sh"), *REPOSITORY.glob("*.sh")]
 ] + [".ci/run"]
 DISTRIBUTED_TYPES = {"ddp": "MULTI_GPU", "zero1": "DEEPSPEED", "fsdp2": "FSDP"}
-SINGLE = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+SINGLE = "env ACCELERATE_MIXED_PRECISION=no ACCELERATE_DYNAMO_BACKEND=NO"
 
 # A Python that makes fake environments and logs what it would install.
 FAKE_PYTHON = f"""#!/usr/bin/env bash
@@ -29,6 +29,7 @@ case "$*" in
 "-m pip install "*) echo "$*" >>"$FAKE_LOG" && exit "${{FAKE_PIP:-0}}" ;;
 "-m pytest"*) echo "pytest ${{*:3}} in $PWD, offline=$HF_HUB_OFFLINE" ;;
 "-m dirl.cli tiny-model "*) echo "$*" >>"$FAKE_LOG" && mkdir -p "$4" ;;
+"-m dirl.cli "*) echo "$PWD: $*; threads ${{OMP_NUM_THREADS:-}}" && exit "${{FAKE_RUN:-0}}" ;;
 *) exec {shlex.quote(sys.executable)} "$@" ;;
 esac
 """
@@ -108,24 +109,24 @@ def test_ci_runs_the_tests() -> None:
 @pytest.mark.parametrize("role", ["sft", "rl", "eval"])
 def test_real_default_config_exists(role: str, elsewhere: Path) -> None:
     line = launch_line(REPOSITORY / "examples" / f"{role}.sh", cwd=elsewhere)
-    assert line == f"{SINGLE} --cpu -m dirl.cli {role} {REPOSITORY}/configs/tiny/{role}.yaml"
+    assert line == f"{SINGLE} ACCELERATE_USE_CPU=true python3 -m dirl.cli {role} {REPOSITORY}/configs/tiny/{role}.yaml"
 
 
 @pytest.mark.parametrize("role", ["sft", "rl", "eval"])
 def test_single_process(role: str, copy: Path, elsewhere: Path) -> None:
     line = launch_line(copy / "examples" / f"{role}.sh", "seed=1", "run_name=a b", cwd=elsewhere)
-    assert line == f"{SINGLE} --cpu -m dirl.cli {role} {copy}/configs/tiny/{role}.yaml seed=1 run_name=a b"
+    config = f"{copy}/configs/tiny/{role}.yaml"
+    assert line == f"{SINGLE} ACCELERATE_USE_CPU=true python3 -m dirl.cli {role} {config} seed=1 run_name=a b"
 
 
 def test_gpu_is_used_when_there_is_one(copy: Path, elsewhere: Path) -> None:
     gpu = with_gpu(elsewhere)
     single = launch_line(copy / "examples/sft.sh", cwd=elsewhere, **gpu)
-    assert "--cpu" not in single
-    assert f"--config_file {copy}/scripts/single_process.yaml" in single
+    assert single.startswith(f"{SINGLE} python3 -m dirl.cli sft ")
     several = launch_line(copy / "examples/sft.sh", cwd=elsewhere, NUM_PROCESSES="2", **gpu)
     assert several.startswith("accelerate launch --multi_gpu --num_processes 2 --num_machines 1 ")
     hidden = launch_line(copy / "examples/sft.sh", cwd=elsewhere, **{**gpu, "CUDA_VISIBLE_DEVICES": "-1"})
-    assert "--cpu" in hidden
+    assert "ACCELERATE_USE_CPU=true python3" in hidden
 
 
 def test_several_cpu_processes_go_through_torchrun(copy: Path, elsewhere: Path) -> None:
@@ -197,12 +198,12 @@ def test_eval_translates_model_and_datasets(copy: Path, elsewhere: Path) -> None
 def test_run_starts_in_the_repository_from_a_model_made_once(copy: Path, elsewhere: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     write_program(tmp_path / "bin/python3", FAKE_PYTHON)
-    write_program(tmp_path / "bin/accelerate", '#!/bin/sh\necho "$PWD: $*; threads $OMP_NUM_THREADS"\n')
+    write_program(tmp_path / "bin/accelerate", "#!/bin/sh\n")
     variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "NO_VENV": "1", "FAKE_LOG": str(log)}
     for _ in range(2):
         done = run(copy / "examples/sft.sh", "max_steps=1", cwd=elsewhere, **variables, OMP_NUM_THREADS="3")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"{copy}: launch --num_processes 1 ")
+        assert done.stdout.startswith(f"{copy}: -m dirl.cli ")
         assert done.stdout.endswith(f"sft {copy}/configs/tiny/sft.yaml max_steps=1; threads 3\n")
     assert log.read_text().splitlines() == ["-m dirl.cli tiny-model outputs/tiny/base.tmp"]
     assert [path.name for path in (copy / "outputs/tiny").iterdir()] == ["base"]
@@ -210,6 +211,9 @@ def test_run_starts_in_the_repository_from_a_model_made_once(copy: Path, elsewhe
     done = run(copy / "examples/rl.sh", cwd=elsewhere, **variables)
     roles = [line.split("dirl.cli ")[1].split()[0] for line in done.stdout.splitlines() if "dirl.cli" in line]
     assert roles == ["sft", "rl"]
+    # One process is not started by a launcher: its exit code is the script's.
+    failed = run(copy / "examples/sft.sh", cwd=elsewhere, **variables, FAKE_RUN="2")
+    assert (failed.returncode, failed.stderr) == (2, "")
     # Who names a model does not wait for that.
     for role in ("rl", "eval"):
         done = run(copy / f"examples/{role}.sh", "model.path=mine", cwd=elsewhere, **variables)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dirl.data.chat import decode, mask_token_id, render_messages, render_prompt, stop_token_ids, with_system_prompt
-from dirl.data.rows import DataError, convert_rows, read_rows, shorten
+from dirl.data.rows import DataError, check_text, convert_rows, read_rows, shorten
 from dirl.data.tasks import find_task
 from dirl.errors import UserError
 
@@ -103,6 +103,7 @@ def _checked_messages(messages: object) -> list[Mapping[str, object]]:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
             raise UserError(f"has the message {shorten(message)}; expected a role and a text content")
+        check_text(message["content"])
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant message to learn from")
     return messages

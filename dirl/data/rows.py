@@ -61,13 +61,17 @@ def convert_rows(
         if limit and len(items) == limit:
             break
         try:
+            if isinstance(row, _NotJson):
+                raise UserError(f"is not valid JSON: {shorten(str(row))}")
             if not isinstance(row, dict):
                 raise UserError(f"is not an object of named columns: {shorten(row)}")
+            for value in row.values():
+                check_text(value)
             items.append(convert(row))
         except ValueError as error:
             if not skip_bad_rows:
                 raise DataError(
-                    f"{path} row {number} {error} (fix it, or set skip_bad_rows=true to leave bad rows out)"
+                    f"{path} row {number} {error} (fix it, or set data.skip_bad_rows=true to leave bad rows out)"
                 ) from error
             num_bad += 1
     if num_bad:
@@ -75,6 +79,19 @@ def convert_rows(
     if not items:
         raise DataError(f"{path} holds no {'good ' if num_bad else ''}rows")
     return items, num_bad
+
+
+class _NotJson(str):
+    """A line that could not be read."""
+
+
+def check_text(value: object) -> None:
+    """Raises: ValueError for a text with half a surrogate pair, which JSON can hold and no tokenizer reads."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"holds {shorten(value)}, which is no valid Unicode (position {error.start})") from error
 
 
 def shorten(value: object) -> str:
@@ -95,9 +112,10 @@ def _read_file(file: Path) -> Iterator[NumberedRow]:
 
 
 def _read_json(file: Path) -> Iterator[NumberedRow]:
+    text = file.read_text(encoding="utf-8-sig")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except ValueError as error:
         raise DataError(f"{file} is not valid JSON ({error}); a file of one object per line is named .jsonl") from error
     if not isinstance(content, list):
         raise DataError(f"{file} holds a JSON {type(content).__name__}; expected an array of row objects")
@@ -111,8 +129,8 @@ def _read_jsonl(file: Path) -> Iterator[NumberedRow]:
                 continue
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError:
-                yield number, line.strip()  # the text itself: no JSON object, so refused or counted as a bad row
+            except ValueError:  # also a number of more digits than Python reads
+                yield number, _NotJson(line.strip())  # refused or counted as a bad row
 
 
 def _read_csv(file: Path) -> Iterator[NumberedRow]:

@@ -43,20 +43,22 @@ class Benchmark:
         return "reasoning_gym" if self.name.startswith(reasoning_tasks.PREFIX) else None
 
 
-def load_benchmarks(names_or_paths: Sequence[str], *, limit: int = 0, seed: int = 0) -> list[Benchmark]:
+def load_benchmarks(
+    names_or_paths: Sequence[str], *, limit: int = 0, seed: int = 0, skip_bad_rows: bool = False
+) -> list[Benchmark]:
     """Several benchmarks, whose samples are told apart by name.
 
     Raises:
         ValueError: none, or two of the same name.
     """
-    benchmarks = [load_benchmark(name, limit=limit, seed=seed) for name in names_or_paths]
+    benchmarks = [load_benchmark(name, limit=limit, seed=seed, skip_bad_rows=skip_bad_rows) for name in names_or_paths]
     names = [benchmark.name for benchmark in benchmarks]
     if not names or len(set(names)) < len(names):
         raise UserError(f"data.datasets must name one or more data sets of different names, got {names}")
     return benchmarks
 
 
-def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Benchmark:
+def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0, skip_bad_rows: bool = False) -> Benchmark:
     """A benchmark by name in any case (data/eval/NAME.json, or $DIRL_DATA/NAME.json), by path, or a held-out task.
 
     Raises:
@@ -72,7 +74,8 @@ def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0) -> Bench
             f"data.datasets: unknown data set {path!r}; known are {', '.join((*NAMES, *CODE_NAMES))}, "
             "paths of .json, .jsonl or .parquet files, task:noisy_sums and task:reasoning_gym/NAME"
         )
-    return Benchmark(name or Path(path).stem, load_problems(path, split="test", limit=limit))
+    problems = load_problems(path, split="test", limit=limit, skip_bad_rows=skip_bad_rows)
+    return Benchmark(name or Path(path).stem, problems)
 
 
 def _file_of(name: str) -> str:

@@ -57,6 +57,7 @@ class EvalDataConfig:
     seed: int = 0  # draws the problems of a task
     system_prompt: str = ""
     suffix: str = ""  # appended to each question; not to those of code, which say what the answer must look like
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class EvalConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:
+        if Path(self.output_dir).is_file():
+            raise UserError(f"output_dir={self.output_dir} is a file; name a directory")
         for key in ("num_samples", "chunk_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
@@ -199,7 +202,8 @@ def run_evaluation(config: EvalConfig) -> Path:
     """Evaluate every data set in every mode; returns the report's path."""
     distributed = Distributed()
     directory = Path(config.output_dir)
-    benchmarks = load_benchmarks(config.data.datasets, limit=config.data.limit, seed=config.data.seed)
+    data = config.data
+    benchmarks = load_benchmarks(data.datasets, limit=data.limit, seed=data.seed, skip_bad_rows=data.skip_bad_rows)
     tokenizer = load_tokenizer(config.model.path)
     model = load_model(config.model, tokenizer)
     store = _open_store(config, model, tokenizer, benchmarks, distributed)

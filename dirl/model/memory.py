@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:
 
 
 def _shape(config: ModelConfig) -> Any:
+    if not Path(config.path).is_dir() and config.path.count("/") != 1:
+        raise UserError(f"model.path={config.path}: no such directory; give a Hugging Face directory or a hub id")
     try:
         return AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError) as error:

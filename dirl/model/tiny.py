@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.tasks import tiny_tokenizer
+from dirl.errors import UserError
 from dirl.model.checkpoint import save_model
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
 
@@ -41,5 +42,7 @@ def tiny(seed: int = 0) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
 
 def save_tiny_model(path: str | Path, seed: int = 0) -> None:
     """Write the tiny model as a Hugging Face directory."""
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file; name a directory for the model")
     model, tokenizer = tiny(seed)
     save_model(model, tokenizer, path)

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -272,7 +273,9 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
     try:
         return function(**arguments)
     except Exception as error:  # whatever a user's function raises becomes one line that names it
-        raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{where.filename}, line {where.lineno}"
+        raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error} ({place})") from error
 
 
 def _check_rewards(name: str, rewards: object, num_completions: int) -> list[float | None]:

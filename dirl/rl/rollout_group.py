@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import render_prompt
 from dirl.data.problems import Problem
 from dirl.data.prompt_stream import PromptStream, fingerprint
+from dirl.data.rows import shorten
 from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
@@ -164,7 +165,7 @@ class Collector:
             raise NoSignal(
                 f"step {step}: the rewards of every group were equal in {self.config.max_sampling_rounds} rounds of "
                 f"{self.config.prompts_per_step} prompts; the problems are all too easy or too hard, or the reward is "
-                "broken (see completions/)"
+                f"broken{_example(harvest.dropped)}"
             )
         groups, num_carried = self._shared_out(harvest.groups, distributed)
         return Collected(groups, harvest.dropped, harvest.counters, num_carried)
@@ -244,3 +245,14 @@ class Collector:
 
 def _length(completion: Completion) -> int:
     return len(completion.token_ids)
+
+
+def _example(groups: Sequence[RolloutGroup]) -> str:
+    """One completion, for a message."""
+    if not groups:
+        return ""
+    problem, completion = groups[0].prompt.problem, groups[0].completions[0]
+    return (
+        f"; for example {shorten(problem.question)} -> {shorten(completion.text)}, gold {shorten(problem.answer)}, "
+        f"reward {groups[0].rewards[0]:g}"
+    )

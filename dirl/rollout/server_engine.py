@@ -250,7 +250,12 @@ def _start(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, confi
 
 
 def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
-    health = server.call("/health")
+    try:
+        health = server.call("/health")
+    except RolloutError as error:
+        if server.process is not None:
+            raise
+        raise UserError(f"rollout.server_urls: {error}; is `dirl serve` running there?") from error
     config = model.config
     for name, ours in (
         ("block_length", config.block_size),

@@ -57,6 +57,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise UserError("output_dir must name a directory, got ''")
+        if Path(self.output_dir).is_file():
+            raise UserError(f"output_dir={self.output_dir} is a file; name a directory")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
         for key, least in (("save_steps", 0), ("save_total_limit", 0), ("logging_steps", 1), ("phase_timeout", 0)):

@@ -108,7 +108,9 @@ def test_rows_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"question": "q", "ground_truth_answer": NaN}', "ground_truth_answer=nan"),
         ('{"question": "q", "ground_truth_answer": ["1"]}', r"ground_truth_answer=\['1'\]"),
         ("[1, 2]", "is not an object of named columns"),
-        ('{"question": "q', "is not an object of named columns"),
+        ('{"question": "q', "is not valid JSON"),
+        ('{"question": "q", "ground_truth_answer": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ('{"question": "q\\ud800", "ground_truth_answer": "1"}', "no valid Unicode"),
     ],
 )
 def test_bad_rows_are_named_or_counted(row: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

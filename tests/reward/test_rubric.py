@@ -173,7 +173,9 @@ def test_a_broken_reward_names_function_row_and_value(values: object, message: s
 
 
 def test_an_exception_names_the_function() -> None:
-    with pytest.raises(RewardError, match="'cosine' raised KeyError: 'completion_length'"):
+    """And the line of the user's file at which it came about."""
+    message = r"'cosine' raised KeyError: 'completion_length' \(.*shaping\.py, line \d+\)"
+    with pytest.raises(RewardError, match=message):
         score(RewardConfig(functions=["cosine"]), [r"\boxed{7}"], answer=["7"])
 
 

@@ -73,7 +73,7 @@ def test_without_dynamic_sampling_everything_is_kept() -> None:
 
 
 def test_no_signal_is_an_error() -> None:
-    with pytest.raises(NoSignal, match="equal in 3 rounds of 2 prompts"):
+    with pytest.raises(NoSignal, match=r"equal in 3 rounds of 2 prompts.*for example '(easy|hard)' -> .*reward [01]$"):
         collect(["easy", "hard"], RolloutConfig(prompts_per_step=2, num_generations=2, max_sampling_rounds=3))
 
 

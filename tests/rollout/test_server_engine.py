@@ -24,6 +24,7 @@ import torch
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
 from dirl.cli import main  # noqa: E402
+from dirl.errors import UserError  # noqa: E402
 from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
 from dirl.rollout import server_engine  # noqa: E402
@@ -192,6 +193,13 @@ def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     assert main(["serve", str(Path(__file__).parents[2] / "configs/tiny/serve.yaml")]) == 2
     assert KEY_VARIABLE in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirl.rollout.server_engine._ATTEMPTS", 1)
+    model, tokenizer = likely_to_stop(block_length=4)
+    with pytest.raises(UserError, match=r"rollout.server_urls: server http://127.0.0.1:1/health.*`dirl serve` running"):
+        ServerEngine([Server("http://127.0.0.1:1", KEY)], model, tokenizer, pushes=True)
 
 
 def test_another_model_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dirl.errors import MissingFileError
+from dirl.errors import MissingFileError, UserError
 from dirl.training.metrics import one_line, read_metrics
 from dirl.training.report.curves import draw_panels
 from dirl.training.report.page import report_page
@@ -33,18 +33,22 @@ _TILES = {
 
 
 def write_report(
-    run_dirs: Sequence[str | Path], path: str | Path | None = None, *, decode: Decode | None = None
+    run_dirs: str | Path | Sequence[str | Path], path: str | Path | None = None, *, decode: Decode | None = None
 ) -> Path:
     """Write the report of one run, or of several side by side; returns its path.
 
     Args:
-        run_dirs: output directories of SFT or RL runs, finished or not.
+        run_dirs: output directory of an SFT or RL run, finished or not, or several.
         path: None: report.html in the run's directory; of several, report_and_<others>.html in the first one's.
         decode: texts of tokens, for rows of completions that bring only ids.
     Raises:
         MissingFileError: a directory holds no metrics.jsonl.
     """
-    folders = [Path(run_dir) for run_dir in run_dirs]
+    folders = [Path(run_dir) for run_dir in ([run_dirs] if isinstance(run_dirs, str | Path) else run_dirs)]
+    if not folders:
+        raise UserError("write_report: name at least one run directory")
+    if path is not None and Path(path).is_dir():
+        path = Path(path) / "report.html"
     names = _names(folders)
     runs = [_describe(folder, name, decode) for folder, name in zip(folders, names, strict=True)]
     configs = [_flat(_read_json(folder / "run.json").get("config", {})) for folder in folders]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dirl.errors import UserError
 from dirl.training.report.page import build_page, embed_json
 from dirl.training.report.write import refresh_report, write_report
 from tests.training.report.run_files import HOSTILE, completion_row, rl_row, sft_row, write_run
@@ -89,6 +90,14 @@ def test_a_title_is_escaped() -> None:
 def test_a_directory_without_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl: no metrics to report; give the output_dir"):
         write_report([tmp_path])
+    with pytest.raises(UserError, match="name at least one run directory"):
+        write_report([])
+
+
+def test_one_directory_needs_no_list_and_a_folder_gets_the_usual_name(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [rl_row(step) for step in range(1, 4)])
+    assert write_report(str(run)) == run / "report.html"
+    assert write_report(run, tmp_path) == tmp_path / "report.html"
 
 
 def test_a_report_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
