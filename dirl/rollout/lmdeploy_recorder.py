@@ -264,7 +264,7 @@ class RecordingStrategyFactory(stock_dllm.DLLMStrategyFactory):
 
 
 class _Float32Head:
-    """Logits accumulated and kept in float32: in bfloat16 their rounding alone moves a logprob by about 0.015 nats."""
+    """Logits accumulated and kept in float32: rounding them to bfloat16 would move every logprob."""
 
     lm_head: Any
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.data.chat import decode, stop_token_ids
+from dirl.data.chat import stop_token_ids
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
-from dirl.errors import UserError
 from dirl.model.block_cache import BlockCache, BlockRows, CachePlan, PromptRows, QueryRows
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
+from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.slots import Request, Slots, Step
 from dirl.rollout.watch import Observer, frames_of
@@ -51,19 +51,12 @@ class TorchEngine:
     ) -> list[Completion]:
         if self._is_stale:
             raise RolloutError("the last push of weights did not finish; call update_weights before generate")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"generate needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         block_length = self.model.config.block_size
+        touched = touched_tokens(prompts, seeds, sampling, block_length)
         requests = [
-            Request(i, prompt, seed, (len(prompt) + sampling.max_completion_length) // block_length)
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            Request(i, prompt, seed, (len(prompt) + num_tokens) // block_length)
+            for i, (prompt, seed, num_tokens) in enumerate(zip(prompts, seeds, touched, strict=True))
         ]
-        for request in requests:
-            if request.end_block <= len(request.prompt_ids) // block_length:
-                raise UserError(
-                    f"max_completion_length {sampling.max_completion_length} leaves no room for a block of "
-                    f"{block_length} after a prompt of {len(request.prompt_ids)} tokens; raise it"
-                )
         was_training = self.model.training
         self.model.eval()
         try:
@@ -202,19 +195,13 @@ class TorchEngine:
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
     ) -> tuple[int, Completion]:
-        stops = [i for i, token in enumerate(token_ids) if token in self.stop_ids]
-        prompt_ids, block_length = list(request.prompt_ids), self.model.config.block_size
-        tail = [0] * (len(prompt_ids) % block_length)
-        steps = tail + step_map
-        completion = Completion(
-            prompt_ids=prompt_ids,
-            token_ids=token_ids,
-            step_map=step_map,
-            logprobs=logprobs,
-            completion_length=stops[0] + 1 if stops else len(token_ids),
-            finish_reason="stop" if stops else "length",
-            num_denoising_steps=sum(max(steps[i : i + block_length]) for i in range(0, len(steps), block_length)),
-            text=decode(self.tokenizer, token_ids[: stops[0]] if stops else token_ids),
+        completion = make_completion(
+            request.prompt_ids,
+            token_ids,
+            step_map,
+            logprobs,
+            tokenizer=self.tokenizer,
+            block_length=self.model.config.block_size,
         )
         return request.index, completion
 

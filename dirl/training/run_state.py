@@ -101,10 +101,9 @@ def save_checkpoint(
         if is_main:
             seal(temporary, step)
             publish(temporary, final)
-    except Exception:
-        if is_main:  # give a full disk its space back
+    finally:
+        if is_main:  # gone once it is published; after a failure, give a full disk its space back
             shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if is_main:
         prune(final, limit, best_step)
     barrier()

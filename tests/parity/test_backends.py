@@ -7,8 +7,6 @@ also the script that the processes run: `test_backends.py OUT`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -29,8 +27,8 @@ from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 from dirl.training.optimizer import Learner
+from tests.launching import launch_script
 
-ROOT = Path(__file__).parents[2]
 # Micro-batches a rank makes of eight documents, or of four groups of two: 8 documents at once, 4 and 4, one by one.
 BUDGETS = {"1x8": 4096, "2x4": 260, "8x1": 64}
 RL_BUDGETS = {"1x8": 4096, "2x4": 420, "8x1": 112}
@@ -118,18 +116,7 @@ def run_all(output_dir: Path) -> None:
 
 def launch(backend: str, num_processes: int, output_dir: Path) -> dict[str, Any]:
     output_dir.mkdir()
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
-        **({"ACCELERATE_CONFIG": backend} if backend != "plain" else {}),
-        "NUM_PROCESSES": str(num_processes),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "NO_VENV": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = ["bash", "-c", 'source "$0"; launch "$@"', str(ROOT / "scripts/launch.sh"), __file__, str(output_dir)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = launch_script(__file__, str(output_dir), backend=backend, num_processes=num_processes, timeout=500)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((output_dir / "record.json").read_text(encoding="utf-8"))
 

@@ -32,8 +32,8 @@ from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 from dirl.training.optimizer import TrainingDiverged
 from dirl.training.run import check_identity
+from tests.launching import launch_script
 
-ROOT = Path(__file__).parents[2]
 STEPS: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "max_tokens_per_micro_batch": 128}
 
 
@@ -158,25 +158,7 @@ def hang(output_dir: Path) -> None:
 
 def launch(backend: str, task: str, output_dir: Path, num_processes: int = 2) -> subprocess.CompletedProcess[str]:
     output_dir.mkdir(exist_ok=True)
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
-        "ACCELERATE_CONFIG": backend,
-        "NUM_PROCESSES": str(num_processes),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "NO_VENV": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    script = [str(ROOT / "scripts/launch.sh"), __file__, task, str(output_dir)]
-    return subprocess.run(
-        ["bash", "-c", 'source "$0"; launch "$@"', *script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    return launch_script(__file__, task, str(output_dir), backend=backend, num_processes=num_processes, timeout=400)
 
 
 def numbers(output_dir: Path) -> list[dict[str, float]]:
