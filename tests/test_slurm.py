@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -40,10 +41,13 @@ def submit(tmp_path: Path, *arguments: str, **variables: str) -> str:
 def test_each_node_gets_its_rank_and_the_same_rendezvous(tmp_path: Path) -> None:
     lines = submit(tmp_path, "run_name=a b", DRY_RUN="1").splitlines()
     assert len(lines) == 2
-    for rank, line in enumerate(lines):
+    for rank, quoted in enumerate(lines):
+        words = shlex.split(quoted)
+        line = " ".join(words)
         assert f"--config_file {ROOT}/configs/accelerate/zero1.yaml --num_processes 16 --num_machines 2" in line
         assert f"--machine_rank {rank} --main_process_ip n7 --main_process_port 29500" in line
-        assert line.endswith(f"-m dirl.cli rl {ROOT}/configs/sdar_8b/rl.yaml run_name=a\\ b")
+        assert line.endswith(f"-m dirl.cli rl {ROOT}/configs/sdar_8b/rl.yaml run_name=a b")
+        assert words[-1] == "run_name=a b"
 
 
 def test_an_unfinished_run_goes_back_into_the_queue(tmp_path: Path) -> None:
