@@ -26,7 +26,7 @@ from dirl.model.tiled_attention import TiledPlan, _tiles
 from tests.documents import random_document
 
 MASK = 99
-# PyTorch hands its own include path to the C++ compiler unquoted.
+# PyTorch hands the path of its own libraries to the linker unquoted.
 COMPILES = pytest.mark.skipif(
     " " in torch.__file__, reason="torch.compile for CPUs does not work in a path with a space"
 )
