@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -118,15 +119,17 @@ def model_and_tokenizer(name: str) -> tuple[BlockDiffusionModel, PreTrainedToken
     return load(name)
 
 
-def seconds_of(work: Any, repeats: int) -> tuple[float, Any]:
-    """The fastest of several runs, and the result."""
-    best, result = float("inf"), None
+def fastest(works: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, Any]]:
+    """Seconds and result of the fastest of several runs of each; they take turns, so that noise meets all alike."""
+    best: list[tuple[float, Any]] = [(float("inf"), None)] * len(works)
     for _ in range(repeats):
-        start = time.perf_counter()
-        result = work()
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best, result
+        for index, work in enumerate(works):
+            synchronize()
+            start = time.perf_counter()
+            result = work()
+            synchronize()
+            best[index] = min(best[index], (time.perf_counter() - start, result), key=lambda run: run[0])
+    return best
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -145,12 +148,17 @@ def measure(arguments: argparse.Namespace) -> None:
         for i in range(max(arguments.batch_sizes))
     ]
     few = prompts[: arguments.plain_sequences]
-    plain_seconds, expected = seconds_of(lambda: [plain.generate(p, i) for i, p in enumerate(few)], arguments.repeats)
-    plain_rate = sum(map(len, expected)) / plain_seconds
     for batch_size in arguments.batch_sizes:
         batch, seeds = prompts[:batch_size], list(range(batch_size))
         engine.generate(batch[:1], sampling, seeds[:1])
-        seconds, completions = seconds_of(lambda b=batch, s=seeds: engine.generate(b, sampling, s), arguments.repeats)
+        (plain_seconds, expected), (seconds, completions) = fastest(
+            [
+                lambda: [plain.generate(p, i) for i, p in enumerate(few)],
+                lambda b=batch, s=seeds: engine.generate(b, sampling, s),
+            ],
+            arguments.repeats,
+        )
+        plain_rate = sum(map(len, expected)) / plain_seconds
         pairs = list(zip(expected, completions, strict=False))
         rate = sum(len(completion.token_ids) for completion in completions) / seconds
         print_line(
@@ -183,7 +191,7 @@ def main() -> None:
         "--denoising-steps", type=int, default=2, help="steps a block, for strategies with a fixed count"
     )
     parser.add_argument("--plain-sequences", type=int, default=8, help="how many prompts the plain decoder decodes")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     measure(parser.parse_args())
 
 

@@ -6,7 +6,6 @@ packed tokens and travels to every layer through transformers' attention interfa
     DensePlan   a boolean mask; plain forward passes and tests
     TiledPlan   SDPA over batches of small tiles (`tiled_attention.py`); any device, the CPU's training path
     FlexPlan    FlexAttention with a block-sparse mask; CUDA's training path
-    CachePlan   block decoding over a KV cache (`block_cache.py`)
 
 Shapes: B batch, L tokens, H query heads, G key/value heads, D head dimension.
 """
@@ -57,7 +56,7 @@ AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """SDPA with a boolean mask (B, 1, Q or 1, K; True = may read) and grouped key/value heads; (B, H, Q, D).
+    """SDPA with a mask (B, 1, Q or 1, K; True = may read, or numbers to add) and grouped heads; (B, H, Q, D).
 
     The heads that share a key/value head are laid out as further queries of it: repeating keys and values instead
     takes longer than the attention itself when queries are few, as in decoding.

@@ -1,17 +1,18 @@
 """The KV cache of block decoding: S slots of fixed length, written in place, read up to the end of a query's block.
 
-One forward pass may hold tokens of many slots, several blocks each: the clean block that was just finished and the
-noisy block that follows it, or a whole prompt. Every token writes its key and value at (slot, position) and then reads
-the positions before the end of its own block, so that finishing a block and starting the next is one pass. A noisy
-block's entries are overwritten by its clean ones before any later block reads them.
+One forward pass may hold tokens of many slots, several blocks each: whole prompts, clean blocks that were just finished
+and the noisy blocks that follow either. Every token writes its key and value at (slot, position) and then reads the
+positions before the end of its own block, so that reading a prompt or finishing a block and starting the next is one
+pass. A noisy block's entries are overwritten by its clean ones before any later block reads them.
 
-Shapes: S slots, X some of them, L cache length, B block length, T tokens of a pass, R rows of queries, W lanes a row,
-H and G heads, D head dimension.
+Shapes: S slots, X some of them, L cache length, B block length, T tokens of a pass, E entries they write, R rows of
+queries, W lanes a row, H and G heads, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -21,50 +22,82 @@ from torch import Tensor
 from dirl.model.attention import masked_attention
 from dirl.model.sdar import BlockDiffusionModel
 
+_IN_PLACE_FROM = 2 / 3  # share of the slots that are read; below it copying them takes less than padding rows
+
 
 class BlockCache:
-    """Keys and values of every layer; (S, G, L, D) each."""
+    """Keys and values of every layer; (S, L, G, D) each."""
 
     def __init__(self, model: BlockDiffusionModel, num_slots: int, length: int) -> None:
         config, like = model.config, next(model.parameters())
-        shape = (num_slots, config.num_key_value_heads, length, config.head_dim)
+        shape = (num_slots, length, config.num_key_value_heads, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(key) for key in self.keys]
 
-    def copy_slots(self, source_N: Tensor, target_N: Tensor, length: int) -> None:
-        """Copy the first `length` positions of some slots to others, for prompts that stand several times."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target_N, :, :length] = tensor[source_N, :, :length]
+    def entries(self, parts: Sequence[QueryRows]) -> Entries:
+        """What the tokens of a pass write, for `write` in every layer."""
+        starts = [0]
+        for rows in parts:
+            starts.append(starts[-1] + len(rows.position_T))
+        length = self.keys[0].shape[1]
+        place_E = torch.cat([rows.slot_E * length + rows.position_T[rows.token_E] for rows in parts])
+        token_E = torch.cat([rows.token_E + start for rows, start in zip(parts, starts, strict=False)])
+        return Entries(place_E, None if len(token_E) == starts[-1] else token_E)
+
+    def write(self, layer: int, entries: Entries, key_TGD: Tensor, value_TGD: Tensor) -> None:
+        """Store keys and values of a pass's tokens in a layer."""
+        for tensor, new_TGD in ((self.keys[layer], key_TGD), (self.values[layer], value_TGD)):
+            tensor.flatten(0, 1)[entries.place_E] = new_TGD if entries.token_E is None else new_TGD[entries.token_E]
 
     def keep_slots(self, slot_N: Tensor) -> None:
-        """Drop all slots but these, which are renumbered in order."""
-        self.keys = [key.index_select(0, slot_N) for key in self.keys]
-        self.values = [value.index_select(0, slot_N) for value in self.values]
+        """Drop all slots but these; slot_N[i] becomes slot i. Only those that change their number are copied."""
+        target_M = (slot_N != torch.arange(len(slot_N), device=slot_N.device)).nonzero().squeeze(1)
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensor[target_M] = tensor[slot_N[target_M]]
+                tensors[layer] = tensor[: len(slot_N)]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which token is written where: `place_E` counts positions in the cache's slots laid end to end."""
+
+    place_E: Tensor
+    token_E: Tensor | None  # None: each token once, in order
 
 
 class QueryRows(Protocol):
     """Tokens of a pass that stand together, laid out as rows of queries, one row a slot."""
 
+    position_T: Tensor
+    token_E: Tensor  # which of these tokens ...
+    slot_E: Tensor  # ... is written to which slot; each at least once
+
     def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Output of these tokens, (T, H, D), from a layer's whole cache."""
+        """Output of these tokens, (T, H, D), from a layer's whole cache, (S, L, G, D) each."""
         ...
 
 
 class BlockRows:
     """One block of each of some slots; its queries read up to the block's own end.
 
-    Where at least half of the cache's slots are among them it is read in place, with a padding row for each of the
-    others; otherwise what these slots hold is copied.
+    Where most of the cache's slots are among them it is read in place, with a padding row for each of the others;
+    otherwise what these slots hold is copied.
 
     Args:
         slot_X, block_X: the slots, each once, and which block of theirs it is.
-        num_slots: of the cache.
+        keys: of any layer of the cache they will read, (S, L, G, D).
     """
 
-    def __init__(self, slot_X: Tensor, block_X: Tensor, num_slots: int, block_length: int) -> None:
-        reads_in_place = 2 * len(slot_X) >= num_slots
+    def __init__(self, slot_X: Tensor, block_X: Tensor, keys: Tensor, block_length: int) -> None:
+        num_slots = len(keys)
+        reads_in_place = len(slot_X) >= _IN_PLACE_FROM * num_slots
         self.slot_X, self.block_length = slot_X, block_length
         self.end_X = (block_X + 1) * block_length
+        lane_B = torch.arange(block_length, device=slot_X.device)
+        self.position_T = (block_X[:, None] * block_length + lane_B).flatten()
+        self.slot_E = slot_X.repeat_interleave(block_length)
+        self.token_E = torch.arange(len(self.slot_E), device=slot_X.device)
         self.slot_R: Tensor | None = None if reads_in_place else slot_X
         self.row_X: Tensor | None = None  # row of each slot; None: in order
         end_R = self.end_X
@@ -72,7 +105,7 @@ class BlockRows:
             # Padding rows read position 0 only: softmax over nothing is NaN.
             end_R = torch.ones(num_slots, dtype=torch.int64, device=slot_X.device).index_put((slot_X,), self.end_X)
             self.row_X = slot_X
-        self.mask_R11L = _reads_up_to(end_R[:, None])
+        self.mask_R11L = _reads_up_to(end_R[:, None], keys.dtype)
 
     def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         query_XBHD = query_THD.unflatten(0, (-1, self.block_length))
@@ -80,8 +113,8 @@ class BlockRows:
         if flash is not None:
             return flash(
                 query_XBHD,
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
+                keys,
+                values,
                 cache_seqlens=self.end_X.int(),
                 cache_batch_idx=self.slot_X.int(),
                 softmax_scale=scaling,
@@ -99,18 +132,26 @@ class BlockRows:
 
 
 class PromptRows:
-    """Whole prompts from position 0 on, of different lengths, one row each.
+    """The full blocks of distinct prompts from position 0 on, of different lengths, one row each.
 
     Args:
-        slot_R: slot of each prompt.
-        row_T, position_T: prompt and position of each token.
+        lengths: of the prompts, multiples of the block length.
+        slots: those of each prompt; the first one's keys are read, the others receive the same.
+        keys: of any layer of the cache they will read, (S, L, G, D).
     """
 
-    def __init__(self, slot_R: Tensor, row_T: Tensor, position_T: Tensor, block_length: int) -> None:
-        self.slot_R, self.place = slot_R, (row_T, position_T)
-        end_RW = torch.ones(len(slot_R), int(position_T.max()) + 1, dtype=torch.int64, device=slot_R.device)
-        end_RW[self.place] = (position_T // block_length + 1) * block_length
-        self.mask_R1WL = _reads_up_to(end_RW)
+    def __init__(self, lengths: Sequence[int], slots: Sequence[Sequence[int]], keys: Tensor, block_length: int) -> None:
+        device, length_R = keys.device, torch.tensor(lengths, device=keys.device)
+        copies = [(row, slot) for row, of_prompt in enumerate(slots) for slot in of_prompt]
+        self.slot_R = torch.tensor([of_prompt[0] for of_prompt in slots], device=device)
+        self.position_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+        self.place = (torch.arange(len(lengths), device=device).repeat_interleave(length_R), self.position_T)
+        tokens = torch.arange(len(self.position_T), device=device).split(list(lengths))
+        self.token_E = torch.cat([tokens[row] for row, _ in copies])
+        self.slot_E = torch.cat([torch.full_like(tokens[row], slot) for row, slot in copies])
+        end_RW = torch.ones(len(lengths), max(lengths), dtype=torch.int64, device=device)
+        end_RW[self.place] = (self.position_T // block_length + 1) * block_length
+        self.mask_R1WL = _reads_up_to(end_RW, keys.dtype)
 
     def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         num_rows, _, num_lanes, read_length = self.mask_R1WL.shape
@@ -122,15 +163,20 @@ class PromptRows:
 
 
 def _read(keys: Tensor, values: Tensor, slot_R: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    keys, values = keys[:, :, :length], values[:, :, :length]
-    if slot_R is None:
-        return keys, values
-    return keys.index_select(0, slot_R), values.index_select(0, slot_R)
+    """The first positions of some slots, or of all, as attention wants them; (R, G, length, D) each."""
+    keys, values = keys[:, :length], values[:, :length]
+    if slot_R is not None:
+        keys, values = keys.index_select(0, slot_R), values.index_select(0, slot_R)
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-def _reads_up_to(end_RW: Tensor) -> Tensor:
-    """True at the key positions before each query's end; (R, 1, W, L)."""
-    return (torch.arange(int(end_RW.max()), device=end_RW.device) < end_RW[..., None])[:, None]
+def _reads_up_to(end_RW: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 at the key positions before each query's end, -inf after it; (R, 1, W, L).
+
+    Added to scores; SDPA would make the same of a boolean mask, in every layer anew.
+    """
+    is_after_R1WL = (torch.arange(int(end_RW.max()), device=end_RW.device) >= end_RW[..., None])[:, None]
+    return torch.zeros(is_after_R1WL.shape, dtype=dtype, device=end_RW.device).masked_fill_(is_after_R1WL, -torch.inf)
 
 
 @cache
@@ -146,28 +192,3 @@ def flash_decode(device: str, dtype: torch.dtype) -> Callable[..., Tensor] | Non
     except ImportError:
         return None
     return flash_attn_with_kvcache
-
-
-class CachePlan:
-    """Attention of one decoding pass over a BlockCache.
-
-    Args:
-        slot_T, position_T: where each token of the pass belongs.
-        parts: the same tokens as rows of queries, in order, each with the number of its tokens.
-    """
-
-    def __init__(
-        self, cache: BlockCache, slot_T: Tensor, position_T: Tensor, parts: Sequence[tuple[int, QueryRows]]
-    ) -> None:
-        self.cache, self.slot_T, self.position_T, self.parts = cache, slot_T, position_T, parts
-
-    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slot_T, :, self.position_T] = key_BGLD[0].transpose(0, 1)
-        values[self.slot_T, :, self.position_T] = value_BGLD[0].transpose(0, 1)
-        queries = query_BHLD[0].transpose(0, 1).split([num_tokens for num_tokens, _ in self.parts])
-        outputs = [
-            rows.attend(query_THD, keys, values, scaling)
-            for query_THD, (_, rows) in zip(queries, self.parts, strict=True)
-        ]
-        return torch.cat(outputs)[None]

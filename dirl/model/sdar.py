@@ -4,8 +4,8 @@ SDAR is Qwen3 layer for layer, with the same parameter names; only the mask diff
 and blocks see the blocks before them. Registered with Auto*, so that a directory whose config.json says
 `"model_type": "sdar"` loads without remote code.
 
-A plain call, `model(input_ids)`, applies the block mask to clean rows. The packed forward of training and the cached
-forward of decoding hand in an `attention_plan` of their own.
+A plain call, `model(input_ids)`, applies the block mask to clean rows. The packed forward of training hands in
+an `attention_plan` of its own; decoding runs the layers itself (`cached_forward.py`).
 
 Source: SDAR (arXiv 2510.06303).
 """

@@ -132,9 +132,14 @@ class Slots:
             self.done_logprobs_SC[slot, :length].tolist(),
         )
 
-    def keep(self, slot_A: Tensor) -> None:
-        """Drop all slots but these, which are renumbered in order."""
-        self.requests = [self.requests[slot] for slot in slot_A.tolist()]
+    def compact(self) -> Tensor:
+        """Drop the empty slots; returns the old number of each slot. As few as can be change theirs."""
+        slot_A = self.is_active_S.nonzero().squeeze(1)
+        num_kept = len(slot_A)
+        order_A = torch.arange(num_kept, device=self.device)
+        order_A[~self.is_active_S[:num_kept]] = slot_A[slot_A >= num_kept]
+        self.requests = [self.requests[slot] for slot in order_A.tolist()]
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(self, name, value.index_select(0, slot_A))
+                setattr(self, name, value.index_select(0, order_A))
+        return order_A

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import stop_token_ids
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
-from dirl.model.block_cache import BlockCache, BlockRows, CachePlan, PromptRows, QueryRows
+from dirl.model.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
+from dirl.model.cached_forward import cached_forward
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.decoded import make_completion, touched_tokens
@@ -31,7 +32,8 @@ from dirl.rollout.watch import Observer, frames_of
 from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
 
 _PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
-_COMPACT_BELOW = 7 / 8  # share of slots in use at which the empty ones, each a row of every pass, are dropped
+
+_Part = tuple[Tensor, QueryRows]  # tokens of a pass and how they are laid out
 
 
 class TorchEngine:
@@ -114,83 +116,60 @@ class TorchEngine:
         sampler = _Sampler(self.model, sampling)
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
-            admitted = {slot: queue.popleft() for slot in slots.free() if queue}
-            if admitted:
+            prompts: Sequence[_Part] = ()
+            if admitted := {slot: queue.popleft() for slot in slots.free() if queue}:
                 slots.admit(admitted)
-                self._prefill(admitted, cache)
+                prompts = self._read_prompts(admitted, cache)
+            elif slots.free():  # an empty slot is a row of every pass
+                cache.keep_slots(slots.compact())
             slot_A = slots.is_active_S.nonzero().squeeze(1)
             if len(slot_A) == 0:
                 return
-            if not queue and len(slot_A) <= _COMPACT_BELOW * len(slots.requests):
-                slots.keep(slot_A)
-                cache.keep_slots(slot_A)
-                slot_A = torch.arange(len(slot_A), device=device)
-            hidden_ABD = self._forward(slots, slot_A, cache)
-            step = sampler.step(hidden_ABD, slots, slot_A)
+            hidden_MD = self._forward(slots, slot_A, prompts, cache)
+            step = sampler.step(hidden_MD, slots, slot_A)
             slots.apply(step, slot_A)
             self.observer.stepped(partial(frames_of, slots, slot_A, step))
             for slot in slots.finish_blocks(stop_ids):
                 yield self._completion(*slots.release(slot))
 
-    def _prefill(self, admitted: dict[int, Request], cache: BlockCache) -> None:
-        """Write the keys of the prompts' full blocks, reading each distinct prompt once."""
+    def _read_prompts(self, admitted: dict[int, Request], cache: BlockCache) -> Sequence[_Part]:
+        """The full blocks of admitted prompts, each distinct one once, as a part of the next pass.
+
+        What goes beyond a pass's budget is read at once.
+        """
         block_length = self.model.config.block_size
         slots_of: dict[tuple[int, ...], list[int]] = {}
         for slot, request in admitted.items():
             full = len(request.prompt_ids) - len(request.prompt_ids) % block_length
             slots_of.setdefault(tuple(request.prompt_ids[:full]), []).append(slot)
         slots_of.pop((), None)
-        if not slots_of:
-            return
-        for prompts in _budgeted(list(slots_of), _PREFILL_TOKENS):
-            self._read_prompts(prompts, [slots_of[prompt][0] for prompt in prompts], cache)
-        copies = [(group[0], slot) for group in slots_of.values() for slot in group[1:]]
-        if copies:
-            source_N, target_N = torch.tensor(copies, device=cache.keys[0].device).unbind(1)
-            cache.copy_slots(source_N, target_N, max(map(len, slots_of)))
-
-    def _read_prompts(self, prompts: Sequence[tuple[int, ...]], slots: Sequence[int], cache: BlockCache) -> None:
-        device = cache.keys[0].device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        slot_R = torch.tensor(slots, device=device)
-        row_T = torch.arange(len(prompts), device=device).repeat_interleave(lengths)
-        position_T = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
-        token_ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        rows = PromptRows(slot_R, row_T, position_T, self.model.config.block_size)
-        self._run(token_ids_T, slot_R[row_T], position_T, cache, [(len(row_T), rows)])
-
-    def _forward(self, slots: Slots, slot_A: Tensor, cache: BlockCache) -> Tensor:
-        """Hidden states of the active slots' current blocks, (A, B, D); commits previous blocks on the way."""
-        block_length = slots.block_length
-        slot_P = slot_A[slots.has_previous_S[slot_A]]
-        slot_X = torch.cat([slot_P, slot_A])
-        block_X = torch.cat([slots.block_S[slot_P] - 1, slots.block_S[slot_A]])
-        position_XB = block_X[:, None] * block_length + torch.arange(block_length, device=slot_A.device)
-        token_ids_XB = torch.cat([slots.previous_ids_SB[slot_P], slots.token_ids_SB[slot_A]])
-        cut, num_slots = len(slot_P), len(slots.requests)
-        parts: list[tuple[int, QueryRows]] = [
-            (len(slot_X[part]) * block_length, BlockRows(slot_X[part], block_X[part], num_slots, block_length))
-            for part in (slice(cut), slice(cut, None))
-            if len(slot_X[part])
+        parts = [
+            (
+                torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys[0].device),
+                PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys[0], block_length),
+            )
+            for prompts in _budgeted(list(slots_of), _PREFILL_TOKENS)
         ]
-        slot_T = slot_X.repeat_interleave(block_length)
-        hidden_TD = self._run(token_ids_XB.flatten(), slot_T, position_XB.flatten(), cache, parts)
-        return hidden_TD.unflatten(0, (-1, block_length))[cut:]
+        for token_ids_T, rows in parts[:-1]:
+            cached_forward(self.model, cache, token_ids_T, [rows])
+        return parts[-1:]
 
-    def _run(
-        self,
-        token_ids_T: Tensor,
-        slot_T: Tensor,
-        position_T: Tensor,
-        cache: BlockCache,
-        parts: Sequence[tuple[int, QueryRows]],
-    ) -> Tensor:
-        return self.model.model(
-            input_ids=token_ids_T[None],
-            position_ids=position_T[None],
-            attention_plan=CachePlan(cache, slot_T, position_T, parts),
-            use_cache=False,
-        ).last_hidden_state[0]
+    def _forward(self, slots: Slots, slot_A: Tensor, prompts: Sequence[_Part], cache: BlockCache) -> Tensor:
+        """Hidden states of the active slots' masked positions, (M, D).
+
+        The same pass reads the prompts that were admitted and commits the blocks that were finished.
+        """
+        slot_P = slot_A[slots.has_previous_S[slot_A]]
+        parts = [*prompts, (slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache))]
+        if len(slot_P):
+            committed = self._blocks(slot_P, slots.block_S[slot_P] - 1, cache)
+            parts.insert(-1, (slots.previous_ids_SB[slot_P], committed))
+        wanted_M = slots.masked_SB[slot_A].flatten().nonzero().squeeze(1)
+        token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in parts])
+        return cached_forward(self.model, cache, token_ids_T, [rows for _, rows in parts], wanted_M)
+
+    def _blocks(self, slot_X: Tensor, block_X: Tensor, cache: BlockCache) -> BlockRows:
+        return BlockRows(slot_X, block_X, cache.keys[0], self.model.config.block_size)
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
@@ -213,33 +192,32 @@ class _Sampler:
         self.lm_head, self.sampling = model.lm_head, sampling
         self.suppressed_V = suppressed_by(model)
 
-    def step(self, hidden_ABD: Tensor, slots: Slots, slot_A: Tensor) -> Step:
+    def step(self, hidden_MD: Tensor, slots: Slots, slot_A: Tensor) -> Step:
         sampling, masked_AB = self.sampling, slots.masked_SB[slot_A]
         lane_B = torch.arange(slots.block_length, device=slot_A.device)
         position_AB = slots.block_S[slot_A, None] * slots.block_length + lane_B
         seed_AB, draw_AB = (x[slot_A, None].expand_as(position_AB) for x in (slots.seed_S, slots.step_S))
-        confidence_MV = sampling.distribution.confidence_logprobs(
-            self.lm_head(hidden_ABD[masked_AB]), self.suppressed_V
-        )
+        index_M = masked_AB.flatten().nonzero().squeeze(1)
+        confidence_MV = sampling.distribution.confidence_logprobs(self.lm_head(hidden_MD), self.suppressed_V)
         sampling_MV = sampling.distribution.sampling_logprobs(confidence_MV)
         if sampling.temperature == 0:
             token_M = sampling_MV.argmax(dim=-1)
         else:
             # Two draws a step and position: the token, and (for `random`) the order of revealing.
             uniform_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB)
-            token_M = sample(sampling_MV, uniform_AB[masked_AB])
-        token_ids_AB, logprob_AB, confidence_AB, entropy_AB = (
-            torch.zeros(masked_AB.shape, dtype=dtype, device=masked_AB.device)
-            for dtype in (torch.int64, torch.float32, torch.float32, torch.float32)
-        )
-        token_ids_AB[masked_AB] = token_M
-        logprob_AB[masked_AB] = sampling_MV.gather(1, token_M[:, None]).squeeze(1)
-        confidence_AB[masked_AB] = confidence_MV.gather(1, token_M[:, None]).squeeze(1).exp()
-        if sampling.unmasking_strategy == "entropy_bounded":
-            entropy_AB[masked_AB] = entropy(sampling_MV)
-        order_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB + 1)
+            token_M = sample(sampling_MV, uniform_AB.flatten()[index_M])
+
+        def spread(value_M: Tensor) -> Tensor:
+            return value_M.new_zeros(masked_AB.numel()).index_copy(0, index_M, value_M).view_as(masked_AB)
+
+        logprob_AB = spread(sampling_MV.gather(1, token_M[:, None]).squeeze(1))
+        confidence_AB = spread(confidence_MV.gather(1, token_M[:, None]).squeeze(1).exp())
+        is_bounded = sampling.unmasking_strategy == "entropy_bounded"
+        entropy_AB = spread(entropy(sampling_MV)) if is_bounded else confidence_AB  # read by that strategy only
+        is_random = sampling.unmasking_strategy == "random"
+        order_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB + 1) if is_random else confidence_AB
         revealed_AB = reveal_positions(sampling.unmasking, masked_AB, confidence_AB, entropy_AB, order_AB)
-        return Step(revealed_AB, token_ids_AB, logprob_AB)
+        return Step(revealed_AB, spread(token_M), logprob_AB)
 
 
 def _budgeted(prompts: Sequence[tuple[int, ...]], budget: int) -> Iterator[list[tuple[int, ...]]]:

@@ -16,7 +16,7 @@ SLOTS, HEADS, KEY_HEADS, LENGTH, HEAD_DIM, BLOCK, SCALING = 5, 4, 2, 24, 8, 4, 0
 
 
 def cache() -> tuple[Tensor, Tensor]:
-    keys, values = torch.randn(2, SLOTS, KEY_HEADS, LENGTH, HEAD_DIM).unbind(0)
+    keys, values = torch.randn(2, SLOTS, LENGTH, KEY_HEADS, HEAD_DIM).unbind(0)
     return keys, values
 
 
@@ -24,7 +24,7 @@ def by_hand(query_HD: Tensor, keys: Tensor, values: Tensor, slot: int, end: int)
     """One query over the first `end` positions of a slot; (H, D)."""
     outputs = []
     for head in range(HEADS):
-        key_LD, value_LD = (x[slot, head // (HEADS // KEY_HEADS), :end] for x in (keys, values))
+        key_LD, value_LD = (x[slot, :end, head // (HEADS // KEY_HEADS)] for x in (keys, values))
         outputs.append(((key_LD @ query_HD[head]) * SCALING).softmax(0) @ value_LD)
     return torch.stack(outputs)
 
@@ -37,9 +37,8 @@ def flash_by_hand(
     assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
     assert k_cache.shape == v_cache.shape == (SLOTS, LENGTH, KEY_HEADS, HEAD_DIM)
     rows = zip(q, cache_seqlens.tolist(), cache_batch_idx.tolist(), strict=True)
-    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     return torch.stack(
-        [torch.stack([by_hand(query, keys, values, slot, end) for query in queries]) for queries, end, slot in rows]
+        [torch.stack([by_hand(query, k_cache, v_cache, slot, end) for query in queries]) for queries, end, slot in rows]
     )
 
 
@@ -51,7 +50,7 @@ def test_blocks_read_up_to_their_end(slots: list[int], uses_flash: bool, monkeyp
     blocks = [(7 * slot + 1) % (LENGTH // BLOCK) for slot in slots]
     query_THD = torch.randn(len(slots) * BLOCK, HEADS, HEAD_DIM)
     keys, values = cache()
-    rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), SLOTS, BLOCK)
+    rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), keys, BLOCK)
     found_THD = rows.attend(query_THD, keys, values, SCALING)
     expected = [
         by_hand(query_THD[i * BLOCK + lane], keys, values, slot, (block + 1) * BLOCK)
@@ -67,7 +66,9 @@ def test_prompts_of_different_lengths() -> None:
     position_T = torch.tensor([position for length in lengths for position in range(length)])
     query_THD = torch.randn(len(row_T), HEADS, HEAD_DIM)
     keys, values = cache()
-    found_THD = PromptRows(torch.tensor(slots), row_T, position_T, BLOCK).attend(query_THD, keys, values, SCALING)
+    rows = PromptRows(lengths, [[slot] for slot in slots], keys, BLOCK)
+    assert rows.position_T.tolist() == position_T.tolist()
+    found_THD = rows.attend(query_THD, keys, values, SCALING)
     expected = [
         by_hand(query_THD[i], keys, values, slots[row], (position // BLOCK + 1) * BLOCK)
         for i, (row, position) in enumerate(zip(row_T.tolist(), position_T.tolist(), strict=True))
@@ -84,9 +85,9 @@ def test_flash_is_for_half_precision_on_cuda() -> None:
 def test_flash_decode_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flash_attn")
     slots, blocks = torch.tensor([0, 2, 3], device="cuda"), torch.tensor([5, 0, 3], device="cuda")
-    keys, values = (torch.randn(SLOTS, KEY_HEADS, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    keys, values = (torch.randn(SLOTS, LENGTH, KEY_HEADS, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     query = torch.randn(3 * BLOCK, HEADS, 64, device="cuda", dtype=torch.bfloat16)
-    rows = BlockRows(slots, blocks, SLOTS, BLOCK)
+    rows = BlockRows(slots, blocks, keys, BLOCK)
     found = rows.attend(query, keys, values, SCALING)
     monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: None)
     torch.testing.assert_close(found, rows.attend(query, keys, values, SCALING), atol=2e-2, rtol=2e-2)
