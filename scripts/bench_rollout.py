@@ -139,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> None:
         unmasking_strategy=arguments.unmasking_strategy,
         denoising_steps=arguments.denoising_steps,
     )
-    engine = TorchEngine(model, tokenizer, max_batch_size=max(arguments.batch_sizes))
+    engine = TorchEngine(model, tokenizer, max_batch_size=max(arguments.batch_sizes), compiled=arguments.compile)
     plain = PlainDecoder(model, sampling, engine.stop_ids)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(250, model.config.vocab_size - 10)
@@ -165,6 +165,7 @@ def measure(arguments: argparse.Namespace) -> None:
             "rollout",
             model=arguments.model,
             dtype=str(model.dtype).removeprefix("torch."),
+            compiled=arguments.compile,
             batch_size=batch_size,
             prompt_length=arguments.prompt_length,
             completion_length=arguments.completion_length,
@@ -191,6 +192,7 @@ def main() -> None:
         "--denoising-steps", type=int, default=2, help="steps a block, for strategies with a fixed count"
     )
     parser.add_argument("--plain-sequences", type=int, default=8, help="how many prompts the plain decoder decodes")
+    parser.add_argument("--compile", action="store_true", help="the engine with rollout.compile=always")
     parser.add_argument("--repeats", type=int, default=5)
     measure(parser.parse_args())
 

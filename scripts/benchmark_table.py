@@ -33,7 +33,15 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
         ["tokens", "seconds_min", "ratio", "peak_memory_gb"],
     ),
     "rollout": (
-        ["model", "batch_size", "prompt_length", "completion_length", "unmasking_strategy", "tokens_per_step"],
+        [
+            "model",
+            "compiled",
+            "batch_size",
+            "prompt_length",
+            "completion_length",
+            "unmasking_strategy",
+            "tokens_per_step",
+        ],
         ["engine_tokens_per_s", "plain_tokens_per_s", "speedup", "compared", "equal"],
     ),
 }

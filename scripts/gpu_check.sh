@@ -42,6 +42,7 @@ long=(--prompt 1024 --completion 8192 --max-prompt 1024 --max-completion 8192 --
 part train_8b_long 170 python3 scripts/bench_train_step.py --model 8b "${long[@]}" --repeats 1
 part train_8b_short 100 python3 scripts/bench_train_step.py --model 8b "${short[@]}" --group 2 --repeats 2
 part rollout_8b 80 python3 scripts/bench_rollout.py --model 8b --batch-sizes 64 256 --completion-length 64 --plain-sequences 1 --repeats 1
+part rollout_8b_compiled 80 python3 scripts/bench_rollout.py --model 8b --compile --batch-sizes 64 256 --completion-length 64 --plain-sequences 1 --repeats 2
 part rollout_1.7b 60 python3 scripts/bench_rollout.py --model 1.7b --batch-sizes 64 256 --completion-length 64 --plain-sequences 1 --repeats 1
 if python3 -c 'import lmdeploy' 2>/dev/null && [[ -f scripts/gpu_check_lmdeploy.py ]]; then
     part lmdeploy 200 python3 scripts/gpu_check_lmdeploy.py

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dirl.data.tasks import tiny_tokenizer
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.sdar import BlockDiffusionModel, SDARMoeConfig, SDARMoeForCausalLM
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import Completion, SamplingConfig
 
@@ -38,6 +39,32 @@ def sharp_tiny_model(
         model.model.norm.weight.fill_(sharpness)
     model.config.block_size = block_length
     return model.eval(), tokenizer
+
+
+def tiny_moe() -> tuple[SDARMoeForCausalLM, PreTrainedTokenizerBase]:
+    """A mixture of three experts with the tiny model's tokenizer, sharp enough to reveal several tokens a step."""
+    tokenizer = tiny_tokenizer()
+    config = SDARMoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=3,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        block_size=4,
+        mask_token_id=tokenizer.mask_token_id,
+        tokenizer_length=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SDARMoeForCausalLM(config).eval(), tokenizer
 
 
 def make_extreme(model: BlockDiffusionModel, token_ids: Sequence[int], factor: float) -> None:

@@ -122,12 +122,17 @@ def _flex(compiled: bool) -> Callable[..., Tensor]:
     """One compiled wrapper for all layers and steps; dynamic=False since packs come in a few fixed lengths."""
     if not compiled:
         return flex_attention  # type: ignore[return-value]
-    # Each padded length, with and without gradient, is one entry. Past Dynamo's default limit of 8 attention would
-    # silently run unfused, with L x L scores; fullgraph makes reaching the limit an error.
+    # Each padded length, with and without gradient, is one entry. Past the limit attention would silently run unfused,
+    # with L x L scores; fullgraph makes reaching it an error.
+    raise_recompile_limit()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # type: ignore[return-value]
+
+
+def raise_recompile_limit() -> None:
+    """Let a function have many compiled versions; Dynamo's default of 8 then runs it uncompiled without a word."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 256)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 1024)
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)  # type: ignore[return-value]
 
 
 def tile_block_mask(packed: PackedViews) -> BlockMask:

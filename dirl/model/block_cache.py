@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,45 +25,60 @@ from dirl.model.sdar import BlockDiffusionModel
 _IN_PLACE_FROM = 2 / 3  # share of the slots that are read; below it copying them takes less than padding rows
 
 
-class BlockCache:
-    """Keys and values of every layer; (S, L, G, D) each."""
-
-    def __init__(self, model: BlockDiffusionModel, num_slots: int, length: int) -> None:
-        config, like = model.config, next(model.parameters())
-        shape = (num_slots, length, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros_like(key) for key in self.keys]
-
-    def entries(self, parts: Sequence[QueryRows]) -> Entries:
-        """What the tokens of a pass write, for `write` in every layer."""
-        starts = [0]
-        for rows in parts:
-            starts.append(starts[-1] + len(rows.position_T))
-        length = self.keys[0].shape[1]
-        place_E = torch.cat([rows.slot_E * length + rows.position_T[rows.token_E] for rows in parts])
-        token_E = torch.cat([rows.token_E + start for rows, start in zip(parts, starts, strict=False)])
-        return Entries(place_E, None if len(token_E) == starts[-1] else token_E)
-
-    def write(self, layer: int, entries: Entries, key_TGD: Tensor, value_TGD: Tensor) -> None:
-        """Store keys and values of a pass's tokens in a layer."""
-        for tensor, new_TGD in ((self.keys[layer], key_TGD), (self.values[layer], value_TGD)):
-            tensor.flatten(0, 1)[entries.place_E] = new_TGD if entries.token_E is None else new_TGD[entries.token_E]
-
-    def keep_slots(self, slot_N: Tensor) -> None:
-        """Drop all slots but these; slot_N[i] becomes slot i. Only those that change their number are copied."""
-        target_M = (slot_N != torch.arange(len(slot_N), device=slot_N.device)).nonzero().squeeze(1)
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):
-                tensor[target_M] = tensor[slot_N[target_M]]
-                tensors[layer] = tensor[: len(slot_N)]
-
-
 @dataclass(frozen=True)
 class Entries:
     """Which token is written where: `place_E` counts positions in the cache's slots laid end to end."""
 
     place_E: Tensor
     token_E: Tensor | None  # None: each token once, in order
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values; (S, L, G, D) each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def write(self, entries: Entries, key_TGD: Tensor, value_TGD: Tensor) -> None:
+        """Store keys and values of a pass's tokens."""
+        for tensor, new_TGD in zip(self, (key_TGD, value_TGD), strict=True):
+            tensor.flatten(0, 1)[entries.place_E] = new_TGD if entries.token_E is None else new_TGD[entries.token_E]
+
+
+class BlockCache:
+    """Keys and values of every layer."""
+
+    def __init__(self, model: BlockDiffusionModel, num_slots: int, length: int) -> None:
+        config, like = model.config, next(model.parameters())
+        shape = (num_slots, length, config.num_key_value_heads, config.head_dim)
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+        self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def keys(self) -> Tensor:
+        """Of the first layer: all have its shape, precision and device."""
+        return self.layers[0].keys
+
+    def entries(self, parts: Sequence[QueryRows]) -> Entries:
+        """What the tokens of a pass write, for `LayerCache.write` in every layer."""
+        starts = [0]
+        for rows in parts:
+            starts.append(starts[-1] + len(rows.position_T))
+        length = self.keys.shape[1]
+        place_E = torch.cat([rows.slot_E * length + rows.position_T[rows.token_E] for rows in parts])
+        token_E = torch.cat([rows.token_E + start for rows, start in zip(parts, starts, strict=False)])
+        return Entries(place_E, None if len(token_E) == starts[-1] else token_E)
+
+    def keep_slots(self, slot_N: Tensor) -> None:
+        """Drop all slots but these; slot_N[i] becomes slot i. Only those that change their number are copied."""
+        target_M = (slot_N != torch.arange(len(slot_N), device=slot_N.device)).nonzero().squeeze(1)
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[target_M] = tensor[slot_N[target_M]]
+        self.layers = [LayerCache(keys[: len(slot_N)], values[: len(slot_N)]) for keys, values in self.layers]
 
 
 class QueryRows(Protocol):
@@ -93,6 +108,7 @@ class BlockRows:
         num_slots = len(keys)
         reads_in_place = len(slot_X) >= _IN_PLACE_FROM * num_slots
         self.slot_X, self.block_length = slot_X, block_length
+        self.flash = flash_decode(keys.device.type, keys.dtype)
         self.end_X = (block_X + 1) * block_length
         lane_B = torch.arange(block_length, device=slot_X.device)
         self.position_T = (block_X[:, None] * block_length + lane_B).flatten()
@@ -109,9 +125,8 @@ class BlockRows:
 
     def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         query_XBHD = query_THD.unflatten(0, (-1, self.block_length))
-        flash = flash_decode(query_THD.device.type, query_THD.dtype)
-        if flash is not None:
-            return flash(
+        if self.flash is not None:
+            return self.flash(
                 query_XBHD,
                 keys,
                 values,

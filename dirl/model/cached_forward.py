@@ -9,49 +9,89 @@ Shapes: T tokens of the pass, N those whose hidden states are wanted, D hidden; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from dirl.model.block_cache import BlockCache, Entries, QueryRows
+from dirl.model.attention import raise_recompile_limit
+from dirl.model.block_cache import BlockCache, LayerCache, QueryRows
 from dirl.model.sdar import BlockDiffusionModel
 
 DecoderLayer: TypeAlias = Any  # Qwen3DecoderLayer or Qwen3MoeDecoderLayer
-Attention: TypeAlias = Any  # its `self_attn`
 
 
-def cached_forward(
-    model: BlockDiffusionModel,
-    cache: BlockCache,
-    token_ids_T: Tensor,
-    parts: Sequence[QueryRows],
-    wanted_N: Tensor | None = None,
-) -> Tensor:
-    """Write the tokens' keys and values to the cache; (N, D), the wanted tokens' last hidden states.
+class CachedForward:
+    """The pass of one model.
 
     Args:
-        parts: the tokens, in order, as rows of queries; none reads what a later pass writes.
-        wanted_N: indices into the last part's tokens. None: only the cache is wanted.
+        compiled: fuse the small operations around attention with torch.compile; the first passes then take longer.
     """
-    inner = model.model
-    hidden_TD = inner.embed_tokens(token_ids_T)
-    rotary = _Rotary.at(inner.rotary_emb, hidden_TD, torch.cat([rows.position_T for rows in parts]))
-    entries = cache.entries(parts)
-    *layers, last = inner.layers
-    for layer in layers:
-        normed_TD = layer.input_layernorm(hidden_TD)
-        _write(layer.self_attn, normed_TD, rotary, cache, entries)
-        attended_TX = _attend(layer.self_attn, normed_TD, rotary, cache, parts)
-        hidden_TD = _feed_forward(layer, hidden_TD, attended_TX)
-    normed_TD = last.input_layernorm(hidden_TD)
-    _write(last.self_attn, normed_TD, rotary, cache, entries)
-    if wanted_N is None:
-        return hidden_TD[:0]
-    asked = slice(len(hidden_TD) - len(parts[-1].position_T), None)
-    attended_TX = _attend(last.self_attn, normed_TD[asked], rotary[asked], cache, parts[-1:])
-    return inner.norm(_feed_forward(last, hidden_TD[asked][wanted_N], attended_TX[wanted_N]))
+
+    def __init__(self, model: BlockDiffusionModel, *, compiled: bool = False) -> None:
+        self.model = model
+        self._project: Callable[..., tuple[Tensor, Tensor, Tensor]] = compiled_of(_project) if compiled else _project
+        self._feed_forward: Callable[..., Tensor] = compiled_of(_feed_forward) if compiled else _feed_forward
+
+    def __call__(
+        self, cache: BlockCache, token_ids_T: Tensor, parts: Sequence[QueryRows], wanted_N: Tensor | None = None
+    ) -> Tensor:
+        """Write the tokens' keys and values to the cache; (N, D), the wanted tokens' last hidden states.
+
+        Args:
+            parts: the tokens, in order, as rows of queries.
+            wanted_N: indices into the last part's tokens. None: only the cache is wanted.
+        """
+        inner = self.model.model
+        hidden_TD = inner.embed_tokens(token_ids_T)
+        rotary = _Rotary.at(inner.rotary_emb, hidden_TD, torch.cat([rows.position_T for rows in parts]))
+        entries = cache.entries(parts)
+        *layers, last = zip(inner.layers, cache.layers, strict=True)
+        for layer, held in layers:
+            query_THE, key_TGE, value_TGE = self._project(layer, hidden_TD, rotary, 0)
+            held.write(entries, key_TGE, value_TGE)
+            hidden_TD = self._feed_forward(layer, hidden_TD, _attend(layer, query_THE, held, parts))
+        layer, held = last
+        start = len(hidden_TD) - (0 if wanted_N is None else len(parts[-1].position_T))
+        query_THE, key_TGE, value_TGE = self._project(layer, hidden_TD, rotary, start)
+        held.write(entries, key_TGE, value_TGE)
+        if wanted_N is None:
+            return hidden_TD[:0]
+        attended_TX = _attend(layer, query_THE, held, parts[-1:])
+        return inner.norm(self._feed_forward(layer, hidden_TD[start:][wanted_N], attended_TX[wanted_N]))
+
+
+def _project(layer: DecoderLayer, hidden_TD: Tensor, rotary: _Rotary, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the tokens from `start` on, (T - start, H, E); keys and values of all, (T, G, E)."""
+    attention, normed_TD = layer.self_attn, layer.input_layernorm(hidden_TD)
+    heads = (-1, attention.head_dim)
+    query_THE = attention.q_norm(attention.q_proj(normed_TD[start:]).unflatten(-1, heads))
+    key_TGE = attention.k_norm(attention.k_proj(normed_TD).unflatten(-1, heads))
+    value_TGE = attention.v_proj(normed_TD).unflatten(-1, heads)
+    return rotary[start:].turn(query_THE), rotary.turn(key_TGE), value_TGE
+
+
+def _attend(layer: DecoderLayer, query_THE: Tensor, held: LayerCache, parts: Sequence[QueryRows]) -> Tensor:
+    """What the queries read, heads side by side; (T, H * E)."""
+    queries = query_THE.split([len(rows.position_T) for rows in parts])
+    scaling = layer.self_attn.scaling
+    outputs = [rows.attend(query, *held, scaling) for query, rows in zip(queries, parts, strict=True)]
+    return torch.cat(outputs).flatten(1)
+
+
+def _feed_forward(layer: DecoderLayer, hidden_TD: Tensor, attended_TX: Tensor) -> Tensor:
+    hidden_TD = hidden_TD + layer.self_attn.o_proj(attended_TX)
+    # A mixture of experts wants rows of a batch.
+    return hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD)[None])[0]
+
+
+@cache
+def compiled_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled function for the layers of all models and passes of all sizes."""
+    raise_recompile_limit()
+    return torch.compile(function, dynamic=True)
 
 
 class _Rotary:
@@ -72,28 +112,3 @@ class _Rotary:
     def turn(self, heads_THE: Tensor) -> Tensor:
         swapped_THE = heads_THE.roll(heads_THE.shape[-1] // 2, dims=-1)
         return (heads_THE * self.cosine_T1E).add_(swapped_THE.mul_(self.signed_sine_T1E))
-
-
-def _write(attention: Attention, normed_TD: Tensor, rotary: _Rotary, cache: BlockCache, entries: Entries) -> None:
-    key_TGE, value_TGE = (
-        projection(normed_TD).unflatten(-1, (-1, attention.head_dim))
-        for projection in (attention.k_proj, attention.v_proj)
-    )
-    cache.write(attention.layer_idx, entries, rotary.turn(attention.k_norm(key_TGE)), value_TGE)
-
-
-def _attend(
-    attention: Attention, normed_TD: Tensor, rotary: _Rotary, cache: BlockCache, parts: Sequence[QueryRows]
-) -> Tensor:
-    """What the tokens' queries read, heads side by side; (T, H * E)."""
-    query_THE = attention.q_norm(attention.q_proj(normed_TD).unflatten(-1, (-1, attention.head_dim)))
-    queries = rotary.turn(query_THE).split([len(rows.position_T) for rows in parts])
-    keys, values = cache.keys[attention.layer_idx], cache.values[attention.layer_idx]
-    outputs = [rows.attend(query, keys, values, attention.scaling) for query, rows in zip(queries, parts, strict=True)]
-    return torch.cat(outputs).flatten(1)
-
-
-def _feed_forward(layer: DecoderLayer, hidden_TD: Tensor, attended_TX: Tensor) -> Tensor:
-    hidden_TD = hidden_TD + layer.self_attn.o_proj(attended_TX)
-    # A mixture of experts wants rows of a batch.
-    return hidden_TD + layer.mlp(layer.post_attention_layernorm(hidden_TD)[None])[0]

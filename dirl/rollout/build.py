@@ -23,6 +23,7 @@ class EngineConfig:
     engine: Literal["auto", "torch", "lmdeploy"] = "auto"  # auto: lmdeploy on CUDA where it is installed, else torch
     mode: Literal["colocate", "server"] = "colocate"  # colocate: in this process; server: in others (`dirl serve`)
     max_batch_size: int = 256  # sequences decoded at once; each takes a slot of the KV cache
+    compile: Literal["auto", "always", "never"] = "auto"  # torch: fuse small operations (torch.compile); auto: on CUDA
     cache_max_entry_count: float = 0.5  # lmdeploy: part of the GPU memory free at start that its KV cache takes
     sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
     server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
@@ -50,7 +51,8 @@ def build_engine(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase,
 
         return connect(model, tokenizer, config)
     if chosen_engine(config) == "torch":
-        return TorchEngine(model, tokenizer, max_batch_size=config.max_batch_size)
+        compiled = config.compile == "always" or (config.compile == "auto" and torch.cuda.is_available())
+        return TorchEngine(model, tokenizer, max_batch_size=config.max_batch_size, compiled=compiled)
     from dirl.rollout.lmdeploy_engine import LMDeployEngine
 
     return LMDeployEngine(

@@ -22,7 +22,7 @@ from dirl.data.chat import stop_token_ids
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
 from dirl.model.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
-from dirl.model.cached_forward import cached_forward
+from dirl.model.cached_forward import CachedForward
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.decoded import make_completion, touched_tokens
@@ -40,9 +40,15 @@ class TorchEngine:
     """Decodes with the module it is given; no copy of the weights where trainer and engine share a process."""
 
     def __init__(
-        self, model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
+        self,
+        model: BlockDiffusionModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch_size: int = 256,
+        compiled: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
+        self.forward = CachedForward(model, compiled=compiled)
         self.weights_version = 0
         self.observer = Observer()  # told of every step and completion
         self._is_stale = False
@@ -145,13 +151,13 @@ class TorchEngine:
         slots_of.pop((), None)
         parts = [
             (
-                torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys[0].device),
-                PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys[0], block_length),
+                torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys.device),
+                PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, block_length),
             )
             for prompts in _budgeted(list(slots_of), _PREFILL_TOKENS)
         ]
         for token_ids_T, rows in parts[:-1]:
-            cached_forward(self.model, cache, token_ids_T, [rows])
+            self.forward(cache, token_ids_T, [rows])
         return parts[-1:]
 
     def _forward(self, slots: Slots, slot_A: Tensor, prompts: Sequence[_Part], cache: BlockCache) -> Tensor:
@@ -166,10 +172,10 @@ class TorchEngine:
             parts.insert(-1, (slots.previous_ids_SB[slot_P], committed))
         wanted_M = slots.masked_SB[slot_A].flatten().nonzero().squeeze(1)
         token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in parts])
-        return cached_forward(self.model, cache, token_ids_T, [rows for _, rows in parts], wanted_M)
+        return self.forward(cache, token_ids_T, [rows for _, rows in parts], wanted_M)
 
     def _blocks(self, slot_X: Tensor, block_X: Tensor, cache: BlockCache) -> BlockRows:
-        return BlockRows(slot_X, block_X, cache.keys[0], self.model.config.block_size)
+        return BlockRows(slot_X, block_X, cache.keys, self.model.config.block_size)
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dirl.model import block_cache
-from dirl.model.block_cache import BlockRows, PromptRows
+from dirl.model.block_cache import BlockCache, BlockRows, PromptRows
 from dirl.model.checkpoint import default_device
+from dirl.model.tiny import tiny
 
 SLOTS, HEADS, KEY_HEADS, LENGTH, HEAD_DIM, BLOCK, SCALING = 5, 4, 2, 24, 8, 4, 0.3
 
@@ -76,6 +77,23 @@ def test_prompts_of_different_lengths() -> None:
     torch.testing.assert_close(found_THD, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_every_slot_of_a_prompt_receives_its_keys_and_moves_with_them() -> None:
+    model, _ = tiny()
+    held = BlockCache(model, SLOTS, LENGTH)
+    rows = PromptRows([4, 8], [[3], [0, 4]], held.keys, BLOCK)
+    blocks = BlockRows(torch.tensor([1]), torch.tensor([2]), held.keys, BLOCK)
+    shape = (len(rows.position_T) + BLOCK, *held.keys.shape[2:])
+    key_TGD, value_TGD = torch.randn(2, *shape).unbind(0)
+    held.layers[1].write(held.entries([rows, blocks]), key_TGD, value_TGD)
+    expected = torch.zeros_like(held.keys)
+    expected[3, :4] = key_TGD[:4]
+    expected[0, :8] = expected[4, :8] = key_TGD[4:12]
+    expected[1, 8:12] = key_TGD[12:]
+    assert held.layers[1].keys.equal(expected) and not held.layers[0].keys.any()
+    held.keep_slots(torch.tensor([0, 4, 3]))
+    assert held.layers[1].keys.equal(expected[[0, 4, 3]])
+
+
 def test_flash_is_for_half_precision_on_cuda() -> None:
     assert block_cache.flash_decode("cpu", torch.bfloat16) is None
     assert block_cache.flash_decode("cuda", torch.float32) is None
@@ -94,7 +112,8 @@ def test_flash_decode_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_engine_on_cuda_decodes_what_it_decodes_on_a_cpu() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_engine_on_cuda_decodes_what_it_decodes_on_a_cpu(compiled: bool) -> None:
     from dirl.rollout.engine import SamplingConfig
     from dirl.rollout.torch_engine import TorchEngine
     from tests.oracle import sharp_tiny_model
@@ -104,7 +123,8 @@ def test_engine_on_cuda_decodes_what_it_decodes_on_a_cpu() -> None:
     sampling = SamplingConfig(max_completion_length=32)
     outcomes = []
     for device in (torch.device("cpu"), default_device()):
-        outcomes.append(TorchEngine(model.to(device), tokenizer).generate(prompts, sampling, list(range(8))))
+        engine = TorchEngine(model.to(device), tokenizer, compiled=compiled and device.type == "cuda")
+        outcomes.append(engine.generate(prompts, sampling, list(range(8))))
     for on_cpu, on_gpu in zip(*outcomes, strict=True):
         assert on_cpu.token_ids == on_gpu.token_ids and on_cpu.step_map == on_gpu.step_map
         assert on_cpu.logprobs == pytest.approx(on_gpu.logprobs, abs=1e-3)

@@ -53,6 +53,16 @@ def test_on_a_cpu_the_default_is_the_torch_engine() -> None:
     assert isinstance(build_engine(*sharp_tiny_model(), EngineConfig()), TorchEngine)
 
 
+@pytest.mark.parametrize(("compile", "compiled"), [("auto", True), ("always", True), ("never", False)])
+def test_the_torch_engine_is_compiled_on_cuda(machine: pytest.MonkeyPatch, compile: str, compiled: bool) -> None:
+    built: list[bool] = []
+    machine.setattr(build, "TorchEngine", lambda *_, compiled, **options: built.append(compiled))
+    build_engine(*sharp_tiny_model(), EngineConfig(engine="torch", compile=compile))  # type: ignore[arg-type]
+    machine.setattr(torch.cuda, "is_available", lambda: False)
+    build_engine(*sharp_tiny_model(), EngineConfig(engine="torch", compile=compile))  # type: ignore[arg-type]
+    assert built == [compiled, compile == "always"]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("max_batch_size", 0), ("cache_max_entry_count", 1.0), ("sleep_level", 3), ("server_urls", ["http://a:1"])],

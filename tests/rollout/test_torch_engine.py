@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
+from dirl.model.cached_forward import compiled_of  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
 from dirl.rollout.engine import SamplingConfig  # noqa: E402
 from dirl.rollout.torch_engine import TorchEngine  # noqa: E402
+from tests.oracle import brute_force_logprobs, tiny_moe  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
     DYNAMIC,
     EngineContract,
@@ -81,6 +86,42 @@ def test_prompts_read_in_several_passes_give_the_same(monkeypatch: pytest.Monkey
     monkeypatch.setattr("dirl.rollout.torch_engine._PREFILL_TOKENS", 32)
     found = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def test_a_mixture_of_experts_records_the_logprobs_of_the_states_it_visits() -> None:
+    model, tokenizer = tiny_moe()
+    completions = TorchEngine(model, tokenizer, max_batch_size=3).generate(
+        random_prompts([9, 4, 1, 14]) * 2, DYNAMIC, list(range(8))
+    )
+    assert any(c.num_denoising_steps < len(c.token_ids) for c in completions), "several tokens a step"
+    for completion in completions:
+        expected = brute_force_logprobs(model, completion, DYNAMIC).tolist()
+        assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("make_model", [likely_to_stop, tiny_moe])
+def test_compiled_layers_decode_the_same_and_are_compiled_once(
+    make_model: Callable[[], tuple[BlockDiffusionModel, PreTrainedTokenizerBase]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    compiled_of.cache_clear()
+    model, tokenizer = make_model()
+    prompts, seeds = random_prompts([30, 5, 17, 3, 24, 40]) * 2, list(range(12))
+    engine = TorchEngine(model, tokenizer, max_batch_size=5, compiled=True)
+    found = engine.generate(prompts, DYNAMIC, seeds)
+    num_graphs = len(graphs)
+    engine.generate(random_prompts([11, 2, 50, 28]), DYNAMIC, [3, 2, 1, 0])
+    assert num_graphs == len(graphs) > 0, "other lengths and batches share what was compiled"
+    compiled_of.cache_clear()
+    for ours, plain in zip(found, TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds), strict=True):
+        assert (ours.token_ids, ours.step_map) == (plain.token_ids, plain.step_map)
+        assert ours.logprobs == pytest.approx(plain.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize(

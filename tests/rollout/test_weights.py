@@ -10,33 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dirl.model.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from dirl.model.tiny import tiny
 from dirl.rollout.weights import ShapeCheck, buckets, checkpoint_tensors
 from dirl.training.full_parameters import named_full_parameters
-
-
-def tiny_moe() -> SDARMoeForCausalLM:
-    return SDARMoeForCausalLM(
-        SDARMoeConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            num_experts=3,
-            num_experts_per_tok=2,
-            tie_word_embeddings=False,
-        )
-    )
+from tests.oracle import tiny_moe
 
 
 def test_a_pushed_moe_is_what_its_checkpoint_is(tmp_path: Path) -> None:
     """transformers keeps the experts of a layer in one tensor and writes them one by one; LMDeploy reads the latter."""
-    model = tiny_moe()
+    model, _ = tiny_moe()
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     pushed = dict(checkpoint_tensors(named_full_parameters(model)))
