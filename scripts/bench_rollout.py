@@ -5,8 +5,9 @@
 The plain decoder is what public SDAR code does: one sequence at a time, a growing key/value cache, one forward pass
 per denoising step and one more to commit a finished block. Both draw from the same random streams, so the tokens must
 agree. Two tokens a step by default, about what a trained model reveals (random weights are never confident; with
---unmasking-strategy low_confidence_dynamic they reveal one). One JSON line a batch size; `speedup` is the ratio of
-tokens per second in this run.
+--unmasking-strategy low_confidence_dynamic they reveal one). All completions have the same length, as in benchmarks of
+serving engines: ends of sequence are ignored unless --stop is given. One JSON line a batch size; `speedup` is the ratio
+of tokens per second in this run, in which the two took turns, each at its fastest repeat.
 """
 
 from __future__ import annotations
@@ -140,6 +141,8 @@ def measure(arguments: argparse.Namespace) -> None:
         denoising_steps=arguments.denoising_steps,
     )
     engine = TorchEngine(model, tokenizer, max_batch_size=max(arguments.batch_sizes), compiled=arguments.compile)
+    if not arguments.stop:
+        engine.stop_ids = []
     plain = PlainDecoder(model, sampling, engine.stop_ids)
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(250, model.config.vocab_size - 10)
@@ -166,6 +169,7 @@ def measure(arguments: argparse.Namespace) -> None:
             model=arguments.model,
             dtype=str(model.dtype).removeprefix("torch."),
             compiled=arguments.compile,
+            stop=arguments.stop,
             batch_size=batch_size,
             prompt_length=arguments.prompt_length,
             completion_length=arguments.completion_length,
@@ -193,6 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--plain-sequences", type=int, default=8, help="how many prompts the plain decoder decodes")
     parser.add_argument("--compile", action="store_true", help="the engine with rollout.compile=always")
+    parser.add_argument("--stop", action="store_true", help="end completions at an end-of-sequence token")
     parser.add_argument("--repeats", type=int, default=5)
     measure(parser.parse_args())
 

@@ -36,6 +36,7 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
         [
             "model",
             "compiled",
+            "stop",
             "batch_size",
             "prompt_length",
             "completion_length",

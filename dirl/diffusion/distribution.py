@@ -81,7 +81,7 @@ def sample(logprobs_TV: Tensor, uniform_T: Tensor) -> Tensor:
 
     The cumulated mass is float64: with 150k tokens a float32 sum loses the tail.
     """
-    cumulated_TV = logprobs_TV.double().exp().cumsum(dim=-1)
+    cumulated_TV = logprobs_TV.exp().cumsum(dim=-1, dtype=torch.float64)
     point_T1 = (uniform_T.double() * cumulated_TV[:, -1])[:, None]
     return torch.searchsorted(cumulated_TV, point_T1, right=True).squeeze(-1).clamp_(max=logprobs_TV.shape[-1] - 1)
 

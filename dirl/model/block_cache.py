@@ -45,8 +45,31 @@ class LayerCache(NamedTuple):
             tensor.flatten(0, 1)[entries.place_E] = new_TGD if entries.token_E is None else new_TGD[entries.token_E]
 
 
+class Rotary:
+    """Rotary embedding of some positions: cosines, and sines whose first half is negated, (T, 1, D) each."""
+
+    def __init__(self, cosine_T1D: Tensor, signed_sine_T1D: Tensor) -> None:
+        self.cosine_T1D, self.signed_sine_T1D = cosine_T1D, signed_sine_T1D
+
+    @classmethod
+    def up_to(cls, length: int, model: BlockDiffusionModel, like: Tensor) -> Rotary:
+        """Of the positions 0 to length - 1."""
+        position_1T = torch.arange(length, device=like.device)[None]
+        cosine_T1D, sine_T1D = (x[0, :, None] for x in model.model.rotary_emb(like, position_1T))
+        first, second = sine_T1D.chunk(2, dim=-1)
+        return cls(cosine_T1D, torch.cat([-first, second], dim=-1))
+
+    def __getitem__(self, positions: slice | Tensor) -> Rotary:
+        return Rotary(self.cosine_T1D[positions], self.signed_sine_T1D[positions])
+
+    def turn(self, heads_THD: Tensor) -> Tensor:
+        """Queries or keys of those positions, turned."""
+        swapped_THD = heads_THD.roll(heads_THD.shape[-1] // 2, dims=-1)
+        return (heads_THD * self.cosine_T1D).add_(swapped_THD.mul_(self.signed_sine_T1D))
+
+
 class BlockCache:
-    """Keys and values of every layer."""
+    """Keys and values of every layer, and the rotary embedding of every position."""
 
     def __init__(self, model: BlockDiffusionModel, num_slots: int, length: int) -> None:
         config, like = model.config, next(model.parameters())
@@ -55,6 +78,7 @@ class BlockCache:
         def zeros() -> Tensor:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
+        self.rotary = Rotary.up_to(length, model, like)
         self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
 
     @property

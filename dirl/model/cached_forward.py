@@ -14,10 +14,10 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dirl.model.attention import raise_recompile_limit
-from dirl.model.block_cache import BlockCache, LayerCache, QueryRows
+from dirl.model.block_cache import BlockCache, LayerCache, QueryRows, Rotary
 from dirl.model.sdar import BlockDiffusionModel
 
 DecoderLayer: TypeAlias = Any  # Qwen3DecoderLayer or Qwen3MoeDecoderLayer
@@ -46,7 +46,7 @@ class CachedForward:
         """
         inner = self.model.model
         hidden_TD = inner.embed_tokens(token_ids_T)
-        rotary = _Rotary.at(inner.rotary_emb, hidden_TD, torch.cat([rows.position_T for rows in parts]))
+        rotary = cache.rotary[torch.cat([rows.position_T for rows in parts])]
         entries = cache.entries(parts)
         *layers, last = zip(inner.layers, cache.layers, strict=True)
         for layer, held in layers:
@@ -63,7 +63,7 @@ class CachedForward:
         return inner.norm(self._feed_forward(layer, hidden_TD[start:][wanted_N], attended_TX[wanted_N]))
 
 
-def _project(layer: DecoderLayer, hidden_TD: Tensor, rotary: _Rotary, start: int) -> tuple[Tensor, Tensor, Tensor]:
+def _project(layer: DecoderLayer, hidden_TD: Tensor, rotary: Rotary, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of the tokens from `start` on, (T - start, H, E); keys and values of all, (T, G, E)."""
     attention, normed_TD = layer.self_attn, layer.input_layernorm(hidden_TD)
     heads = (-1, attention.head_dim)
@@ -78,7 +78,7 @@ def _attend(layer: DecoderLayer, query_THE: Tensor, held: LayerCache, parts: Seq
     queries = query_THE.split([len(rows.position_T) for rows in parts])
     scaling = layer.self_attn.scaling
     outputs = [rows.attend(query, *held, scaling) for query, rows in zip(queries, parts, strict=True)]
-    return torch.cat(outputs).flatten(1)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
 
 
 def _feed_forward(layer: DecoderLayer, hidden_TD: Tensor, attended_TX: Tensor) -> Tensor:
@@ -92,23 +92,3 @@ def compiled_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled function for the layers of all models and passes of all sizes."""
     raise_recompile_limit()
     return torch.compile(function, dynamic=True)
-
-
-class _Rotary:
-    """Rotary embedding at the tokens' positions: cosines, and sines whose first half is negated, (T, 1, E) each."""
-
-    def __init__(self, cosine_T1E: Tensor, signed_sine_T1E: Tensor) -> None:
-        self.cosine_T1E, self.signed_sine_T1E = cosine_T1E, signed_sine_T1E
-
-    @classmethod
-    def at(cls, embedding: nn.Module, like: Tensor, position_T: Tensor) -> _Rotary:
-        cosine_T1E, sine_T1E = (x[0, :, None] for x in embedding(like, position_T[None]))
-        first, second = sine_T1E.chunk(2, dim=-1)
-        return cls(cosine_T1E, torch.cat([-first, second], dim=-1))
-
-    def __getitem__(self, tokens: slice) -> _Rotary:
-        return _Rotary(self.cosine_T1E[tokens], self.signed_sine_T1E[tokens])
-
-    def turn(self, heads_THE: Tensor) -> Tensor:
-        swapped_THE = heads_THE.roll(heads_THE.shape[-1] // 2, dims=-1)
-        return (heads_THE * self.cosine_T1E).add_(swapped_THE.mul_(self.signed_sine_T1E))

@@ -99,11 +99,11 @@ class Slots:
         # Completion index of each token; the prompt's tail comes out negative and is not written.
         index_FB = (self.block_S[slot_F, None] - first_F1) * block_length + lane_B - tail_F1
         is_completion_FB = index_FB >= 0
-        row_FB = slot_F[:, None].expand_as(index_FB)
-        where = (row_FB[is_completion_FB], index_FB[is_completion_FB])
-        self.done_ids_SC[where] = self.token_ids_SB[slot_F][is_completion_FB]
-        self.done_steps_SC[where] = self.step_map_SB[slot_F][is_completion_FB]
-        self.done_logprobs_SC[where] = self.logprob_SB[slot_F][is_completion_FB]
+        row_N, lane_N = is_completion_FB.nonzero(as_tuple=True)
+        taken, filed = (slot_F[row_N], lane_N), (slot_F[row_N], index_FB[row_N, lane_N])
+        self.done_ids_SC[filed] = self.token_ids_SB[taken]
+        self.done_steps_SC[filed] = self.step_map_SB[taken]
+        self.done_logprobs_SC[filed] = self.logprob_SB[taken]
         has_stopped_F = (torch.isin(self.token_ids_SB[slot_F], stop_ids) & is_completion_FB).any(dim=1)
         has_ended_F = has_stopped_F | (self.block_S[slot_F] + 1 >= self.end_block_S[slot_F])
         self._next_block(slot_F)
