@@ -44,7 +44,7 @@ def flash_by_hand(
 
 
 @pytest.mark.parametrize("uses_flash", [False, True])
-@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [1, 3, 4], [2]])
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [0, 1, 3, 4], [1, 3, 4], [2]])
 def test_blocks_read_up_to_their_end(slots: list[int], uses_flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if uses_flash:
         monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: flash_by_hand)
