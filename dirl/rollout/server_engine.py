@@ -239,6 +239,7 @@ def _start(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, confi
         engine=EngineConfig(
             engine=config.engine,
             max_batch_size=config.max_batch_size,
+            compile=config.compile,
             cache_max_entry_count=config.cache_max_entry_count,
             sleep_level=0,
         ),

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,21 @@ def test_a_server_of_our_own_restarts_once_after_a_crash_and_dies_with_us(tmp_pa
     finally:
         engine.close()
     assert not process.is_alive
+
+
+def test_a_server_of_ones_own_decodes_with_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ServeConfig] = []
+
+    class NotStarted:
+        url = "http://127.0.0.1:1"
+
+        def __init__(self, settings: ServeConfig, *_: object, device: str) -> None:
+            started.append(settings)
+
+    monkeypatch.setattr(server_engine, "ServerProcess", NotStarted)
+    asked = EngineConfig(mode="server", engine="torch", max_batch_size=7, compile="never", cache_max_entry_count=0.3)
+    server_engine._start(*likely_to_stop(), asked)
+    assert started[0].engine == replace(asked, mode="colocate", sleep_level=0)
 
 
 def test_a_server_that_cannot_start_shows_its_log() -> None:
