@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dirl.data.tasks import tiny_tokenizer
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.sdar import BlockDiffusionModel, SDARMoeConfig, SDARMoeForCausalLM
 from dirl.model.tiny import tiny
@@ -43,24 +42,10 @@ def sharp_tiny_model(
 
 def tiny_moe() -> tuple[SDARMoeForCausalLM, PreTrainedTokenizerBase]:
     """A mixture of three experts with the tiny model's tokenizer, sharp enough to reveal several tokens a step."""
-    tokenizer = tiny_tokenizer()
+    dense, tokenizer = tiny()
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "initializer_range": 0.15}
     config = SDARMoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=3,
-        num_experts_per_tok=2,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        block_size=4,
-        mask_token_id=tokenizer.mask_token_id,
-        tokenizer_length=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
+        **{**dense.config.to_dict(), **experts, "tie_word_embeddings": False, "model_type": "sdar_moe"}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

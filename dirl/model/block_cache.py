@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -88,13 +89,11 @@ class BlockCache:
 
     def entries(self, parts: Sequence[QueryRows]) -> Entries:
         """What the tokens of a pass write, for `LayerCache.write` in every layer."""
-        starts = [0]
-        for rows in parts:
-            starts.append(starts[-1] + len(rows.position_T))
+        *starts, num_tokens = accumulate((len(rows.position_T) for rows in parts), initial=0)
         length = self.keys.shape[1]
         place_E = torch.cat([rows.slot_E * length + rows.position_T[rows.token_E] for rows in parts])
-        token_E = torch.cat([rows.token_E + start for rows, start in zip(parts, starts, strict=False)])
-        return Entries(place_E, None if len(token_E) == starts[-1] else token_E)
+        token_E = torch.cat([rows.token_E + start for rows, start in zip(parts, starts, strict=True)])
+        return Entries(place_E, None if len(token_E) == num_tokens else token_E)
 
     def keep_slots(self, slot_N: Tensor) -> None:
         """Drop all slots but these; slot_N[i] becomes slot i. Only those that change their number are copied."""
