@@ -43,7 +43,10 @@ class LayerCache(NamedTuple):
     def write(self, entries: Entries, key_TGD: Tensor, value_TGD: Tensor) -> None:
         """Store keys and values of a pass's tokens."""
         for tensor, new_TGD in zip(self, (key_TGD, value_TGD), strict=True):
-            tensor.flatten(0, 1)[entries.place_E] = new_TGD if entries.token_E is None else new_TGD[entries.token_E]
+            new = new_TGD.flatten(1)  # a token's heads in one row: copied in one piece
+            if entries.token_E is not None:
+                new = new.index_select(0, entries.token_E)
+            tensor.flatten(0, 1).flatten(1)[entries.place_E] = new
 
 
 class Rotary:

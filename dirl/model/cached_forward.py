@@ -60,7 +60,8 @@ class CachedForward:
         if wanted_N is None:
             return hidden_TD[:0]
         attended_TX = _attend(layer, query_THE, held, parts[-1:])
-        return inner.norm(self._feed_forward(layer, hidden_TD[start:][wanted_N], attended_TX[wanted_N]))
+        hidden_ND = hidden_TD[start:].index_select(0, wanted_N)
+        return inner.norm(self._feed_forward(layer, hidden_ND, attended_TX.index_select(0, wanted_N)))
 
 
 def _project(layer: DecoderLayer, hidden_TD: Tensor, rotary: Rotary, start: int) -> tuple[Tensor, Tensor, Tensor]:

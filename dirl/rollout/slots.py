@@ -3,7 +3,7 @@
 A slot holds the current block (tokens, which are still masked, the step each was revealed at, its logprob), the block
 before it until its clean keys are in the cache, and everything finished so far.
 
-Shapes: S slots, A active slots, B block length, C tokens a completion can touch at most.
+Shapes: S slots, A active slots, F slots whose block is finished, B block length, K blocks of a completion at most.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Step:
 class Slots:
     """S sequences in flight."""
 
-    def __init__(self, num_slots: int, capacity: int, block_length: int, mask_token_id: int, device: torch.device):
+    def __init__(self, num_slots: int, num_blocks: int, block_length: int, mask_token_id: int, device: torch.device):
         self.block_length, self.mask_token_id, self.device = block_length, mask_token_id, device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -45,13 +45,13 @@ class Slots:
 
         self.requests: list[Request | None] = [None] * num_slots
         self.is_active_S = zeros(dtype=torch.bool)
-        self.seed_S, self.prompt_length_S, self.block_S, self.end_block_S, self.step_S = (zeros() for _ in range(5))
+        self.seed_S, self.first_block_S, self.block_S, self.end_block_S, self.step_S = (zeros() for _ in range(5))
         self.token_ids_SB, self.step_map_SB, self.previous_ids_SB = (zeros(block_length) for _ in range(3))
         self.masked_SB = zeros(block_length, dtype=torch.bool)
         self.logprob_SB = zeros(block_length, dtype=torch.float32)
         self.has_previous_S = zeros(dtype=torch.bool)  # the previous block's clean keys are not in the cache yet
-        self.done_ids_SC, self.done_steps_SC = zeros(capacity), zeros(capacity)
-        self.done_logprobs_SC = zeros(capacity, dtype=torch.float32)
+        self.done_ids_SKB, self.done_steps_SKB = (zeros(num_blocks, block_length) for _ in range(2))
+        self.done_logprobs_SKB = zeros(num_blocks, block_length, dtype=torch.float32)
 
     def free(self) -> list[int]:
         return [slot for slot, request in enumerate(self.requests) if request is None]
@@ -66,13 +66,12 @@ class Slots:
             lengths.append(len(request.prompt_ids))
             tail = list(request.prompt_ids[lengths[-1] - lengths[-1] % block_length :])
             blocks.append(tail + [self.mask_token_id] * (block_length - len(tail)))
-        self.prompt_length_S[slot_N] = torch.tensor(lengths, device=self.device)
+        length_N = torch.tensor(lengths, device=self.device)
         self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
         self.end_block_S[slot_N] = torch.tensor([r.end_block for r in requests.values()], device=self.device)
-        self.block_S[slot_N] = self.prompt_length_S[slot_N] // block_length
+        self.first_block_S[slot_N] = self.block_S[slot_N] = length_N // block_length
         self.token_ids_SB[slot_N] = torch.tensor(blocks, device=self.device)
-        tail_N1 = (self.prompt_length_S[slot_N] % block_length)[:, None]
-        self.masked_SB[slot_N] = torch.arange(block_length, device=self.device) >= tail_N1
+        self.masked_SB[slot_N] = torch.arange(block_length, device=self.device) >= (length_N % block_length)[:, None]
         self.step_S[slot_N] = 0
         self.step_map_SB[slot_N] = 0
         self.has_previous_S[slot_N] = False
@@ -93,18 +92,13 @@ class Slots:
         slot_F = (self.is_active_S & ~self.masked_SB.any(dim=1)).nonzero().squeeze(1)
         if len(slot_F) == 0:
             return []
-        block_length, tail_F1 = self.block_length, (self.prompt_length_S[slot_F] % self.block_length)[:, None]
-        first_F1 = (self.prompt_length_S[slot_F] // block_length)[:, None]
-        lane_B = torch.arange(block_length, device=self.device)
-        # Completion index of each token; the prompt's tail comes out negative and is not written.
-        index_FB = (self.block_S[slot_F, None] - first_F1) * block_length + lane_B - tail_F1
-        is_completion_FB = index_FB >= 0
-        row_N, lane_N = is_completion_FB.nonzero(as_tuple=True)
-        taken, filed = (slot_F[row_N], lane_N), (slot_F[row_N], index_FB[row_N, lane_N])
-        self.done_ids_SC[filed] = self.token_ids_SB[taken]
-        self.done_steps_SC[filed] = self.step_map_SB[taken]
-        self.done_logprobs_SC[filed] = self.logprob_SB[taken]
-        has_stopped_F = (torch.isin(self.token_ids_SB[slot_F], stop_ids) & is_completion_FB).any(dim=1)
+        filed = (slot_F, (self.block_S - self.first_block_S)[slot_F])
+        token_ids_FB, step_map_FB = self.token_ids_SB[slot_F], self.step_map_SB[slot_F]
+        self.done_ids_SKB[filed] = token_ids_FB
+        self.done_steps_SKB[filed] = step_map_FB
+        self.done_logprobs_SKB[filed] = self.logprob_SB[slot_F]
+        # No step revealed what the first block holds of the prompt.
+        has_stopped_F = (torch.isin(token_ids_FB, stop_ids) & (step_map_FB > 0)).any(dim=1)
         has_ended_F = has_stopped_F | (self.block_S[slot_F] + 1 >= self.end_block_S[slot_F])
         self._next_block(slot_F)
         self.is_active_S[slot_F[has_ended_F]] = False
@@ -121,16 +115,25 @@ class Slots:
 
     def release(self, slot: int) -> tuple[Request, list[int], list[int], list[float]]:
         """Empty an ended slot: its request, completion ids, step map and logprobs."""
-        request = self.requests[slot]
+        request, done = self.requests[slot], self.done(slot)
         assert request is not None
         self.requests[slot] = None
-        length = int(self.block_S[slot]) * self.block_length - len(request.prompt_ids)
         return (
             request,
-            self.done_ids_SC[slot, :length].tolist(),
-            self.done_steps_SC[slot, :length].tolist(),
-            self.done_logprobs_SC[slot, :length].tolist(),
+            self.done_ids_SKB[slot].flatten()[done].tolist(),
+            self.done_steps_SKB[slot].flatten()[done].tolist(),
+            self.done_logprobs_SKB[slot].flatten()[done].tolist(),
         )
+
+    def done(self, slot: int) -> slice:
+        """Which tokens of a slot's filed blocks are its completion's: those after the prompt's tail.
+
+        Empty while no block is filed; the tail is then in the current block.
+        """
+        request = self.requests[slot]
+        assert request is not None
+        num_blocks = int(self.block_S[slot] - self.first_block_S[slot])
+        return slice(len(request.prompt_ids) % self.block_length, num_blocks * self.block_length)
 
     def compact(self) -> Tensor:
         """Drop the empty slots; returns the old number of each slot. As few as can be change theirs."""

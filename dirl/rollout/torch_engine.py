@@ -116,8 +116,8 @@ class TorchEngine:
         block_length, queue = self.model.config.block_size, deque(requests)
         device = next(self.model.parameters()).device
         num_slots = min(self.max_batch_size, len(requests))
-        touched = max(r.end_block * block_length - len(r.prompt_ids) for r in requests)
-        slots = Slots(num_slots, touched, block_length, self.model.config.mask_token_id, device)
+        num_blocks = max(r.end_block - len(r.prompt_ids) // block_length for r in requests)
+        slots = Slots(num_slots, num_blocks, block_length, self.model.config.mask_token_id, device)
         cache = BlockCache(self.model, num_slots, max(r.end_block for r in requests) * block_length)
         sampler = _Sampler(self.model, sampling)
         stop_ids = torch.tensor(self.stop_ids, device=device)
@@ -214,7 +214,7 @@ class _Sampler:
             token_M = sample(sampling_MV, uniform_AB.flatten()[index_M])
 
         def spread(value_M: Tensor) -> Tensor:
-            return value_M.new_zeros(masked_AB.numel()).index_copy(0, index_M, value_M).view_as(masked_AB)
+            return value_M.new_zeros(masked_AB.numel()).index_copy_(0, index_M, value_M).view_as(masked_AB)
 
         logprob_AB = spread(sampling_MV.gather(1, token_M[:, None]).squeeze(1))
         confidence_AB = spread(confidence_MV.gather(1, token_M[:, None]).squeeze(1).exp())

@@ -89,9 +89,9 @@ def frames_of(slots: Slots, slot_A: Tensor, step: Step) -> list[Frame]:
     for row, slot in enumerate(slot_A.tolist()):
         request = slots.requests[slot]
         assert request is not None
-        done = int(slots.block_S[slot]) * slots.block_length - len(request.prompt_ids)
-        tail = max(-done, 0)  # tokens of the prompt in this block
-        filed = slots.done_ids_SC[slot, : max(done, 0)].tolist()
+        done = slots.done(slot)
+        filed = slots.done_ids_SKB[slot].flatten()[done].tolist()
+        tail = max(done.start - done.stop, 0)  # tokens of the prompt in this block
         frames.append(
             Frame(request.index, filed + shown_AB[row][tail:], [True] * len(filed) + committed_AB[row][tail:])
         )

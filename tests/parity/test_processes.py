@@ -99,7 +99,7 @@ def launch(case: str, num_processes: int, output_dir: Path) -> tuple[dict[str, A
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, "--nproc_per_node", str(num_processes), __file__]
     done = subprocess.run(
-        [*command, case, str(output_dir)], env=environment, capture_output=True, text=True, timeout=100, check=False
+        [*command, case, str(output_dir)], env=environment, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
