@@ -205,6 +205,13 @@ def uses_flex(packed: PackedViews, attention: AttentionName) -> bool:
     return attention in ("flex", "flex_flash") or (attention == "auto" and packed.token_ids_L.is_cuda)
 
 
-def padded_for_flex(packed: PackedViews) -> PackedViews:
-    """The pack at one of four lengths an octave: FlexAttention compiles anew for every length it meets."""
-    return packed.padded(max(FLEX_TILE, 1 << max(0, len(packed).bit_length() - 3)))
+def padded_for_flex(packed: PackedViews, budget: int = 0) -> PackedViews:
+    """The pack at one of four lengths an octave, or at `budget` where that is less and enough (up to a whole tile).
+
+    FlexAttention compiles anew for every length it meets.
+    """
+    step = max(FLEX_TILE, 1 << max(0, len(packed).bit_length() - 3))
+    length = -(-len(packed) // step) * step
+    if budget >= len(packed):
+        length = min(length, -(-budget // FLEX_TILE) * FLEX_TILE)
+    return packed.padded(length)

@@ -33,17 +33,20 @@ class ActionScores(NamedTuple):
 
 
 class PackedScorer(nn.Module):
-    """A block-diffusion model that scores packs of views."""
+    """A block-diffusion model that scores packs of views.
 
-    def __init__(self, model: BlockDiffusionModel, attention: AttentionName = "auto") -> None:
+    Args:
+        budget: the most packed tokens there will be; padding does not go beyond it. 0: not known.
+    """
+
+    def __init__(self, model: BlockDiffusionModel, attention: AttentionName = "auto", budget: int = 0) -> None:
         super().__init__()
-        self.model = model
-        self.attention = attention
+        self.model, self.attention, self.budget = model, attention, budget
 
     def forward(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         """Scores of the pack's actions under the model, as the decoder would have assigned them."""
         if uses_flex(packed, self.attention):
-            packed = padded_for_flex(packed)
+            packed = padded_for_flex(packed, self.budget)
         hidden_LD = self.model.model(
             input_ids=packed.token_ids_L[None],
             position_ids=packed.position_L[None],

@@ -23,10 +23,10 @@ from dirl.data.rows import shorten
 from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
-from dirl.rl.work_sharing import balanced_owners
 from dirl.rollout.build import EngineConfig
 from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
+from dirl.training.balance import balanced_owners
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 

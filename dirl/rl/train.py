@@ -36,10 +36,10 @@ from dirl.rl.group_state import CollectorState
 from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, StopAsked, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, sample_line, summarise, throughput
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
-from dirl.rl.work_sharing import replay_cost
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
+from dirl.training.balance import packed_cost
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 from dirl.training.model_card import finish_model
@@ -122,15 +122,14 @@ class RLTrainer:
         self.model = model or load_model(config.model, self.tokenizer)
         reference: Reference | None = None
         if config.beta > 0 and config.lora.r == 0:
-            frozen = PackedScorer(copy.deepcopy(self.model), config.model.attention).requires_grad_(False).eval()
-            reference = self.distributed.placed(frozen)
+            reference = self.distributed.placed(self._scorer(copy.deepcopy(self.model)).requires_grad_(False).eval())
         # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
         decoded = self.model
         if self.distributed.is_sharded:
             decoded = copy.deepcopy(decoded).requires_grad_(False)
             nn.Module.to(decoded, self.distributed.device)
         add_adapters(self.model, config.lora, config.seed)
-        self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
+        self.learner = Learner(self._scorer(self.model), config, self.distributed)
         self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
         self.collector = self._collector(problems)
         self._warn_of_long_completions()
@@ -263,6 +262,9 @@ class RLTrainer:
                 *(config.max_tokens_per_micro_batch, tokens),
             )
 
+    def _scorer(self, model: BlockDiffusionModel) -> PackedScorer:
+        return PackedScorer(model, self.config.model.attention, self.config.max_tokens_per_micro_batch)
+
     def _without_adapters(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         with adapters_off(self.model):
             return self.learner.module(packed, rule)
@@ -288,7 +290,11 @@ class RLTrainer:
             raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
         collector = Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
         size = self.model.config
-        collector.cost = lambda group: replay_cost(group.completions, size.block_size, size.hidden_size)
+        collector.cost = lambda group: packed_cost(
+            len(group.prompt.token_ids),
+            [(len(c.token_ids), c.num_denoising_steps * size.block_size) for c in group.completions],
+            size.hidden_size,
+        )
         return collector
 
     def _record_skipped(self) -> None:

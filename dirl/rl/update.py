@@ -1,8 +1,9 @@
 """Scored groups -> optimizer steps on the clipped surrogate: the U in the loop.
 
 Strictly on-policy (one step per rollout) the behaviour log-probabilities are the policy's own, detached: ratios are 1
-by construction and no second pass is needed. With several steps per rollout they are those the engine recorded; for
-actions it recorded none of (holds) they come from one pass before the first step.
+by construction and no second pass is needed. With several steps per rollout they are those the engine recorded; a pass
+before the first step gives those that it did not record (of holds), or all of them where
+`importance_sampling_correction` weighs the engine's against the trainer's.
 
 What engine and trainer give the same token differs a little. The difference is measured at the first step of each batch
 of rollouts, corrected where `importance_sampling_correction` says so, and ends the run where it is too large to be
@@ -168,16 +169,25 @@ class PolicyUpdater:
         """
         if is_on_policy:
             return [PreparedBatch(batch, None, None) for batch in batches]
+        needs_pass = any(self._needs_pass(batch) for batch in batches)
+        if self.distributed.is_sharded:  # passes are collective: what one rank needs, all take part in
+            needs_pass = self.distributed.max(float(needs_pass)) > 0
+        if not needs_pass:
+            return [PreparedBatch(batch, batch.recorded_logprob_T, None) for batch in batches]
         with torch.no_grad():
             return [self._prepared(batch) for batch in self._evened(batches)][: len(batches)]
 
+    def _needs_pass(self, batch: PolicyBatch) -> bool:
+        """Whether the engine's log-probabilities are to be corrected, or not all there."""
+        corrects = self.config.importance_sampling_correction != "none"
+        return corrects or bool(batch.recorded_logprob_T.isnan().any())
+
     def _prepared(self, batch: PolicyBatch) -> PreparedBatch:
         recorded_T = batch.recorded_logprob_T
-        corrects = self.config.importance_sampling_correction != "none"
-        if not corrects and not self.distributed.is_sharded and not bool(recorded_T.isnan().any()):
+        if not self._needs_pass(batch) and not self.distributed.is_sharded:
             return PreparedBatch(batch, recorded_T, None)
         scored_T = self.learner.module(batch.packed, self.rule).logprob_T
-        if corrects:
+        if self.config.importance_sampling_correction != "none":
             return PreparedBatch(batch, scored_T, self._importance(batch, scored_T))
         return PreparedBatch(batch, torch.where(recorded_T.isnan(), scored_T, recorded_T), None)
 

@@ -35,6 +35,7 @@ from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
+from dirl.training.balance import balanced_owners, packed_cost
 from dirl.training.distributed import Distributed
 from dirl.training.model_card import finish_model
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig, split_by_budget
@@ -105,7 +106,8 @@ class SFTTrainer:
             fingerprint((e.prompt_ids.tolist(), e.completion_ids.tolist()) for e in self.examples),
         )
         add_adapters(self.model, config.lora, config.seed)
-        self.learner = Learner(PackedScorer(self.model, config.model.attention), config, self.distributed)
+        scorer = PackedScorer(self.model, config.model.attention, config.max_tokens_per_micro_batch)
+        self.learner = Learner(scorer, config, self.distributed)
         self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
         self.learner.on_skip = self._record_skipped
         self.steps_done = 0
@@ -197,7 +199,12 @@ class SFTTrainer:
     def _packs(self, batch: Sequence[Example], *, seed: int) -> list[PackedViews]:
         """This rank's micro-batches of a global batch."""
         levels = batch_noise_levels(batch, self.config.noise, seed)
-        mine = self.distributed.share(range(len(batch)))
+        ranks, hidden_size = self.distributed.world_size, self.model.config.hidden_size
+        num_views = 2 if self.config.noise.complementary else 1
+        lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in batch]
+        costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
+        owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
+        mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]
         return self._local_packs([batch[i] for i in mine], [levels[i] for i in mine], [_mix(seed, i) for i in mine])
 
     def _local_packs(

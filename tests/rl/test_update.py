@@ -11,6 +11,7 @@ import torch
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
 from dirl.errors import UserError
+from dirl.model.logprobs import PackedScorer
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.policy_loss import ImportanceSampling, LossType
@@ -50,6 +51,49 @@ def test_first_update_is_on_policy(likelihood: Likelihood) -> None:
     assert second["kl"] > 0
     assert second["clip_ratio/region_mean"] == 0
     assert first["sampling/logp_difference/max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("num_iterations", "likelihood", "correction", "num_passes"),
+    [
+        (1, "reveal", "none", 1),
+        (1, "trajectory", "none", 1),  # of holds the engine records nothing
+        (1, "reveal", "token_truncate", 1),
+        (2, "reveal", "none", 2),
+        (2, "trajectory", "none", 3),  # one more, before the first step
+        (2, "reveal", "token_truncate", 3),
+    ],
+)
+def test_no_forward_pass_is_made_but_for_training(
+    num_iterations: int, likelihood: Likelihood, correction: ImportanceSampling, num_passes: int
+) -> None:
+    config = replace(
+        CONFIG,
+        num_iterations=num_iterations,
+        likelihood=likelihood,
+        importance_sampling_correction=correction,
+        max_tokens_per_micro_batch=256,
+    )
+    trained = trainer(config)
+    assert trained.updater.reference is None, "beta=0 loads no reference"
+    groups = rolled_out(trained)
+    assert all(completion.logprobs is not None for group in groups for completion in group.completions)
+    advantages = trained.advantages(groups)
+    num_micro_batches = len(trained.updater._micro_batches(groups, advantages))
+    assert num_micro_batches > 1
+    trains: list[bool] = []
+    trained.learner.module.register_forward_hook(lambda *_: trains.append(torch.is_grad_enabled()))
+    trained.updater.update(groups, advantages)
+    assert trains.count(True) == num_iterations * num_micro_batches
+    assert len(trains) == num_passes * num_micro_batches
+
+
+def test_packs_are_not_padded_beyond_the_budget() -> None:
+    config = replace(CONFIG, beta=0.1, max_tokens_per_micro_batch=300)
+    trained = trainer(config)
+    reference = trained.updater.reference
+    assert isinstance(reference, PackedScorer)
+    assert trained.learner.module.budget == reference.budget == 300
 
 
 def test_under_autocast_the_reference_computes_as_the_policy_does() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import random
 
 import pytest
 
@@ -13,39 +11,12 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.group_state import CollectorState
 from dirl.rl.rollout_group import Collector, RolloutConfig, StopAsked, render_prompts
-from dirl.rl.work_sharing import balanced_owners, replay_cost
 from dirl.rollout.engine import SamplingConfig
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 from tests.eval.scripted_engine import ScriptedEngine
 
 TOKENIZER = tiny()[1]
-
-
-def loads(costs: list[float], owners: list[int], num_ranks: int) -> list[float]:
-    return [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(num_ranks)]
-
-
-def test_balancing_is_nearly_optimal_and_leaves_balanced_groups_alone() -> None:
-    rng = random.Random(0)
-    for _ in range(50):
-        costs = [rng.uniform(1, 10) for _ in range(8)]
-        start = [rng.randrange(2) for _ in costs]
-        owners = balanced_owners(costs, start, 2)
-        best = min(max(loads(costs, list(way), 2)) for way in itertools.product((0, 1), repeat=8))
-        assert max(loads(costs, owners, 2)) <= 1.2 * best
-        assert max(loads(costs, owners, 2)) <= max(loads(costs, start, 2))
-    assert balanced_owners([3.0, 3.0, 3.0, 3.0], [0, 1, 1, 0], 2) == [0, 1, 1, 0]
-    assert sorted(balanced_owners([1.0] * 6, [2] * 6, 3)) == [0, 0, 1, 1, 2, 2]
-    assert balanced_owners([], [], 3) == []
-
-
-def test_cost_grows_faster_than_length() -> None:
-    engine = ScriptedEngine(TOKENIZER, lambda *_: "x" * 8)
-    (completion,) = engine.generate([[1, 2, 3, 4]], SamplingConfig(max_completion_length=64), [0])
-    longer = [completion] * 4
-    assert replay_cost(longer, 4, 10**9) < 4.01 * replay_cost([completion], 4, 10**9)
-    assert replay_cost([completion], 4, 1) > replay_cost([completion], 4, 10**9)
 
 
 def scripted_rewards(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:

@@ -1,27 +1,26 @@
-"""Groups of unequal size on the ranks that rolled them out -> the same groups with every rank about as busy.
+"""Documents or groups of unequal size -> ranks that are about equally busy.
 
 Source: the local search is that of multiway number partitioning: a move is made while it narrows the widest gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from dirl.rollout.engine import Completion
+from collections.abc import Iterable, Sequence
 
 
-def replay_cost(completions: Sequence[Completion], block_length: int, hidden_size: int) -> float:
-    """Estimated work of training on a group, in tokens that attend to nothing.
+def packed_cost(prompt_length: int, completions: Iterable[tuple[int, int]], hidden_size: int) -> float:
+    """Estimated work of training on completions of one prompt, in tokens that attend to nothing.
 
     A token costs about 24 D^2 FLOPs a layer in its matrices and 4 D a token it attends to, so that a context of 6 D
     tokens doubles it.
+
+    Args:
+        completions: tokens of each, and tokens of its noisy views.
     """
-    prompt_length = len(completions[0].prompt_ids)
     cost = prompt_length * (1 + prompt_length / 2 / (6 * hidden_size))
-    for completion in completions:
-        tokens = len(completion.token_ids) + completion.num_denoising_steps * block_length
-        mean_context = prompt_length + len(completion.token_ids) / 2
-        cost += tokens * (1 + mean_context / (6 * hidden_size))
+    for completion_length, view_tokens in completions:
+        mean_context = prompt_length + completion_length / 2
+        cost += (completion_length + view_tokens) * (1 + mean_context / (6 * hidden_size))
     return cost
 
 
