@@ -88,7 +88,7 @@ def sorted_and_cut(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         values, order = probs_V.sort(descending=True)
         count = 1
-        while float(values[:count].sum()) < top_p:
+        while values[:count].sum().item() < top_p:
             count += 1
         kept = order[:count]
         probs_V = torch.zeros_like(probs_V).index_put((kept,), probs_V[kept])

@@ -63,6 +63,25 @@ def test_chunks_change_neither_scores_nor_gradients(rows_per_chunk: int, monkeyp
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(("rows_per_chunk", "num_passes"), [(5, 2), (1000, 1)])
+def test_lm_head_sees_scored_positions_only_a_chunk_at_a_time(
+    rows_per_chunk: int, num_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = sharp_tiny_model()
+    assert isinstance(tokenizer.mask_token_id, int)
+    packed = pack([random_document(*shape, 4, tokenizer.mask_token_id) for shape in ((9, [2, 3]), (2, [4]))], 4)
+    rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
+    monkeypatch.setattr("dirl.model.logprobs._LOGITS_PER_CHUNK", rows_per_chunk * len(rule.suppressed_V))
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    scores = PackedScorer(model)(packed, rule)
+    forward = list(rows)
+    assert sum(forward) == len(packed.action_index_T) < len(packed)
+    assert max(forward) <= rows_per_chunk and (len(forward) > 1) == (num_passes == 2)
+    scores.logprob_T.sum().backward()
+    assert sorted(rows) == sorted(forward * num_passes), "backward computes the logits of several chunks again"
+
+
 def test_a_rank_without_actions_still_takes_part_in_backward() -> None:
     hidden_TD = torch.randn(0, HIDDEN, requires_grad=True)
     scores = score_actions(hidden_TD, nn.Linear(HIDDEN, VOCABULARY), random_actions([1])[0:0], RULE)

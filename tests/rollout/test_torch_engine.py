@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,6 +78,33 @@ def test_a_push_from_another_configuration_is_named(wrong: str) -> None:
     name = "model.norm.weight" if wrong == "broadcast" else "lm_head.weight"
     with pytest.raises(ValueError, match=rf"update_weights: {name} is .* same configuration"):
         TorchEngine(ours, tokenizer).update_weights(donor)
+
+
+def counting_engine(num_slots: int) -> tuple[TorchEngine, Mock]:
+    engine = TorchEngine(*likely_to_stop(), max_batch_size=num_slots)
+    passes = Mock(wraps=engine.forward)
+    engine.forward = passes
+    return engine, passes
+
+
+@pytest.mark.parametrize(("num_slots", "num_rounds"), [(1, 11), (3, 4), (20, 1)])
+def test_prompts_and_finished_blocks_take_no_passes_of_their_own(num_slots: int, num_rounds: int) -> None:
+    engine, passes = counting_engine(num_slots)
+    engine.stop_ids = []
+    sampling = SamplingConfig(unmasking_strategy="low_confidence_static", denoising_steps=2, max_completion_length=12)
+    # A tail of two tokens: one step for the rest of its block, two for each of the two blocks after it.
+    engine.generate(random_prompts([6, 2, 10, 14, 6, 18, 22, 6, 2, 10, 30]), sampling, range(11))
+    assert passes.call_count == num_rounds * (1 + 2 * 2)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 5])
+def test_a_free_slot_takes_the_next_prompt_at_once(num_slots: int) -> None:
+    engine, passes = counting_engine(num_slots)
+    completions = engine.generate(random_prompts([9, 4, 1, 14, 6, 3, 8, 11]) * 2, DYNAMIC, range(16))
+    busy_until = [0] * num_slots
+    for completion in completions:
+        busy_until[busy_until.index(min(busy_until))] += completion.num_denoising_steps
+    assert passes.call_count == max(busy_until)
 
 
 def test_prompts_read_in_several_passes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
