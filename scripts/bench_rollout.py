@@ -18,7 +18,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmark_setup import MODEL_NAMES, build_model, print_line, synchronize
+from benchmark_setup import (
+    MODEL_NAMES,
+    build_model,
+    model_fields,
+    peak_memory_gb,
+    print_line,
+    reset_peak_memory,
+    synchronize,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -154,6 +162,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for batch_size in arguments.batch_sizes:
         batch, seeds = prompts[:batch_size], list(range(batch_size))
         engine.generate(batch[:1], sampling, seeds[:1])
+        reset_peak_memory()  # the peak is the engine's: the plain decoder keeps one sequence
         (plain_seconds, expected), (seconds, completions) = fastest(
             [
                 lambda: [plain.generate(p, i) for i, p in enumerate(few)],
@@ -166,8 +175,7 @@ def measure(arguments: argparse.Namespace) -> None:
         rate = sum(len(completion.token_ids) for completion in completions) / seconds
         print_line(
             "rollout",
-            model=arguments.model,
-            dtype=str(model.dtype).removeprefix("torch."),
+            **model_fields(arguments.model, model),
             compiled=arguments.compile,
             stop=arguments.stop,
             batch_size=batch_size,
@@ -180,6 +188,7 @@ def measure(arguments: argparse.Namespace) -> None:
             engine_tokens_per_s=round(rate, 1),
             plain_tokens_per_s=round(plain_rate, 1),
             speedup=round(rate / plain_rate, 2),
+            peak_memory_gb=round(peak_memory_gb(), 3),
             compared=len(pairs),
             equal=sum(plain_ids == completion.token_ids for plain_ids, completion in pairs),
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from benchmark_layouts import clean_and_noisy_row, score_row
-from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, print_line, time_in_turn
+from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
 from torch import Tensor
 
 from dirl.data.chat import load_tokenizer
@@ -126,21 +126,21 @@ def measure(arguments: argparse.Namespace) -> None:
     if abs(losses["dirl"] - losses["packed"]) > tolerance * abs(losses["packed"]):
         sys.exit(f"the layouts disagree: loss {losses}")
     timings = time_in_turn(works, repeats=arguments.repeats)
-    tokens = {"packed": sum(map(len, bench.packs)), "dirl": sum(len(row) for row, _ in rows)}
+    layouts = {"packed": bench.packs, "dirl": [row for row, _ in rows]}
+    rate = matmul_tflops()
     for name, timing in timings.items():
         print_line(
             "sft_step",
             layout=name,
-            model=arguments.model,
-            dtype=str(model.dtype).removeprefix("torch."),
+            **model_fields(arguments.model, model),
             documents=len(documents),
             mean_length=round(sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples) / len(examples), 1),
             row_length=len(rows[0][0]),
-            tokens=tokens[name],
+            tokens=sum(map(len, layouts[name])),
             **timing.as_fields(),
             ratio=round(timing.best / timings["packed"].best, 2),
             loss=round(losses[name], 4),
-            matmul_tflops=round(matmul_tflops(), 4),
+            **rate_fields(model, layouts[name], timing.best, rate),
         )
 
 

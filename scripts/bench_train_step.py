@@ -24,14 +24,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from benchmark_layouts import clean_and_noisy_row, score_row
-from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, print_line, time_in_turn, training_flops
+from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
 from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, attention_rule, pack, replay_views
+from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, replay_views
 from dirl.model.attention import padded_for_flex, tile_reads
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
@@ -162,17 +162,6 @@ class Bench:
         return found
 
 
-def count_pairs(layout: Layout) -> int:
-    """(query, key) pairs the attention rule allows, counted in strips."""
-    total = 0
-    for _, row in layout:
-        ids = (row.document_L, row.branch_L, row.block_L, row.view_L)
-        for start in range(0, len(row), 1024):
-            queries = tuple(i[start : start + 1024, None] for i in ids)
-            total += int(attention_rule(queries, tuple(i[None] for i in ids)).sum())
-    return total
-
-
 def share_of_tiles(layout: Layout) -> float:
     """FlexAttention tiles that are computed, of those that a dense mask would compute."""
     read = total = 0
@@ -205,25 +194,21 @@ def measure(arguments: argparse.Namespace) -> None:
     timings = time_in_turn({n: bench.step(n, layout) for n, layout in layouts.items()}, repeats=arguments.repeats)
     rate = matmul_tflops()
     for name, layout in layouts.items():
-        num_tokens = sum(len(row) for _, row in layout)
-        flops = training_flops(model, num_tokens, sum(len(r.target_T) for _, r in layout), count_pairs(layout))
         print_line(
             "train_step",
             layout=name,
-            model=arguments.model,
-            dtype=str(model.dtype).removeprefix("torch."),
+            **model_fields(arguments.model, model),
             prompt=arguments.prompt,
             completion=len(trajectories[0].completion_ids),
             tokens_per_step=arguments.tokens_per_step,
             group=arguments.group,
             config=f"{arguments.max_prompt}+{arguments.max_completion}",
             rows=len(layout),
-            tokens=num_tokens,
+            tokens=sum(len(row) for _, row in layout),
             computed_tiles=round(share_of_tiles(layout), 4),
             **timings[name].as_fields(),
             ratio=round(timings[name].best / timings["packed"].best, 2),
-            tflops=round(flops / timings[name].best / 1e12, 4),
-            matmul_tflops=round(rate, 4),
+            **rate_fields(model, [row for _, row in layout], timings[name].best, rate),
             largest_difference=differences[name],
         )
 

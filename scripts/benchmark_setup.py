@@ -8,7 +8,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from dirl.diffusion.views import PackedViews, attention_rule
 from dirl.model.checkpoint import default_device
+from dirl.model.kernels import use_fused_kernels
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
 from dirl.model.tiny import tiny
 from dirl.training.run_state import git_state, installed_version
@@ -32,7 +34,7 @@ MODEL_NAMES = ("tiny", *SHAPES)
 
 
 def build_model(name: str) -> BlockDiffusionModel:
-    """A model of that shape with random weights: float32 on a CPU, bfloat16 on a GPU."""
+    """A model of that shape with random weights and a run's kernels: float32 on a CPU, bfloat16 on a GPU."""
     device = default_device()
     torch.manual_seed(0)
     if name == "tiny":
@@ -53,11 +55,21 @@ def build_model(name: str) -> BlockDiffusionModel:
         )
         with torch.device(device):
             model = SDARForCausalLM(config)
+    use_fused_kernels(model, "auto")
     model.to(device)
     if device.type == "cuda":
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in a loaded model
             parameter.data = parameter.data.bfloat16()
     return model
+
+
+def model_fields(name: str, model: BlockDiffusionModel) -> dict[str, Any]:
+    """What was run; `liger` is read from the model, which Liger's kernels are in or not."""
+    return {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "liger": model.model.norm.forward.__module__.startswith("liger_kernel"),
+    }
 
 
 @dataclass(frozen=True)
@@ -130,19 +142,33 @@ def matmul_tflops(size: int = 8192, repeats: int = 20) -> float:
     return 2 * size**3 / timing.best / 1e12
 
 
-def training_flops(model: BlockDiffusionModel, num_tokens: int, num_scored: int, num_pairs: int) -> float:
-    """Floating-point operations of one forward and backward pass, recomputation not counted.
+def rate_fields(
+    model: BlockDiffusionModel, rows: Sequence[PackedViews], seconds: float, matmul: float
+) -> dict[str, float]:
+    """TFLOP/s reached in training, those of one large matrix product, and their ratio, the model FLOP utilisation."""
+    tflops = training_flops(model, rows) / seconds / 1e12
+    return {"tflops": round(tflops, 4), "matmul_tflops": round(matmul, 4), "mfu": round(tflops / matmul, 4)}
 
-    Args:
-        num_tokens: tokens that go through the layers.
-        num_scored: tokens that go through lm_head.
-        num_pairs: (query, key) pairs the attention rule allows.
+
+def training_flops(model: BlockDiffusionModel, rows: Sequence[PackedViews]) -> float:
+    """Floating-point operations of one forward and backward pass over packs or rows, recomputation not counted.
+
+    All their tokens go through the layers, the scored ones through lm_head, and attention takes the pairs it allows.
     """
     config = model.config
+    num_tokens, num_pairs = sum(map(len, rows)), sum(map(count_pairs, rows))
+    num_scored = sum(len(row.target_T) for row in rows)
     head = config.vocab_size * config.hidden_size
     layers = sum(p.numel() for p in model.model.layers.parameters())
     attention = 4 * num_pairs * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return 3 * (2 * layers * num_tokens + 2 * head * num_scored + attention)
+
+
+def count_pairs(row: PackedViews) -> int:
+    """(query, key) pairs the attention rule allows, counted in strips."""
+    ids = (row.document_L, row.branch_L, row.block_L, row.view_L)
+    strips = (tuple(i[start : start + 1024, None] for i in ids) for start in range(0, len(row), 1024))
+    return sum(int(attention_rule(queries, tuple(i[None] for i in ids)).sum()) for queries in strips)
 
 
 def print_line(benchmark: str, **fields: Any) -> None:
@@ -151,9 +177,10 @@ def print_line(benchmark: str, **fields: Any) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Hardware, versions, commit and date."""
+    """Hardware, versions, commit (DIRL_COMMIT where it is set) and date."""
     on_gpu = torch.cuda.is_available()
     state = git_state(Path(__file__).resolve().parents[1])
+    commit = (state["git_commit"] or "unknown")[:12] + ("+changes" if state["git_dirty"] else "")
     return {
         "hardware": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
@@ -161,6 +188,6 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": installed_version("transformers"),
         "python": platform.python_version(),
-        "commit": (state["git_commit"] or "unknown")[:12] + ("+changes" if state["git_dirty"] else ""),
+        "commit": os.environ.get("DIRL_COMMIT") or commit,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

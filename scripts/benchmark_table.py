@@ -16,7 +16,7 @@ Line = dict[str, Any]
 # benchmark -> (columns that describe the work, columns that were measured)
 COLUMNS: dict[str, tuple[list[str], list[str]]] = {
     "train_step": (
-        ["model", "config", "prompt", "completion", "group", "layout"],
+        ["model", "liger", "config", "prompt", "completion", "group", "layout"],
         [
             "tokens",
             "computed_tiles",
@@ -25,16 +25,18 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
             "peak_memory_gb",
             "tflops",
             "matmul_tflops",
+            "mfu",
             "largest_difference",
         ],
     ),
     "sft_step": (
-        ["model", "documents", "mean_length", "row_length", "layout"],
-        ["tokens", "seconds_min", "ratio", "peak_memory_gb"],
+        ["model", "liger", "documents", "mean_length", "row_length", "layout"],
+        ["tokens", "seconds_min", "ratio", "peak_memory_gb", "tflops", "mfu"],
     ),
     "rollout": (
         [
             "model",
+            "liger",
             "compiled",
             "stop",
             "batch_size",
@@ -43,7 +45,7 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
             "unmasking_strategy",
             "tokens_per_step",
         ],
-        ["engine_tokens_per_s", "plain_tokens_per_s", "speedup", "compared", "equal"],
+        ["engine_tokens_per_s", "plain_tokens_per_s", "speedup", "peak_memory_gb", "compared", "equal"],
     ),
 }
 PLACE = ["hardware", "cores", "threads", "torch", "transformers", "commit", "date"]

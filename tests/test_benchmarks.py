@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,27 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMON = {"benchmark", "model", "dtype", "hardware", "cores", "torch", "commit", "date"}
+COMMON = {"benchmark", "model", "dtype", "liger", "peak_memory_gb", "hardware", "cores", "torch", "commit", "date"}
+
+# A pytest plugin or module; after its import the machine lacks what a bare GPU machine lacks.
+WITHOUT_EXTRAS = """
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
+MISSING = {"omegaconf", "datasets", "math_verify", "wandb", "deepspeed", "lmdeploy"}
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *more: None if name.split(".")[0] in MISSING else find(name, *more))
+assert not any(map(find_spec, MISSING))
+"""
 
 
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DIRL_COMMIT": "named"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert all(line.keys() >= COMMON for line in lines)
+    assert all(line.keys() >= COMMON and line["commit"] == "named" and not line["liger"] for line in lines)
     return lines
 
 
@@ -31,6 +43,7 @@ def test_train_step_layouts_score_alike(prompt: int, group: int) -> None:
     lines = lines_of("bench_train_step.py", *sizes, "--group", str(group), "--repeats", "1")
     assert [line["layout"] for line in lines] == ["packed", "dirl", "tracerl", "dare"]
     assert all(line["largest_difference"] < 1e-4 for line in lines)
+    assert all(line["mfu"] * line["matmul_tflops"] == pytest.approx(line["tflops"], abs=2e-4) for line in lines)
     completion = lines[0]["completion"]
     tokens = {line["layout"]: line["tokens"] for line in lines}
     assert tokens["dirl"] == group * 4 * 2 * (32 + 64)
@@ -43,6 +56,7 @@ def test_sft_step_layouts_give_one_loss() -> None:
     packed, rows = lines_of("bench_sft_step.py", "--documents", "3", "--repeats", "1")
     assert packed["loss"] == pytest.approx(rows["loss"], rel=1e-4)
     assert rows["tokens"] == 3 * rows["row_length"] > packed["tokens"]
+    assert packed.keys() == rows.keys() >= {"tflops", "matmul_tflops", "mfu"}
 
 
 def test_rollout_decoders_give_the_same_tokens() -> None:
@@ -59,3 +73,30 @@ def test_the_tables_are_those_of_the_lines() -> None:
         check=True,
     )
     assert "train_step" in run.stdout and run.stdout.strip() in (ROOT / "docs/benchmarks/README.md").read_text()
+
+
+def run_without_extras(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "without_extras.py").write_text(WITHOUT_EXTRAS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, ROOT / "scripts")))}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+
+
+def test_gpu_check_names_the_files_with_gpu_tests_and_they_need_no_extras(tmp_path: Path) -> None:
+    named = re.findall(r"tests/\S+\.py", (ROOT / "scripts/gpu_check.sh").read_text())
+    marker = re.compile(r"pytest\.mark\.gpu\b")
+    marked = [
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py") if marker.search(path.read_text())
+    ]
+    assert sorted(named) == sorted(marked)
+    options = ["-q", "-p", "without_extras", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]
+    collected = run_without_extras(tmp_path, "-m", "pytest", *options, *named)
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    assert [name for name in named if f"{name}::" not in collected.stdout] == []
+
+
+def test_benchmarks_need_no_extras(tmp_path: Path) -> None:
+    names = [path.stem for path in sorted(ROOT.glob("scripts/bench*.py"))]
+    assert "bench_train_step" in names
+    imported = run_without_extras(tmp_path, "-c", f"import without_extras, {', '.join(names)}")
+    assert imported.returncode == 0, imported.stderr

@@ -303,6 +303,35 @@ def test_download(copy: Path, elsewhere: Path) -> None:
         assert error_line(copy / "download.sh", *wrong, cwd=elsewhere, **path).startswith("usage: ")
 
 
+def test_gpu_check_keeps_what_there_is(copy: Path, elsewhere: Path) -> None:
+    write_program(
+        elsewhere / "bin/python3",
+        f"""#!/bin/sh
+case "$*" in
+*"import lmdeploy"*) exit 1 ;;
+*benchmark_table*) exec {shlex.quote(sys.executable)} "$@" ;;
+*pytest*) echo a test failed && exit 1 ;;
+*bench_rollout*) echo '{{"benchmark": "rollout", "model": "8b", "commit": "'$DIRL_COMMIT'"}}' && exit 3 ;;
+esac
+""",
+    )
+    (elsewhere / "results").mkdir()
+    for name in ("gpu.jsonl", "gpu.errors"):
+        (elsewhere / "results" / name).write_text("of an earlier run\n")
+    path = f"{elsewhere / 'bin'}:{os.environ['PATH']}"
+    done = run(copy / "scripts/gpu_check.sh", "results", cwd=elsewhere, PATH=path, NO_VENV="1", DIRL_COMMIT="abc")
+    assert done.returncode == 1, done.stderr
+    lines = [json.loads(line) for line in (elsewhere / "results/gpu.jsonl").read_text().splitlines()]
+    assert lines == [{"benchmark": "rollout", "model": "8b", "commit": "abc"}] * 3
+    table = (elsewhere / "results/gpu.md").read_text()
+    assert table.startswith("### rollout") and table.count("| 8b |") == 3 and table in done.stdout
+    errors = (elsewhere / "results/gpu.errors").read_text()
+    assert errors.startswith("== tests: exit status 1\na test failed\n") and "== rollout_8b: exit status 3" in errors
+    assert sorted(path.name for path in (elsewhere / "results").iterdir()) == ["gpu.errors", "gpu.jsonl", "gpu.md"]
+    late = run(copy / "scripts/gpu_check.sh", "late", cwd=elsewhere, PATH=path, NO_VENV="1", TIME_LIMIT="75")
+    assert "no time left for: tests train_1.7b_short sft_1.7b train_8b_short train_8b_long" in late.stdout
+
+
 def evaluation(mode: str, accuracy: float, num_samples: int) -> dict[str, str | float]:
     return {
         "dataset": "sums",
