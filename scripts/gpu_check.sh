@@ -57,8 +57,7 @@ budget=(--max-tokens-per-micro-batch 32768)
 short=(--prompt 200 --completion 1000 --max-prompt 1024 --max-completion 2048 --group 2 "${budget[@]}")
 long=(--prompt 1024 --completion 8192 --max-prompt 1024 --max-completion 8192 "${budget[@]}")
 rollout=(--batch-sizes 64 256 --completion-length 64 --plain-sequences 1 --repeats 2)
-# Small models first. Seconds as reckoned, not measured (35 to 60 to start and compile, then 280 TFLOP/s for packs, 210
-# for rows): 75, 75, 50, 30, 75, 35, 130, together 470. The last three run where the others were faster.
+# Small models first. The seconds are caps, reckoned and not measured; the last three parts run where time is left.
 part tests 120 python3 -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}"
 part train_1.7b_short 110 python3 scripts/bench_train_step.py --model 1.7b "${short[@]}" --repeats 1
 part sft_1.7b 80 python3 scripts/bench_sft_step.py --model 1.7b "${budget[@]}" --repeats 1

@@ -26,7 +26,7 @@ from dirl.rl.advantage import has_spread
 from dirl.rollout.build import EngineConfig
 from dirl.rollout.columns import reward_columns, stable_seed
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
-from dirl.training.balance import balanced_owners
+from dirl.training.balance import balanced_owners, packed_cost
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 
@@ -85,6 +85,11 @@ class RolloutGroup:
     @property
     def is_informative(self) -> bool:
         return has_spread(self.reward_G)
+
+    def replay_cost(self, block_length: int, hidden_size: int) -> float:
+        """Estimated work of training on the group; a view is one block, at each denoising step."""
+        lengths = [(len(c.token_ids), c.num_denoising_steps * block_length) for c in self.completions]
+        return packed_cost(len(self.prompt.token_ids), lengths, hidden_size)
 
 
 @dataclass(frozen=True)

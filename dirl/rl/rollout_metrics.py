@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.rl.rollout_group import Collected, RolloutGroup
 from dirl.rollout.completions import with_texts
+from dirl.training.distributed import Distributed
 
 # Names of the pass-rate histogram's bins, in percent, and the highest pass rate that falls into each.
 PASS_RATE_BINS = {
@@ -58,6 +59,15 @@ def summarise(collected: Collected) -> list[GroupSummary]:
         for is_kept, groups in ((True, collected.groups), (False, collected.dropped))
         for group in groups
     ]
+
+
+def metrics_of_all_ranks(collected: Collected, distributed: Distributed) -> dict[str, float]:
+    """Numbers of all ranks' rollouts, those of dropped groups included; collective."""
+    metrics = rollout_metrics(distributed.gather(summarise(collected)))
+    counters = sorted(set(distributed.gather(list(collected.counters))))
+    counts = distributed.sum(*(collected.counters.get(name, 0) for name in counters)) if counters else []
+    metrics["groups/carried_over"] = collected.num_carried
+    return metrics | {f"rewards/{name}": count for name, count in zip(counters, counts, strict=True)}
 
 
 def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:

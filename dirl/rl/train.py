@@ -34,12 +34,11 @@ from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import ScaleRewards, group_advantages
 from dirl.rl.group_state import CollectorState
 from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, StopAsked, render_prompts
-from dirl.rl.rollout_metrics import completion_rows, headline, rollout_metrics, sample_line, summarise, throughput
+from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
-from dirl.training.balance import packed_cost
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 from dirl.training.model_card import finish_model
@@ -215,7 +214,7 @@ class RLTrainer:
             self.engine.update_weights(self.model)
             self.engine.wake()
         self.steps_done += self.config.steps_per_rollout
-        return metrics | self._rollout_metrics(collected)
+        return metrics | metrics_of_all_ranks(collected, self.distributed)
 
     def advantages(self, groups: Sequence[RolloutGroup]) -> list[Tensor]:
         """Advantages of each group's completions; collective when rewards are scaled over the batch."""
@@ -290,25 +289,13 @@ class RLTrainer:
             raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
         collector = Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
         size = self.model.config
-        collector.cost = lambda group: packed_cost(
-            len(group.prompt.token_ids),
-            [(len(c.token_ids), c.num_denoising_steps * size.block_size) for c in group.completions],
-            size.hidden_size,
-        )
+        collector.cost = lambda group: group.replay_cost(size.block_size, size.hidden_size)
         return collector
 
     def _record_skipped(self) -> None:
         groups = self.last.groups if self.last else []
         questions = [{"question": g.prompt.problem.question, "answer": g.prompt.problem.answer} for g in groups]
         record_skipped(self.config.output_dir, self.steps_done + 1, questions, self.distributed)
-
-    def _rollout_metrics(self, collected: Collected) -> dict[str, float]:
-        """Numbers of all ranks' rollouts, those of dropped groups included."""
-        metrics = rollout_metrics(self.distributed.gather(summarise(collected)))
-        counters = sorted(set(self.distributed.gather(list(collected.counters))))
-        counts = self.distributed.sum(*(collected.counters.get(name, 0) for name in counters)) if counters else []
-        metrics["groups/carried_over"] = collected.num_carried
-        return metrics | {f"rewards/{name}": count for name, count in zip(counters, counts, strict=True)}
 
     def _log_completions(self, run: Run) -> None:
         """Show one completion, and now and then write all of the main rank's to completions/."""
