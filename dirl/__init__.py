@@ -24,10 +24,10 @@ _HOMES = {
     "Completion": "dirl.rollout.engine",
     "Completions": "dirl.rollout.completions",
     "with_texts": "dirl.rollout.completions",
-    "plot_run": "dirl.training.plots",
+    "plot_run": "dirl.show.pictures",
     "plot_trajectory": "dirl.rollout.plots",
     "plot_thresholds": "dirl.eval.plots",
-    "write_report": "dirl.training.report.write",
+    "write_report": "dirl.show.report.write",
     "SamplingConfig": "dirl.rollout.engine",
     "RolloutConfig": "dirl.rl.rollout_group",
     "ModelConfig": "dirl.model.checkpoint",
@@ -79,8 +79,8 @@ if TYPE_CHECKING:
     from dirl.rollout.plots import plot_trajectory
     from dirl.rollout.replay import logprobs
     from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
-    from dirl.training.plots import plot_run
-    from dirl.training.report.write import write_report
+    from dirl.show.pictures import plot_run
+    from dirl.show.report.write import write_report
 
 
 def __getattr__(name: str) -> Any:

@@ -20,3 +20,8 @@ class RunInterrupted(Exception):
         self.signal_number = signal_number
         name = signal.Signals(signal_number).name if signal_number else "a signal on another rank"
         super().__init__(f"stopped by {name} at step {step}, checkpoint written; the same command continues")
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An exception as one line of a log: its class and its text, at most `limit` characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]

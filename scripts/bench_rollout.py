@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmark_setup import (
+from bench_setup import (
     MODEL_NAMES,
     build_model,
     model_fields,
@@ -38,7 +38,7 @@ from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import SamplingConfig
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.local.engine import TorchEngine
 
 
 class GrowingCache:

@@ -23,8 +23,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from benchmark_layouts import clean_and_noisy_row, score_row
-from benchmark_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
+from bench_layouts import clean_and_noisy_row, score_row
+from bench_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
 from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution

@@ -15,8 +15,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from dirl.training.metrics import read_metrics
-from dirl.training.plots import STYLE
+from dirl.show.metric_table import read_metrics
+from dirl.show.pictures import STYLE
 
 Curve = list[tuple[int, float, float, float]]  # step, seconds of training so far, accuracy, tokens per step
 

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(format_table(rows))
     if options.plots:
-        from dirl.training.plots import plot_run
+        from dirl.show.pictures import plot_run
 
         for run_dir in options.plots:
             written = plot_run(run_dir)

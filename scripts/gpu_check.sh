@@ -46,12 +46,12 @@ part() { # NAME SECONDS COMMAND...: its JSON lines are kept, also those of a par
     fi
     if grep '^{.*}$' "$work/stdout" >>"$work/gpu.jsonl"; then
         cp "$work/gpu.jsonl" "$OUT/gpu.jsonl.tmp" && mv "$OUT/gpu.jsonl.tmp" "$OUT/gpu.jsonl"
-        python3 scripts/benchmark_table.py "$OUT/gpu.jsonl" >"$OUT/gpu.md.tmp" && mv "$OUT/gpu.md.tmp" "$OUT/gpu.md"
+        python3 scripts/bench_table.py "$OUT/gpu.jsonl" >"$OUT/gpu.md.tmp" && mv "$OUT/gpu.md.tmp" "$OUT/gpu.md"
     fi
 }
 
 # The files with GPU tests, by name: files beside them need packages that a GPU machine may lack.
-tests=(tests/model/test_attention.py tests/model/test_block_cache.py tests/model/test_kernels.py
+tests=(tests/model/test_attention.py tests/rollout/local/test_block_cache.py tests/model/test_kernels.py
     tests/training/test_run_state.py)
 budget=(--max-tokens-per-micro-batch 32768)
 short=(--prompt 200 --completion 1000 --max-prompt 1024 --max-completion 2048 --group 2 "${budget[@]}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_setup import build_model, print_line, synchronize
+from bench_setup import build_model, print_line, synchronize
 
 from dirl.data.problems import Problem
 from dirl.model.sdar import BlockDiffusionModel
@@ -30,9 +30,9 @@ from dirl.reward.rubric import RewardConfig
 from dirl.rl.rollout_group import RolloutConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.rollout.engine import RolloutEngine, SamplingConfig
-from dirl.rollout.lmdeploy_engine import LMDeployEngine
+from dirl.rollout.lmdeploy.engine import LMDeployEngine
+from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import logprobs
-from dirl.rollout.torch_engine import TorchEngine
 
 PARTS = ("parity", "push", "sleep", "speed", "steps")
 

@@ -24,16 +24,18 @@ PACKAGE = Path(__file__).parents[1] / "dirl"
 # Imports run down only: to a smaller number. `dirl/__init__.py` is a face, like the CLI.
 FLOORS = {
     "errors": -1,
-    **dict.fromkeys(("config", "data", "diffusion", "reward", "training"), 0),
-    "model": 1,
-    **dict.fromkeys(("sft", "rollout"), 2),
-    "eval": 3,
-    **dict.fromkeys(("rl", "console"), 4),
-    **dict.fromkeys(("cli", "__init__", "__main__"), 5),
+    "files": 0,
+    **dict.fromkeys(("config", "show"), 1),
+    **dict.fromkeys(("data", "diffusion", "reward", "training"), 2),
+    "model": 3,
+    **dict.fromkeys(("sft", "rollout"), 4),
+    "eval": 5,
+    **dict.fromkeys(("rl", "console"), 6),
+    **dict.fromkeys(("cli", "__init__", "__main__"), 7),
 }
 FACES = {"cli", "__init__", "__main__"}
 FENCES = {
-    "lmdeploy": {"rollout/lmdeploy_engine.py", "rollout/lmdeploy_recorder.py"},
+    "lmdeploy": {"rollout/lmdeploy/engine.py", "rollout/lmdeploy/recorder.py"},
     "math_verify": {"reward/math_answer.py"},
     "reasoning_gym": {"data/reasoning_tasks.py", "reward/reasoning_tasks.py"},
     "wandb": {"training/metrics.py"},

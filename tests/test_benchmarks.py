@@ -67,7 +67,7 @@ def test_rollout_decoders_give_the_same_tokens() -> None:
 
 def test_the_tables_are_those_of_the_lines() -> None:
     run = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/benchmark_table.py"), str(ROOT / "docs/benchmarks/cpu.jsonl")],
+        [sys.executable, str(ROOT / "scripts/bench_table.py"), str(ROOT / "docs/benchmarks/cpu.jsonl")],
         capture_output=True,
         text=True,
         check=True,

@@ -16,7 +16,7 @@ from dirl.cli import main
 from dirl.data.problems import load_problems
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import SamplingConfig
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.local.engine import TorchEngine
 
 COMMANDS = {
     "sft": ("dirl.sft.train", "SFTConfig", "SFTTrainer"),

@@ -309,7 +309,7 @@ def test_gpu_check_keeps_what_there_is(copy: Path, elsewhere: Path) -> None:
         f"""#!/bin/sh
 case "$*" in
 *"import lmdeploy"*) exit 1 ;;
-*benchmark_table*) exec {shlex.quote(sys.executable)} "$@" ;;
+*bench_table*) exec {shlex.quote(sys.executable)} "$@" ;;
 *pytest*) echo a test failed && exit 1 ;;
 *bench_rollout*) echo '{{"benchmark": "rollout", "model": "8b", "commit": "'$DIRL_COMMIT'"}}' && exit 3 ;;
 esac

@@ -7,8 +7,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from dirl.data.chat import load_tokenizer, token_texts
-from dirl.training.report.samples import Decode
-from dirl.training.report.write import write_report
+from dirl.show.report.samples import Decode
+from dirl.show.report.write import write_report
 
 
 def report_runs(run_dirs: Sequence[str], output: str | None) -> Path:

@@ -16,9 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from dirl.data.chat import load_tokenizer, render_messages, stop_token_ids, token_texts
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
 from dirl.rollout.engine import Completion, SamplingConfig
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.watch import Frame, Observer
-from dirl.training.terminal import draft_text, live_text
+from dirl.show.terminal import draft_text, live_text
 
 Message = dict[str, object]
 _HELP = "/reset forgets the conversation, /quit ends; so does Ctrl-D. Ctrl-C stops an answer."

@@ -8,7 +8,7 @@ from pathlib import Path
 from dirl.errors import MissingFileError
 from dirl.eval.report import plot_accuracy, sweep_points
 from dirl.eval.results import ModeResult
-from dirl.training.plots import Pictures
+from dirl.show.pictures import Pictures
 
 
 def plot_thresholds(eval_dir: str | Path) -> Pictures:

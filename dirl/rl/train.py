@@ -39,12 +39,12 @@ from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
+from dirl.show.model_card import finish_model
+from dirl.show.pictures import plot_run
 from dirl.training.distributed import Distributed
+from dirl.training.loop import Run, record_skipped
 from dirl.training.metrics import Timings
-from dirl.training.model_card import finish_model
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
-from dirl.training.plots import plot_run
-from dirl.training.run import Run, record_skipped
 from dirl.training.run_state import RunConfig
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from dirl.diffusion.views import PackedViews, placeholder_pack
 from dirl.errors import UserError
 from dirl.model.logprobs import ActionScores
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rl.policy_batch import PolicyBatch, ScoredCompletion, build_policy_batches, pack_policy_batches
+from dirl.rl.actions import PolicyBatch, ScoredCompletion, build_policy_batches, pack_policy_batches
 from dirl.rl.policy_loss import PolicyLossConfig, importance_weights, policy_loss
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.training.optimizer import Learner

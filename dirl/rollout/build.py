@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import RolloutEngine, SleepLevel
-from dirl.rollout.lmdeploy_version import check_version
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.lmdeploy.version import check_version
+from dirl.rollout.local.engine import TorchEngine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ def build_engine(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase,
         UserError: the engine that was asked for cannot run here.
     """
     if config.mode == "server":
-        from dirl.rollout.server_engine import connect
+        from dirl.rollout.server.engine import connect
 
         return connect(model, tokenizer, config)
     if chosen_engine(config) == "torch":
         compiled = config.compile == "always" or (config.compile == "auto" and torch.cuda.is_available())
         return TorchEngine(model, tokenizer, max_batch_size=config.max_batch_size, compiled=compiled)
-    from dirl.rollout.lmdeploy_engine import LMDeployEngine
+    from dirl.rollout.lmdeploy.engine import LMDeployEngine
 
     return LMDeployEngine(
         model,

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import token_texts
 from dirl.rollout.engine import Completion
-from dirl.training.report.page import player_page
-from dirl.training.report.samples import play_data
-from dirl.training.terminal import draft_text, live_text
+from dirl.show.report.page import player_page
+from dirl.show.report.samples import play_data
+from dirl.show.terminal import draft_text, live_text
 
 _SHOWN = 20  # completions in the representation of a list; all of them can be played
 

@@ -11,7 +11,7 @@ from dirl.data.chat import render_prompt
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.completions import Completions, with_texts
 from dirl.rollout.engine import SamplingConfig
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.local.engine import TorchEngine
 
 
 def generate(

@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 
 from dirl.rollout.completions import blocks
 from dirl.rollout.engine import Completion
-from dirl.training.plots import STYLE, Drawing
+from dirl.show.pictures import STYLE, Drawing
 
 _STATES = ("not begun", "masked", "revealed in this step", "revealed before")
 _COLORS = ("#f4f5f6", "#c3c9d0", "#2c9a55", "#b9d6c3")

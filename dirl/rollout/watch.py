@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dirl.rollout.engine import Completion, RolloutEngine
-from dirl.rollout.slots import Slots, Step
+from dirl.rollout.local.slots import Slots, Step
+from dirl.show.terminal import Terminal
 from dirl.training.metrics import Timings
-from dirl.training.terminal import Terminal
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
+from dirl.show.metric_table import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,6 @@ def check_tracker_names(names: Sequence[str]) -> None:
             raise UserError(f"report_to: {name!r} is no tracker: use any of {', '.join(TRACKERS)}, or [] for none")
 
 
-def one_line(error: Exception) -> str:
-    """An exception as one line of a log."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 class MetricsLogger:
     """Writes each step's numbers to output_dir/metrics.jsonl and to the trackers; silent on all but the main rank."""
 
@@ -188,24 +184,6 @@ def finite_or_none(value: float) -> Value:
     return number if math.isfinite(number) else None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line without its newline was cut by a kill and is left out.
-
-    Raises:
-        ValueError: a complete line is not a JSON object with a step.
-    """
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            row["step"] + 0
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}; remove it") from error
-        rows.append(row)
-    return rows
-
-
 class Timings:
     """Seconds spent in named phases since the last drain."""
 
@@ -241,24 +219,3 @@ class Timings:
         drained = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
         return drained
-
-
-class WeightedMeans:
-    """Means of named numbers over several steps or batches, each number with the weight it was added with."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}  # name -> sum of weight * value, sum of weights
-
-    def add(self, metrics: Mapping[str, float], weight: float = 1.0) -> None:
-        """Add one value per name; a weight of 0 adds nothing."""
-        if weight == 0:
-            return
-        for name, value in metrics.items():
-            total, weights = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (total + weight * value, weights + weight)
-
-    def drain(self) -> dict[str, float]:
-        """The means of what was added; starts again from nothing."""
-        means = {name: total / weights for name, (total, weights) in self._sums.items()}
-        self._sums.clear()
-        return means

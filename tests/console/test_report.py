@@ -8,8 +8,8 @@ import pytest
 
 from dirl.cli import main
 from dirl.model.tiny import save_tiny_model
-from tests.training.report.run_files import completion_row, rl_row, sft_row, write_run
-from tests.training.report.test_write import data_of
+from tests.show.report.run_files import completion_row, rl_row, sft_row, write_run
+from tests.show.report.test_write import data_of
 
 
 def test_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

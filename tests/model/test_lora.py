@@ -17,7 +17,7 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.rollout_group import RolloutConfig
 from dirl.rl.train import RLConfig, RLTrainer
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.local.engine import TorchEngine
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 

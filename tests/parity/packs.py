@@ -12,8 +12,8 @@ from dirl.diffusion.views import PackedViews, ViewedDocument, pack
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import completion_branch
-from dirl.rollout.torch_engine import TorchEngine
 from tests.oracle import make_extreme, sharp_tiny_model
 
 

@@ -30,8 +30,8 @@ from dirl.rl.rollout_group import RolloutConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
+from dirl.training.loop import check_identity
 from dirl.training.optimizer import TrainingDiverged
-from dirl.training.run import check_identity
 from tests.launching import launch_script
 
 STEPS: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "max_tokens_per_micro_batch": 128}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dirl.diffusion.views import PackedViews
 from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import logprobs
-from dirl.rollout.torch_engine import TorchEngine
 from tests.oracle import brute_force_actions, brute_force_logprobs, sharp_tiny_model
 from tests.parity.packs import group_of_completions, packed, replayed
 

@@ -7,7 +7,7 @@ import torch
 
 from dirl.rollout import build
 from dirl.rollout.build import EngineConfig, build_engine, chosen_engine
-from dirl.rollout.torch_engine import TorchEngine
+from dirl.rollout.local.engine import TorchEngine
 from tests.oracle import sharp_tiny_model
 
 

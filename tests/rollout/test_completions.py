@@ -19,8 +19,8 @@ from dirl.data.chat import render_prompt, token_texts
 from dirl.model.tiny import tiny
 from dirl.rollout.completions import Completions, frames, with_texts
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
+from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.plots import plot_trajectory, state_grid
-from dirl.rollout.torch_engine import TorchEngine
 from dirl.rollout.watch import Frame, Observer, watch
 
 SAMPLING = SamplingConfig(max_completion_length=24)
@@ -212,7 +212,7 @@ def test_an_engine_that_cannot_be_watched_is_left_alone() -> None:
 
 
 def test_pictures_show_in_a_notebook(tmp_path: Any) -> None:
-    from dirl.training.plots import Pictures
+    from dirl.show.pictures import Pictures
 
     file = tmp_path / "a.png"
     plot_trajectory(HAND_MADE, file)

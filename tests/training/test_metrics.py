@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from dirl.show.metric_table import read_metrics
 from dirl.training import metrics
-from dirl.training.metrics import MetricsLogger, Timings, WeightedMeans, read_metrics
+from dirl.training.metrics import MetricsLogger, Timings
 
 
 def strict_lines(path: Path) -> list[dict[str, Any]]:
@@ -222,14 +223,3 @@ def test_timings_add_up_and_start_again() -> None:
     with timings.phase("train"):
         pass
     assert timings.drain() == {"timing_s/train": 1.0}
-
-
-def test_weighted_means_equal_the_mean_of_all_items() -> None:
-    batches = [[1.0, 2.0, 6.0], [10.0], []]
-    means = WeightedMeans()
-    for batch in batches:
-        means.add({"loss": sum(batch) / len(batch) if batch else float("nan")}, weight=len(batch))
-    means.add({"other": 4.0})
-    flat = [value for batch in batches for value in batch]
-    assert means.drain() == {"loss": pytest.approx(sum(flat) / len(flat)), "other": 4.0}
-    assert means.drain() == {}

@@ -1,0 +1,238 @@
+"""An in-process engine over the trainer's own PyTorch model: many prompts decoded block by block, all at once.
+
+Continuous batching: a sequence that ends leaves its slot to the next prompt at once. One forward pass a denoising step:
+the block that was just finished writes its clean keys in the same pass that denoises the block after it. Prompts that
+stand several times are read once. A sample depends on its prompt, its seed and the sampling configuration only: random
+numbers come from a counter (seed, position, step), not from a shared generator.
+
+Shapes: S slots, A active slots, M masked positions of the active slots, B block length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dirl.data.chat import stop_token_ids
+from dirl.diffusion.distribution import counter_uniform, entropy, sample
+from dirl.diffusion.unmasking import reveal_positions
+from dirl.model.logprobs import suppressed_by
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.rollout.decoded import make_completion, touched_tokens
+from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
+from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
+from dirl.rollout.local.cached_forward import CachedForward
+from dirl.rollout.local.slots import Request, Slots, Step
+from dirl.rollout.watch import Observer, frames_of
+from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
+
+_PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
+
+_Part = tuple[Tensor, QueryRows]  # tokens of a pass and how they are laid out
+
+
+class TorchEngine:
+    """Decodes with the module it is given; no copy of the weights where trainer and engine share a process."""
+
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch_size: int = 256,
+        compiled: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
+        self.forward = CachedForward(model, compiled=compiled)
+        self.weights_version = 0
+        self.observer = Observer()  # told of every step and completion
+        self._is_stale = False
+        self.stop_ids = stop_token_ids(tokenizer)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        if self._is_stale:
+            raise RolloutError("the last push of weights did not finish; call update_weights before generate")
+        block_length = self.model.config.block_size
+        touched = touched_tokens(prompts, seeds, sampling, block_length)
+        requests = [
+            Request(i, prompt, seed, (len(prompt) + num_tokens) // block_length)
+            for i, (prompt, seed, num_tokens) in enumerate(zip(prompts, seeds, touched, strict=True))
+        ]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                finished = self._watched(requests, sampling) if requests else {}
+        finally:
+            self.observer.ended()
+            self.model.train(was_training)
+        if len(finished) != len(prompts):
+            raise RolloutError(f"{len(prompts) - len(finished)} of {len(prompts)} completions are missing")
+        return [finished[i] for i in range(len(prompts))]
+
+    def update_weights(self, model: nn.Module) -> None:
+        if model is not self.model:
+            self._is_stale = True
+            ours, theirs = dict(self.model.named_parameters()), full_parameter_shapes(model)
+            for name in theirs.keys() | ours.keys():
+                pushed = theirs.get(name, "absent")
+                held = tuple(ours[name].shape) if name in ours else "absent"
+                if pushed != held:  # copy_ would broadcast, and skip what the engine lacks
+                    raise ValueError(
+                        f"update_weights: {name} is {pushed} in the pushed model and {held} in the engine; "
+                        "push a model of the same configuration"
+                    )
+            with torch.no_grad():
+                for name, tensor in named_full_parameters(model):
+                    ours[name].copy_(tensor)
+        self._is_stale = False
+        self.weights_version += 1
+
+    def sleep(self) -> None:
+        """Nothing to give back: the cache lives only while `generate` runs."""
+
+    def wake(self) -> None:
+        """Nothing to undo."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _watched(self, requests: Sequence[Request], sampling: SamplingConfig) -> dict[int, Completion]:
+        self.observer.started(len(requests))
+        finished = {}
+        for index, completion in self._decode(requests, sampling):
+            finished[index] = completion
+            self.observer.finished(completion)
+        return finished
+
+    def _decode(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        block_length, queue = self.model.config.block_size, deque(requests)
+        device = next(self.model.parameters()).device
+        num_slots = min(self.max_batch_size, len(requests))
+        num_blocks = max(r.end_block - len(r.prompt_ids) // block_length for r in requests)
+        slots = Slots(num_slots, num_blocks, block_length, self.model.config.mask_token_id, device)
+        cache = BlockCache(self.model, num_slots, max(r.end_block for r in requests) * block_length)
+        sampler = _Sampler(self.model, sampling)
+        stop_ids = torch.tensor(self.stop_ids, device=device)
+        while True:
+            prompts: Sequence[_Part] = ()
+            if admitted := {slot: queue.popleft() for slot in slots.free() if queue}:
+                slots.admit(admitted)
+                prompts = self._read_prompts(admitted, cache)
+            elif slots.free():  # an empty slot is a row of every pass
+                cache.keep_slots(slots.compact())
+            slot_A = slots.is_active_S.nonzero().squeeze(1)
+            if len(slot_A) == 0:
+                return
+            hidden_MD = self._forward(slots, slot_A, prompts, cache)
+            step = sampler.step(hidden_MD, slots, slot_A)
+            slots.apply(step, slot_A)
+            self.observer.stepped(partial(frames_of, slots, slot_A, step))
+            for slot in slots.finish_blocks(stop_ids):
+                yield self._completion(*slots.release(slot))
+
+    def _read_prompts(self, admitted: dict[int, Request], cache: BlockCache) -> Sequence[_Part]:
+        """The full blocks of admitted prompts, each distinct one once, as a part of the next pass.
+
+        What goes beyond a pass's budget is read at once.
+        """
+        block_length = self.model.config.block_size
+        slots_of: dict[tuple[int, ...], list[int]] = {}
+        for slot, request in admitted.items():
+            full = len(request.prompt_ids) - len(request.prompt_ids) % block_length
+            slots_of.setdefault(tuple(request.prompt_ids[:full]), []).append(slot)
+        slots_of.pop((), None)
+        parts = [
+            (
+                torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys.device),
+                PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, block_length),
+            )
+            for prompts in _budgeted(list(slots_of), _PREFILL_TOKENS)
+        ]
+        for token_ids_T, rows in parts[:-1]:
+            self.forward(cache, token_ids_T, [rows])
+        return parts[-1:]
+
+    def _forward(self, slots: Slots, slot_A: Tensor, prompts: Sequence[_Part], cache: BlockCache) -> Tensor:
+        """Hidden states of the active slots' masked positions, (M, D).
+
+        The same pass reads the prompts that were admitted and commits the blocks that were finished.
+        """
+        slot_P = slot_A[slots.has_previous_S[slot_A]]
+        parts = [*prompts, (slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache))]
+        if len(slot_P):
+            committed = self._blocks(slot_P, slots.block_S[slot_P] - 1, cache)
+            parts.insert(-1, (slots.previous_ids_SB[slot_P], committed))
+        wanted_M = slots.masked_SB[slot_A].flatten().nonzero().squeeze(1)
+        token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in parts])
+        return self.forward(cache, token_ids_T, [rows for _, rows in parts], wanted_M)
+
+    def _blocks(self, slot_X: Tensor, block_X: Tensor, cache: BlockCache) -> BlockRows:
+        return BlockRows(slot_X, block_X, cache.keys, self.model.config.block_size)
+
+    def _completion(
+        self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
+    ) -> tuple[int, Completion]:
+        completion = make_completion(
+            request.prompt_ids,
+            token_ids,
+            step_map,
+            logprobs,
+            tokenizer=self.tokenizer,
+            block_length=self.model.config.block_size,
+        )
+        return request.index, completion
+
+
+class _Sampler:
+    """Hidden states of masked positions -> sampled tokens and which of them are revealed."""
+
+    def __init__(self, model: BlockDiffusionModel, sampling: SamplingConfig) -> None:
+        self.lm_head, self.sampling = model.lm_head, sampling
+        self.suppressed_V = suppressed_by(model)
+
+    def step(self, hidden_MD: Tensor, slots: Slots, slot_A: Tensor) -> Step:
+        sampling, masked_AB = self.sampling, slots.masked_SB[slot_A]
+        lane_B = torch.arange(slots.block_length, device=slot_A.device)
+        position_AB = slots.block_S[slot_A, None] * slots.block_length + lane_B
+        seed_AB, draw_AB = (x[slot_A, None].expand_as(position_AB) for x in (slots.seed_S, slots.step_S))
+        index_M = masked_AB.flatten().nonzero().squeeze(1)
+        confidence_MV = sampling.distribution.confidence_logprobs(self.lm_head(hidden_MD), self.suppressed_V)
+        sampling_MV = sampling.distribution.sampling_logprobs(confidence_MV)
+        if sampling.temperature == 0:
+            token_M = sampling_MV.argmax(dim=-1)
+        else:
+            # Two draws a step and position: the token, and (for `random`) the order of revealing.
+            uniform_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB)
+            token_M = sample(sampling_MV, uniform_AB.flatten()[index_M])
+
+        def spread(value_M: Tensor) -> Tensor:
+            return value_M.new_zeros(masked_AB.numel()).index_copy_(0, index_M, value_M).view_as(masked_AB)
+
+        logprob_AB = spread(sampling_MV.gather(1, token_M[:, None]).squeeze(1))
+        confidence_AB = spread(confidence_MV.gather(1, token_M[:, None]).squeeze(1).exp())
+        is_bounded = sampling.unmasking_strategy == "entropy_bounded"
+        entropy_AB = spread(entropy(sampling_MV)) if is_bounded else confidence_AB  # read by that strategy only
+        is_random = sampling.unmasking_strategy == "random"
+        order_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB + 1) if is_random else confidence_AB
+        revealed_AB = reveal_positions(sampling.unmasking, masked_AB, confidence_AB, entropy_AB, order_AB)
+        return Step(revealed_AB, spread(token_M), logprob_AB)
+
+
+def _budgeted(prompts: Sequence[tuple[int, ...]], budget: int) -> Iterator[list[tuple[int, ...]]]:
+    """Consecutive prompts of at most `budget` tokens together (a longer one goes alone)."""
+    group: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if group and sum(map(len, group)) + len(prompt) > budget:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group

@@ -1,0 +1,274 @@
+"""Rollouts from `dirl serve` processes: an engine for the trainer, any number of servers behind it.
+
+Each request carries the version of the weights it wants, so that a server which another rank is still pushing to makes
+it wait. Answers are matched by id, never by place; a lost connection is tried again, and a completion that is missing
+is an error. A sample depends on its prompt and seed only, so trying again changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dirl.data.chat import save_tokenizer
+from dirl.errors import UserError
+from dirl.model.checkpoint import ModelConfig
+from dirl.model.sdar import BlockDiffusionModel
+from dirl.rollout.build import EngineConfig
+from dirl.rollout.decoded import make_completion, touched_tokens
+from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
+from dirl.rollout.server.process import ServerProcess
+from dirl.rollout.server.serve import KEY_VARIABLE, ServeConfig, sampling_fields
+from dirl.rollout.weights import buckets
+from dirl.training.full_parameters import named_full_parameters
+
+_REQUEST_SECONDS = 4 * 3600.0  # the longest rollout
+_CONFLICT_SECONDS = 600.0  # the longest push by another rank
+_ATTEMPTS = 4
+
+
+class _Unreachable(Exception):
+    """No answer, or an answer that the server itself failed."""
+
+
+class Server:
+    """One server's address, and how to talk to it."""
+
+    def __init__(self, url: str, key: str, process: ServerProcess | None = None) -> None:
+        self.url, self.process, self._key = url.rstrip("/"), process, key
+        self.restarts_left = 1 if process else 0
+
+    def call(self, path: str, body: bytes | None = None) -> dict[str, Any]:
+        """The answer; waits while the server says that it is not there yet, and tries again where it does not answer.
+
+        Raises:
+            RolloutError: it refuses, or cannot be reached.
+        """
+        give_up = time.monotonic() + _CONFLICT_SECONDS
+        failures, pause = 0, 0.1
+        while True:
+            try:
+                return self._call_once(path, body)
+            except _Unreachable as error:
+                failures += 1
+                if failures == _ATTEMPTS or (self.process and not self.process.is_alive):
+                    raise RolloutError(f"server {self.url}{path.split('?')[0]}: {error}") from error
+            except BlockingIOError as conflict:
+                if time.monotonic() > give_up:
+                    raise RolloutError(f"server {self.url}: {conflict}") from conflict
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def _call_once(self, path: str, body: bytes | None) -> dict[str, Any]:
+        request = urllib.request.Request(self.url + path, data=body, headers={"Authorization": f"Bearer {self._key}"})
+        try:
+            with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            reason = _reason(error)
+            if error.code == 409:
+                raise BlockingIOError(reason) from error
+            if error.code >= 500:
+                raise _Unreachable(reason) from error
+            raise RolloutError(f"server {self.url}: {reason}") from error
+        except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, cut off
+            raise _Unreachable(str(error)) from error
+
+    def close(self) -> None:
+        if self.process:
+            self.process.close()
+
+
+class ServerEngine:
+    """A rollout engine whose work is done elsewhere."""
+
+    def __init__(
+        self, servers: Sequence[Server], model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, pushes: bool
+    ) -> None:
+        self.servers, self.tokenizer = list(servers), tokenizer
+        self.block_length = model.config.block_size
+        self.weights_version = 0
+        self._pushes = pushes  # False: another rank pushes to these servers
+        self._model: nn.Module = model  # what was pushed last, for a server that has to start again
+        self._is_stale = True
+        for server in self.servers:
+            _check_same_model(server, model)
+        self._push(model)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        if self._is_stale:
+            raise RolloutError("the last push of weights did not finish; call update_weights before generate")
+        touched_tokens(prompts, seeds, sampling, self.block_length)
+        rows = [
+            {"id": i, "prompt_ids": list(prompt), "seed": seed}
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        count = len(self.servers)
+        parts = [rows[n::count] for n in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+            asked = [
+                pool.submit(self._ask, server, part, sampling) for server, part in zip(self.servers, parts, strict=True)
+            ]
+            answers = {row["id"]: row for future in asked for row in future.result()}
+        missing = [i for i in range(len(rows)) if i not in answers]
+        if missing:
+            raise RolloutError(f"{len(missing)} of {len(rows)} completions are missing, the first is {missing[0]}")
+        return [
+            make_completion(
+                prompt,
+                answers[i]["token_ids"],
+                answers[i]["step_map"],
+                answers[i]["logprobs"],
+                tokenizer=self.tokenizer,
+                block_length=self.block_length,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def update_weights(self, model: nn.Module) -> None:
+        self.weights_version += 1
+        try:
+            self._push(model)
+        except BaseException:
+            self.weights_version -= 1
+            raise
+
+    def sleep(self) -> None:
+        """Nothing: servers have devices of their own."""
+
+    def wake(self) -> None:
+        """Nothing to undo."""
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+    def _ask(self, server: Server, rows: list[dict[str, Any]], sampling: SamplingConfig) -> list[dict[str, Any]]:
+        if not rows:
+            return []
+        request = {"weights_version": self.weights_version, "sampling": sampling_fields(sampling), "requests": rows}
+        body = json.dumps(request).encode()
+        try:
+            return server.call("/generate", body)["completions"]
+        except RolloutError:
+            if not self._revive(server):
+                raise
+            return server.call("/generate", body)["completions"]
+
+    def _revive(self, server: Server) -> bool:
+        """Start a crashed server of our own again, once, with the weights it had."""
+        is_sharded = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self._model.parameters())
+        if server.process is None or server.process.is_alive or not server.restarts_left or is_sharded:
+            return False  # sharded weights can only be gathered by all ranks together
+        server.restarts_left -= 1
+        server.process.start()
+        server.url = server.process.url
+        self._send([server], self._model)
+        return True
+
+    def _push(self, model: nn.Module) -> None:
+        self._is_stale = True
+        if self._pushes:
+            self._send(self.servers, model)
+        else:
+            for _ in named_full_parameters(model):  # sharded parameters are gathered by all ranks together
+                pass
+        self._model, self._is_stale = model, False
+
+    def _send(self, servers: Sequence[Server], model: nn.Module) -> None:
+        """All weights, a bucket at a time, each bucket to all servers before the next is gathered."""
+        pending: list[tuple[str, Tensor]] | None = None
+        part = 0
+        with ThreadPoolExecutor(len(servers)) as pool:
+
+            def send(bucket: list[tuple[str, Tensor]], *, last: int) -> None:
+                body = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in bucket})
+                path = f"/weights?version={self.weights_version}&part={part}&last={last}"
+                for done in [pool.submit(server.call, path, body) for server in servers]:
+                    done.result()
+
+            for bucket in buckets(named_full_parameters(model)):
+                if pending is not None:
+                    send(pending, last=0)
+                    part += 1
+                pending = bucket
+            if pending is not None:
+                send(pending, last=1)
+
+
+def connect(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> ServerEngine:
+    """The engine of `mode: server`: over the given servers, or over one that is started here.
+
+    Raises:
+        UserError: servers are given without their key.
+    """
+    if not config.server_urls:
+        return ServerEngine([_start(model, tokenizer, config)], model, tokenizer, pushes=True)
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key:
+        raise UserError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
+    servers = [Server(url, key) for url in config.server_urls]
+    return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0)
+
+
+def _start(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> Server:
+    """A server of our own with the model's configuration and a random key, on this local rank's server device."""
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), config.server_devices
+    if devices and local_rank >= len(devices):
+        raise UserError(f"rollout.server_devices must name a device for each local rank, got {devices}")
+    directory = tempfile.TemporaryDirectory(prefix="dirl-serve-")
+    model.config.save_pretrained(directory.name)
+    save_tokenizer(tokenizer, directory.name)
+    settings = ServeConfig(
+        model=ModelConfig(path=directory.name, dtype="float32" if model.dtype == torch.float32 else "bfloat16"),
+        engine=EngineConfig(
+            engine=config.engine,
+            max_batch_size=config.max_batch_size,
+            compile=config.compile,
+            cache_max_entry_count=config.cache_max_entry_count,
+            sleep_level=0,
+        ),
+        empty=True,
+    )
+    key = secrets.token_hex(32)
+    process = ServerProcess(settings, key, directory, device=devices[local_rank] if devices else "")
+    return Server(process.url, key, process)
+
+
+def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
+    try:
+        health = server.call("/health")
+    except RolloutError as error:
+        if server.process is not None:
+            raise
+        raise UserError(f"rollout.server_urls: {error}; is `dirl serve` running there?") from error
+    config = model.config
+    for name, ours in (
+        ("block_length", config.block_size),
+        ("mask_token_id", config.mask_token_id),
+        ("vocab_size", config.vocab_size),
+    ):
+        if health[name] != ours:
+            raise UserError(f"server {server.url} has {name} {health[name]}, the trainer {ours}; serve the same model")
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["error"])
+    except (ValueError, KeyError):
+        return f"HTTP {error.code}"

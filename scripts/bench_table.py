@@ -1,0 +1,85 @@
+"""JSON lines of benchmarks -> Markdown tables.
+
+python scripts/bench_table.py docs/benchmarks/cpu.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+# benchmark -> (columns that describe the work, columns that were measured)
+COLUMNS: dict[str, tuple[list[str], list[str]]] = {
+    "train_step": (
+        ["model", "liger", "config", "prompt", "completion", "group", "layout"],
+        [
+            "tokens",
+            "computed_tiles",
+            "seconds_min",
+            "ratio",
+            "peak_memory_gb",
+            "tflops",
+            "matmul_tflops",
+            "mfu",
+            "largest_difference",
+        ],
+    ),
+    "sft_step": (
+        ["model", "liger", "documents", "mean_length", "row_length", "layout"],
+        ["tokens", "seconds_min", "ratio", "peak_memory_gb", "tflops", "mfu"],
+    ),
+    "rollout": (
+        [
+            "model",
+            "liger",
+            "compiled",
+            "stop",
+            "batch_size",
+            "prompt_length",
+            "completion_length",
+            "unmasking_strategy",
+            "tokens_per_step",
+        ],
+        ["engine_tokens_per_s", "plain_tokens_per_s", "speedup", "peak_memory_gb", "compared", "equal"],
+    ),
+}
+PLACE = ["hardware", "cores", "threads", "torch", "transformers", "commit", "date"]
+
+
+def table(lines: Sequence[Line], columns: Sequence[str]) -> str:
+    """Rows in the order of the lines; a column no line has is left out."""
+    names = [name for name in columns if any(name in line for line in lines)]
+    rows = [names, ["---"] * len(names), *[[cell(line.get(name)) for name in names] for line in lines]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def places(lines: Sequence[Line]) -> str:
+    """Where the lines were measured, each place once."""
+    found = dict.fromkeys(", ".join(f"{name} {line.get(name)}" for name in PLACE if name in line) for line in lines)
+    return "\n".join(f"Measured on: {place}." for place in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    files: list[Path] = parser.parse_args().files
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line]
+    for benchmark in dict.fromkeys(line["benchmark"] for line in lines):
+        chosen = [line for line in lines if line["benchmark"] == benchmark]
+        described, measured = COLUMNS.get(benchmark, ([], sorted(set().union(*chosen) - {"benchmark", *PLACE})))
+        print(f"### {benchmark}\n\n{table(chosen, [*described, *measured])}\n\n{places(chosen)}\n")
+
+
+if __name__ == "__main__":
+    main()

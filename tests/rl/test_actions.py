@@ -1,0 +1,98 @@
+"""Groups -> packs: every action gets its own completion's advantage, coefficient and recorded logprob."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from dirl.data.problems import Problem
+from dirl.diffusion.likelihood import Likelihood
+from dirl.rl.actions import PolicyBatch, build_policy_batches, pack_policy_batches
+from dirl.rl.policy_loss import LossType
+from dirl.rl.rollout_group import Prompt, RolloutGroup
+from dirl.rollout.engine import Completion
+from dirl.training.distributed import Distributed
+
+MASK, BLOCK = 99, 4
+
+
+def make_completion(number: int, prompt: list[int], num_blocks: int) -> Completion:
+    """Token ids and logprobs tell the completion and the place; two tokens a step."""
+    length = num_blocks * BLOCK - len(prompt) % BLOCK
+    first = len(prompt) % BLOCK
+    return Completion(
+        prompt_ids=prompt,
+        token_ids=[number * 100 + i for i in range(length)],
+        step_map=[
+            1 + (lane - (first if i < BLOCK - first else 0)) // 2
+            for i in range(length)
+            for lane in [(first + i) % BLOCK]
+        ],
+        logprobs=[-(number + i / 100) for i in range(length)],
+        completion_length=length,
+        finish_reason="length",
+        num_denoising_steps=2 * num_blocks,
+        text="",
+    )
+
+
+def make_groups() -> list[RolloutGroup]:
+    groups = []
+    for index, (prompt_length, sizes) in enumerate([(3, (1, 4)), (4, (2, 2)), (6, (3, 1))]):
+        prompt = list(range(1000, 1000 + prompt_length))
+        completions = [make_completion(2 * index + i + 1, prompt, size) for i, size in enumerate(sizes)]
+        groups.append(RolloutGroup(Prompt(Problem("?", "", {}), prompt), completions, [0.0, 1.0], {}))
+    return groups
+
+
+def batches(loss_type: LossType, likelihood: Likelihood, budget: int) -> list[PolicyBatch]:
+    groups = make_groups()
+    advantages = [torch.tensor([2.0 * i + 1, 2.0 * i + 2]) for i in range(len(groups))]
+    scored = build_policy_batches(groups, advantages, Distributed(), loss_type=loss_type, max_completion_length=16)
+    return pack_policy_batches(scored, block_length=BLOCK, mask_token_id=MASK, likelihood=likelihood, budget=budget)
+
+
+@pytest.mark.parametrize("budget", [60, 4096])
+@pytest.mark.parametrize("likelihood", get_args(Likelihood))
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_actions_belong_to_their_completions(loss_type: LossType, likelihood: Likelihood, budget: int) -> None:
+    completions = [completion for group in make_groups() for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    expected = {
+        "dapo": [1 / sum(lengths)] * 6,
+        "bnpo": [1 / sum(lengths)] * 6,
+        "dr_grpo": [1 / (16 * 6)] * 6,
+        "grpo": [1 / (6 * length) for length in lengths],
+    }[loss_type]
+    packs = batches(loss_type, likelihood, budget)
+    assert len(packs) > 1 if budget == 60 else len(packs) == 1
+    seen: list[int] = []
+    for batch in packs:
+        assert len(batch.packed) <= budget
+        packed = batch.packed
+        rows = zip(
+            packed.target_T.tolist(),
+            packed.is_reveal_T.tolist(),
+            batch.advantage_T.tolist(),
+            batch.coefficient_T.tolist(),
+            batch.recorded_logprob_T.tolist(),
+            strict=True,
+        )
+        for target, is_reveal, advantage, coefficient, recorded in rows:
+            number, place = divmod(target, 100)
+            assert advantage == number
+            assert coefficient == pytest.approx(expected[number - 1])
+            if is_reveal:
+                assert recorded == pytest.approx(-(number + place / 100))
+                seen.append(target)
+            else:
+                assert likelihood == "trajectory"
+                assert recorded != recorded
+    assert sorted(seen) == sorted(token for completion in completions for token in completion.token_ids)
+
+
+def test_a_completion_over_the_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 40"):
+        batches("dapo", "reveal", 40)

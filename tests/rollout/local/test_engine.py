@@ -1,0 +1,170 @@
+"""The in-process engine: the contract of every engine, and what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+
+pytest.register_assert_rewrite("tests.rollout.engine_contract")
+
+from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
+from dirl.rollout.engine import SamplingConfig  # noqa: E402
+from dirl.rollout.local.cached_forward import compiled_of  # noqa: E402
+from dirl.rollout.local.engine import TorchEngine  # noqa: E402
+from tests.oracle import brute_force_logprobs, tiny_moe  # noqa: E402
+from tests.rollout.engine_contract import (  # noqa: E402
+    DYNAMIC,
+    EngineContract,
+    PreTrainedTokenizerBase,
+    likely_to_stop,
+    random_prompts,
+)
+
+
+class TestTorchEngine(EngineContract):
+    def make_engine(
+        self, model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
+    ) -> TorchEngine:
+        return TorchEngine(model, tokenizer, max_batch_size=max_batch_size)
+
+
+def test_the_trainers_module_keeps_its_mode_and_its_gradients() -> None:
+    model, tokenizer = likely_to_stop()
+    model.train()
+    TorchEngine(model, tokenizer).generate([[1, 2, 3]], DYNAMIC, [0])
+    assert model.training
+    model(torch.tensor([[1, 2, 3, 4]])).logits.sum().backward()
+    assert model.model.norm.weight.grad is not None
+
+
+def test_mode_is_restored_when_decoding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = likely_to_stop()
+    model.train()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    engine = TorchEngine(model, tokenizer)
+    monkeypatch.setattr(engine, "_forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.generate([[1, 2, 3]], DYNAMIC, [0])
+    assert model.training
+
+
+def test_it_decodes_with_the_module_it_was_given() -> None:
+    """No copy: a change of the trainer's weights is a change of the engine's."""
+    model, tokenizer = likely_to_stop()
+    engine = TorchEngine(model, tokenizer)
+    before = engine.generate(random_prompts([5, 6]), DYNAMIC, [0, 1])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(-1)
+    assert engine.generate(random_prompts([5, 6]), DYNAMIC, [0, 1]) != before
+
+
+@pytest.mark.parametrize("wrong", ["broadcast", "more", "fewer"])
+def test_a_push_from_another_configuration_is_named(wrong: str) -> None:
+    (ours, tokenizer), (donor, _) = likely_to_stop(), likely_to_stop(seed=5)
+    if wrong == "broadcast":
+        donor.model.norm.weight = nn.Parameter(torch.ones(1))
+    elif wrong == "more":  # untied where the engine's are tied
+        donor.lm_head.weight = nn.Parameter(torch.zeros_like(donor.lm_head.weight))
+    else:
+        ours.lm_head.weight = nn.Parameter(torch.zeros_like(ours.lm_head.weight))
+    name = "model.norm.weight" if wrong == "broadcast" else "lm_head.weight"
+    with pytest.raises(ValueError, match=rf"update_weights: {name} is .* same configuration"):
+        TorchEngine(ours, tokenizer).update_weights(donor)
+
+
+def counting_engine(num_slots: int) -> tuple[TorchEngine, Mock]:
+    engine = TorchEngine(*likely_to_stop(), max_batch_size=num_slots)
+    passes = Mock(wraps=engine.forward)
+    engine.forward = passes
+    return engine, passes
+
+
+@pytest.mark.parametrize(("num_slots", "num_rounds"), [(1, 11), (3, 4), (20, 1)])
+def test_prompts_and_finished_blocks_take_no_passes_of_their_own(num_slots: int, num_rounds: int) -> None:
+    engine, passes = counting_engine(num_slots)
+    engine.stop_ids = []
+    sampling = SamplingConfig(unmasking_strategy="low_confidence_static", denoising_steps=2, max_completion_length=12)
+    # A tail of two tokens: one step for the rest of its block, two for each of the two blocks after it.
+    engine.generate(random_prompts([6, 2, 10, 14, 6, 18, 22, 6, 2, 10, 30]), sampling, range(11))
+    assert passes.call_count == num_rounds * (1 + 2 * 2)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 5])
+def test_a_free_slot_takes_the_next_prompt_at_once(num_slots: int) -> None:
+    engine, passes = counting_engine(num_slots)
+    completions = engine.generate(random_prompts([9, 4, 1, 14, 6, 3, 8, 11]) * 2, DYNAMIC, range(16))
+    busy_until = [0] * num_slots
+    for completion in completions:
+        busy_until[busy_until.index(min(busy_until))] += completion.num_denoising_steps
+    assert passes.call_count == max(busy_until)
+
+
+def test_prompts_read_in_several_passes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = likely_to_stop()
+    prompts, seeds = random_prompts([30, 5, 17, 3, 24, 40]) * 2, list(range(12))
+    expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    monkeypatch.setattr("dirl.rollout.local.engine._PREFILL_TOKENS", 32)
+    found = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def test_a_mixture_of_experts_records_the_logprobs_of_the_states_it_visits() -> None:
+    model, tokenizer = tiny_moe()
+    completions = TorchEngine(model, tokenizer, max_batch_size=3).generate(
+        random_prompts([9, 4, 1, 14]) * 2, DYNAMIC, list(range(8))
+    )
+    assert any(c.num_denoising_steps < len(c.token_ids) for c in completions), "several tokens a step"
+    for completion in completions:
+        expected = brute_force_logprobs(model, completion, DYNAMIC).tolist()
+        assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("make_model", [likely_to_stop, tiny_moe])
+def test_compiled_layers_decode_the_same_and_are_compiled_once(
+    make_model: Callable[[], tuple[BlockDiffusionModel, PreTrainedTokenizerBase]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    compiled_of.cache_clear()
+    model, tokenizer = make_model()
+    prompts, seeds = random_prompts([30, 5, 17, 3, 24, 40]) * 2, list(range(12))
+    engine = TorchEngine(model, tokenizer, max_batch_size=5, compiled=True)
+    found = engine.generate(prompts, DYNAMIC, seeds)
+    num_graphs = len(graphs)
+    engine.generate(random_prompts([11, 2, 50, 28]), DYNAMIC, [3, 2, 1, 0])
+    assert num_graphs == len(graphs) > 0, "other lengths and batches share what was compiled"
+    compiled_of.cache_clear()
+    for ours, plain in zip(found, TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds), strict=True):
+        assert (ours.token_ids, ours.step_map) == (plain.token_ids, plain.step_map)
+        assert ours.logprobs == pytest.approx(plain.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1.0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("max_completion_length", 0),
+        ("confidence_threshold", 1.5),
+        ("denoising_steps", -1),
+        ("entropy_bound", -0.1),
+    ],
+)
+def test_bad_sampling_is_named(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{key} must be .*got {value}"):
+        SamplingConfig(**{key: value})  # type: ignore[arg-type]

@@ -1,0 +1,292 @@
+"""Rollouts over HTTP: the contract of every engine, and what goes wrong between processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.rollout.engine_contract")
+
+from dirl.cli import main  # noqa: E402
+from dirl.errors import UserError  # noqa: E402
+from dirl.model.checkpoint import save_model  # noqa: E402
+from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
+from dirl.rollout.build import EngineConfig  # noqa: E402
+from dirl.rollout.engine import Completion, RolloutError  # noqa: E402
+from dirl.rollout.local.engine import TorchEngine  # noqa: E402
+from dirl.rollout.server import engine as server_engine  # noqa: E402
+from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
+from dirl.rollout.server.serve import KEY_VARIABLE, RolloutServer, ServeConfig, _listen, serve  # noqa: E402
+from dirl.rollout.weights import buckets  # noqa: E402
+from tests.rollout.engine_contract import (  # noqa: E402
+    DYNAMIC,
+    EngineContract,
+    PreTrainedTokenizerBase,
+    likely_to_stop,
+    random_prompts,
+)
+
+KEY = "k" * 32
+_listening: list[ThreadingHTTPServer] = []
+
+
+@pytest.fixture(autouse=True)
+def _closing() -> Iterator[None]:
+    yield
+    while _listening:
+        http = _listening.pop()
+        http.shutdown()
+        http.server_close()
+
+
+def start_server(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
+) -> tuple[RolloutServer, str]:
+    """A server in a thread of this process, over a copy of the model; and its address."""
+    ours = deepcopy(model)
+    rollouts = RolloutServer(ours, TorchEngine(ours, tokenizer, max_batch_size=max_batch_size), has_weights=False)
+    http = _listen(rollouts, ServeConfig(port=0), KEY)
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    _listening.append(http)
+    return rollouts, f"http://127.0.0.1:{http.server_address[1]}"
+
+
+def over_threads(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, count: int = 1, max_batch_size: int = 256
+) -> ServerEngine:
+    servers = [start_server(model, tokenizer, max_batch_size=max_batch_size)[1] for _ in range(count)]
+    return ServerEngine([Server(url, KEY) for url in servers], model, tokenizer, pushes=True)
+
+
+class TestServerEngine(EngineContract):
+    def make_engine(
+        self, model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
+    ) -> ServerEngine:
+        return over_threads(model, tokenizer, max_batch_size=max_batch_size)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_servers_share_the_work_and_answers_keep_their_order(count: int) -> None:
+    model, tokenizer = likely_to_stop()
+    prompts, seeds = random_prompts([1, 9, 3, 8, 4, 2, 17]), range(7)
+    engine = over_threads(model, tokenizer, count=count)
+    expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    assert what_was_decoded(engine.generate(prompts, DYNAMIC, seeds)) == what_was_decoded(expected)
+
+
+def what_was_decoded(completions: Sequence[Completion]) -> list[Any]:
+    """All but logprobs, which rounding moves with what shares a batch."""
+    return [(c.prompt_ids, c.token_ids, c.step_map, c.text) for c in completions]
+
+
+def test_answers_are_matched_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = likely_to_stop()
+    prompts, seeds = random_prompts([1, 9, 3, 8]), range(4)
+    engine = over_threads(model, tokenizer)
+    expected = engine.generate(prompts, DYNAMIC, seeds)
+    stock = Server.call
+
+    def shuffled(self: Server, path: str, body: bytes | None = None) -> dict[str, Any]:
+        return {"completions": stock(self, path, body)["completions"][::-1]}
+
+    monkeypatch.setattr(Server, "call", shuffled)
+    assert engine.generate(prompts, DYNAMIC, seeds) == expected
+
+    def short(self: Server, path: str, body: bytes | None = None) -> dict[str, Any]:
+        return {"completions": stock(self, path, body)["completions"][1:]}
+
+    monkeypatch.setattr(Server, "call", short)
+    with pytest.raises(RolloutError, match="1 of 4 completions are missing, the first is 0"):
+        engine.generate(prompts, DYNAMIC, seeds)
+
+
+def test_lost_connections_are_tried_again_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = over_threads(*likely_to_stop())
+    expected = engine.generate([[1, 2]], DYNAMIC, [0])
+    real, failures = urllib.request.urlopen, [0]
+
+    def flaky(*args: Any, **kwargs: Any) -> Any:
+        failures[0] += 1
+        if failures[0] <= 2:
+            raise ConnectionResetError("reset by peer")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(urllib.request, "urlopen", flaky)
+    assert engine.generate([[1, 2]], DYNAMIC, [0]) == expected
+    failures[0] = -100
+
+    def dead(*_: Any, **__: Any) -> Any:
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(urllib.request, "urlopen", dead)
+    monkeypatch.setattr(server_engine.time, "sleep", lambda _: None)
+    with pytest.raises(RolloutError, match=r"server http://127\.0\.0\.1:\d+/generate: refused"):
+        engine.generate([[1, 2]], DYNAMIC, [0])
+
+
+def test_a_rank_that_does_not_push_waits_for_the_one_that_does() -> None:
+    prompts, seeds = random_prompts([3, 6]), [1, 2]
+    (model, tokenizer), (donor, _) = likely_to_stop(seed=6), likely_to_stop(seed=5)
+    _, url = start_server(model, tokenizer)
+    pushing, waiting = (ServerEngine([Server(url, KEY)], model, tokenizer, pushes=p) for p in (True, False))
+    waiting.update_weights(donor)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(waiting.generate(prompts, DYNAMIC, seeds)))
+    thread.start()
+    time.sleep(0.3)
+    assert not found, "it decoded with the weights of before"
+    pushing.update_weights(donor)
+    thread.join(timeout=30)
+    assert found == [TorchEngine(donor, tokenizer).generate(prompts, DYNAMIC, seeds)]
+
+
+def test_weights_go_in_buckets_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = likely_to_stop(seed=6)
+    rollouts, url = start_server(model, tokenizer)
+    monkeypatch.setattr(server_engine, "buckets", lambda named: buckets(named, 1 << 16))
+    donor, _ = likely_to_stop(seed=5)
+    engine = ServerEngine([Server(url, KEY)], donor, tokenizer, pushes=True)
+    assert rollouts._next_part > 3
+    for name, tensor in rollouts.model.named_parameters():
+        assert torch.equal(tensor, donor.get_parameter(name))
+    monkeypatch.setattr(server_engine, "_CONFLICT_SECONDS", 0.0)
+    with pytest.raises(RolloutError, match="part 77 of a push while part"):
+        engine.servers[0].call("/weights?version=9&part=77&last=0", b"")
+
+
+def test_strangers_are_refused() -> None:
+    _, url = start_server(*likely_to_stop())
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        for path, body in (("/health", None), ("/generate", b"{}"), ("/weights?version=1&part=0&last=1", b"")):
+            request = urllib.request.Request(url + path, data=body, headers=headers)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request)
+            assert refused.value.code == 401
+    with pytest.raises(RolloutError, match=f"wrong key: set {KEY_VARIABLE}"):
+        Server(url, "x" * 32).call("/health")
+
+
+@pytest.mark.parametrize("key", ["", "short"])
+def test_no_server_without_a_key(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(ValueError, match=f"{KEY_VARIABLE} must hold a key of at least 16 characters"):
+        serve(ServeConfig(host="0.0.0.0"))
+
+
+def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert main(["serve", str(Path(__file__).parents[2] / "configs/tiny/serve.yaml")]) == 2
+    assert KEY_VARIABLE in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirl.rollout.server.engine._ATTEMPTS", 1)
+    model, tokenizer = likely_to_stop(block_length=4)
+    with pytest.raises(UserError, match=r"rollout.server_urls: server http://127.0.0.1:1/health.*`dirl serve` running"):
+        ServerEngine([Server("http://127.0.0.1:1", KEY)], model, tokenizer, pushes=True)
+
+
+def test_another_model_is_refused() -> None:
+    _, url = start_server(*likely_to_stop(block_length=8))
+    model, tokenizer = likely_to_stop(block_length=4)
+    with pytest.raises(ValueError, match=r"has block_length 8, the trainer 4; serve the same model"):
+        ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True)
+
+
+@pytest.mark.slow
+def test_a_server_of_our_own_restarts_once_after_a_crash_and_dies_with_us(tmp_path: Path) -> None:
+    """Real processes: started, killed in between, started again with the weights pushed; gone when the trainer is."""
+    (model, tokenizer), (donor, _) = likely_to_stop(seed=6), likely_to_stop(seed=5)
+    prompts, seeds = random_prompts([3, 6, 8]), [1, 2, 3]
+    engine = connect(model, tokenizer, EngineConfig(mode="server", engine="torch"))
+    try:
+        process = engine.servers[0].process
+        assert process is not None
+        assert KEY_VARIABLE not in os.environ and engine.servers[0]._key not in " ".join(process._command)
+        engine.update_weights(donor)
+        expected = TorchEngine(donor, tokenizer).generate(prompts, DYNAMIC, seeds)
+        assert engine.generate(prompts, DYNAMIC, seeds) == expected
+        os.kill(process._process.pid, signal.SIGKILL)
+        assert engine.generate(prompts, DYNAMIC, seeds) == expected
+        os.kill(process._process.pid, signal.SIGKILL)
+        process._process.wait()
+        with pytest.raises(RolloutError, match="server http"):
+            engine.generate(prompts, DYNAMIC, seeds)
+    finally:
+        engine.close()
+    assert not process.is_alive
+
+
+def test_a_server_of_ones_own_decodes_with_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ServeConfig] = []
+
+    class NotStarted:
+        url = "http://127.0.0.1:1"
+
+        def __init__(self, settings: ServeConfig, *_: object, device: str) -> None:
+            started.append(settings)
+
+    monkeypatch.setattr(server_engine, "ServerProcess", NotStarted)
+    asked = EngineConfig(mode="server", engine="torch", max_batch_size=7, compile="never", cache_max_entry_count=0.3)
+    server_engine._start(*likely_to_stop(), asked)
+    assert started[0].engine == replace(asked, mode="colocate", sleep_level=0)
+
+
+def test_a_server_that_cannot_start_shows_its_log() -> None:
+    model, tokenizer = likely_to_stop()
+    with pytest.raises(RolloutError, match=r"(?s)dirl serve ended with code 2:.*lmdeploy"):
+        connect(model, tokenizer, EngineConfig(mode="server", engine="lmdeploy"))
+
+
+@pytest.mark.slow
+def test_no_orphan(tmp_path: Path) -> None:
+    """The trainer is killed without a chance to clean up."""
+    save_model(*likely_to_stop(), tmp_path / "model")
+    script = (
+        "import sys, time\n"
+        "from dirl.model.checkpoint import load\n"
+        "from dirl.rollout.build import EngineConfig, build_engine\n"
+        f"engine = build_engine(*load({str(tmp_path / 'model')!r}), EngineConfig(mode='server', engine='torch'))\n"
+        "print(engine.servers[0].url, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    port = int(trainer.stdout.readline().rsplit(":", 1)[1])
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.1)
+    pytest.fail("the server outlived its trainer by 30 s")
+
+
+def test_answers_are_plain_json() -> None:
+    engine = over_threads(*likely_to_stop())
+    body = json.dumps(
+        {"weights_version": 0, "sampling": server_engine.sampling_fields(DYNAMIC), "requests": [{"id": "a"}]}
+    ).encode()
+    with pytest.raises(RolloutError, match="KeyError: 'prompt_ids'"):
+        engine.servers[0].call("/generate", body)
+    with pytest.raises(RolloutError, match="no /nothing here"):
+        engine.servers[0].call("/nothing")
