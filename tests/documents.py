@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from dirl.diffusion.packing import ViewedDocument
 from dirl.diffusion.trajectory import Trajectory
-from dirl.diffusion.views import Branch, ViewedDocument, replay_views
+from dirl.diffusion.views import replay_views
 
 
 def random_trajectory(prompt_length: int, num_blocks: int, block_length: int) -> Trajectory:

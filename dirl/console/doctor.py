@@ -27,7 +27,7 @@ from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import placeholder_pack
-from dirl.model.attention import AttentionName
+from dirl.model.flex_attention import AttentionName
 from dirl.model.checkpoint import default_device
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.tiny import tiny

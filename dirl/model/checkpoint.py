@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
 from dirl.errors import MissingFileError, UserError
-from dirl.model.attention import AttentionName
+from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.cli import main
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import Branch, ViewedDocument, pack, replay_views
+from dirl.diffusion.views import replay_views
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
