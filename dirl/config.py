@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dirl.errors import UserError
+from dirl.files import write_whole
 
 Config = TypeVar("Config")
 
@@ -66,10 +67,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     # OmegaConf writes what OmegaConf reads: to it, unlike to YAML 1.1, an unquoted 1e-6 is a number.
-    text = OmegaConf.to_yaml(OmegaConf.create(_escape(config_to_dict(config))))
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(_escape(config_to_dict(config)))))
 
 
 def _read_yaml(path: Path) -> DictConfig:
