@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.files import write_whole
 
 Config = TypeVar("Config")
@@ -41,7 +41,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: Sequen
     try:
         values = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source.of('')}: {_first_line(error)}") from error
+        raise ConfigError(f"{source.of('')}: {one_line(error, 200)}") from error
     return _build(schema, values, "", source)
 
 
@@ -79,7 +79,7 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error, 200)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
     return loaded
@@ -92,7 +92,7 @@ def _read_override(override: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([override if value else f'{key}=""'])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {override!r} cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"override {override!r} cannot be read: {one_line(error, 200)}") from error
 
 
 def _build(schema: type[Config], values: Any, prefix: str, source: _Source, default: Config | None = None) -> Config:
@@ -190,7 +190,3 @@ def _name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false"}.get(
         hint, str(hint)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -83,8 +83,7 @@ def _damage_named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = one_line(error, 200)
-        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {reason}") from error
+        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {one_line(error, 200)}") from error
 
 
 def default_device() -> torch.device:

@@ -28,7 +28,7 @@ from safetensors.torch import load as read_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl.data.chat import load_tokenizer
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.files import write_whole
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
 from dirl.model.sdar import BlockDiffusionModel
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Conflict as error:
             return self._send(409, {"error": str(error)})
         except (ValueError, KeyError, TypeError) as error:
-            return self._send(400, {"error": f"{type(error).__name__}: {error}"})
+            return self._send(400, {"error": one_line(error)})
         except (RolloutError, RuntimeError) as error:
             logger.exception("%s failed", url.path)
             return self._send(500, {"error": str(error)})
