@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dirl.diffusion.packing import Actions, PackedViews
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import Actions, PackedViews
 from dirl.model.attention import DensePlan
 from dirl.model.flex_attention import FlexPlan, padded_for_flex
 from dirl.model.logprobs import score_actions

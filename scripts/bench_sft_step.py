@@ -19,12 +19,12 @@ from bench_layouts import clean_and_noisy_row, score_row
 from bench_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
 from torch import Tensor
 
-from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document, load_documents
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel

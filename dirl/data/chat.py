@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dirl.data.rows import DataError
+from dirl.errors import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,8 +35,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(path) if is_hub_id else str(directory))
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"cannot load a tokenizer from {path}: {reason}") from error
+        raise DataError(f"cannot load a tokenizer from {path}: {one_line(error, 200)}") from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _read_parquet(file: Path) -> Iterator[NumberedRow]:
     try:
         table = parquet.read_table(file)
     except ArrowException as error:
-        raise DataError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{file} is not a readable parquet file: {one_line(error, 200)}") from error
     return iter(enumerate(table.to_pylist(), start=1))
 
 
@@ -156,7 +156,7 @@ def _read_hub(path: str, *, split: str) -> Iterator[NumberedRow]:
     try:
         dataset = load_dataset(name, configuration or None, split=split)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise DataError(f"{path} is no local file, and loading it from the hub failed: {reason}") from error
     return iter(enumerate(dataset, start=1))
 

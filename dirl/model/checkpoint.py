@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
-from dirl.errors import MissingFileError, UserError
+from dirl.errors import MissingFileError, UserError, one_line
+from dirl.files import write_json
 from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
@@ -82,8 +83,7 @@ def _damage_named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {reason}") from error
+        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {one_line(error, 200)}") from error
 
 
 def default_device() -> torch.device:
@@ -117,7 +117,7 @@ def save_model(
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
     config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(config_file, dict(sorted(config.items())))
 
 
 def write_final(

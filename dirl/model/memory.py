@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.logprobs import _LOGITS_PER_CHUNK
 from dirl.model.lora import LoraConfig
@@ -113,7 +113,7 @@ def _shape(config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={config.path}: no readable config.json: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.path={config.path}: no readable config.json: {one_line(error, 200)}") from error
 
 
 def _outline(shape: Any) -> nn.Module:

@@ -21,7 +21,7 @@ from statistics import fmean, pstdev
 from types import ModuleType
 from typing import Any, Literal
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.reward.code_execution import code
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
 from dirl.reward.reasoning_tasks import reasoning_gym
@@ -275,7 +275,7 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
     except Exception as error:  # whatever a user's function raises becomes one line that names it
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename}, line {where.lineno}"
-        raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error} ({place})") from error
+        raise RewardError(f"reward function {name!r} raised {one_line(error)} ({place})") from error
 
 
 def _check_rewards(name: str, rewards: object, num_completions: int) -> list[float | None]:

@@ -59,7 +59,12 @@ class Rollouts:
     """Drawn prompts -> scored groups, by one engine and one rubric."""
 
     def __init__(
-        self, engine: RolloutEngine, rubric: Rubric, config: RolloutConfig, timings: Timings, cost_shape: tuple[int, int]
+        self,
+        engine: RolloutEngine,
+        rubric: Rubric,
+        config: RolloutConfig,
+        timings: Timings,
+        cost_shape: tuple[int, int],
     ) -> None:
         self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
         self.cost_shape = cost_shape

@@ -78,7 +78,8 @@ class PolicyUpdater:
         """
         config = self.config
         parts = [
-            self._table(groups[part], advantages[part], now) for part in _parts(len(groups), config.steps_per_generation)
+            self._table(groups[part], advantages[part], now)
+            for part in _parts(len(groups), config.steps_per_generation)
         ]
         steps: list[StepOutcome] = []
         for _ in range(config.num_iterations):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import replay_views
 from dirl.model.logprobs import PackedScorer, suppressed_by

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views
 

@@ -16,7 +16,6 @@ from dirl.config import save_config
 from dirl.errors import RunInterrupted, UserError
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
-from dirl.training.distributed import Distributed
 from dirl.training.interruption import PhaseClock, SignalWatch
 from dirl.training.metrics import MetricsLogger, Timings
 from dirl.training.optimizer import Learner

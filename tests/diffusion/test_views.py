@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirl.diffusion.packing import PackedViews, ViewedDocument, Views, attention_rule, pack
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import PackedViews, ViewedDocument, Views, attention_rule, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views, placeholder_pack, replay_views
 from tests.documents import random_document, random_trajectory

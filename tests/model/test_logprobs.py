@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dirl.diffusion.packing import Actions, pack
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule, action_logprobs
+from dirl.diffusion.packing import Actions, pack
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.attention import DensePlan
 from dirl.model.logprobs import PackedScorer, _chunks_of_views, score_actions, suppressed_by

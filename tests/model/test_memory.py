@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.cli import main
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import replay_views

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirl.diffusion.packing import Actions
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import Likelihood, ScoringRule, action_logprobs
+from dirl.diffusion.packing import Actions
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
 from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
 from tests.oracle import reference_reveal, sorted_and_cut

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dirl.diffusion.packing import PackedViews
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import PackedViews
 from dirl.model.tiny import tiny
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.distributed import Distributed
