@@ -202,7 +202,7 @@ def with_advantages(batches: Sequence[PolicyBatch], advantages: Sequence[Tensor]
     Args:
         advantages: (G,) float32 for each group, in the order that was packed.
     """
-    return [_by_completion(batch, "advantage_T", torch.cat([*advantages])) for batch in batches]
+    return [replace(batch, advantage_T=_at_actions(batch, torch.cat([*advantages]))) for batch in batches]
 
 
 def with_coefficients(
@@ -227,7 +227,7 @@ def with_coefficients(
         all_completions=all_completions,
         max_completion_length=max_completion_length,
     )
-    return [_by_completion(batch, "coefficient_T", coefficient_N) for batch in batches]
+    return [replace(batch, coefficient_T=_at_actions(batch, coefficient_N)) for batch in batches]
 
 
 def completion_coefficients(
@@ -246,6 +246,6 @@ def completion_coefficients(
     return torch.full(num_tokens_N.shape, 1.0 / denominator)
 
 
-def _by_completion(batch: PolicyBatch, column: str, value_N: Tensor) -> PolicyBatch:
-    value_T = value_N.to(batch.completion_T.device)[batch.completion_T]
-    return replace(batch, **{column: value_T})
+def _at_actions(batch: PolicyBatch, value_N: Tensor) -> Tensor:
+    """A value of each completion at its actions."""
+    return value_N.to(batch.completion_T.device, non_blocking=True)[batch.completion_T]

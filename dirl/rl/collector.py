@@ -64,7 +64,7 @@ class Rollouts:
         rubric: Rubric,
         config: RolloutConfig,
         timings: Timings,
-        cost_shape: tuple[int, int],
+        cost_shape: tuple[int, int],  # block length and hidden size of the model that is trained
     ) -> None:
         self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
         self.cost_shape = cost_shape

@@ -36,9 +36,7 @@ class ObjectiveConfig(Config):
     """The objective, under TRL's names where TRL has one."""
 
     views: str = "replay"  # which states are scored; replay: those the decoder visited
-    shrink: int = bounded(
-        1, least=1
-    )  # replay: neighbouring steps scored in one state; above 1 is approximate (TraceRL)
+    shrink: int = bounded(1, least=1)  # replay: neighbouring steps scored in one state; above 1: approximate (TraceRL)
     likelihood: Likelihood = "reveal"  # trajectory: with the probability of which positions were revealed
     importance_sampling_level: Level = "action"  # over which actions a ratio is taken and clipped
     epsilon: float = bounded(0.2, least=0, below=1)  # a ratio below 1 - epsilon is clipped

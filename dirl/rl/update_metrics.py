@@ -1,4 +1,4 @@
-"""What the optimizer steps of one batch of rollouts summed up -> its metrics, and the guard against a foreign engine."""
+"""The optimizer steps of one batch of rollouts -> its metrics, and the guard against a foreign engine."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Trainer(ABC):
     def headline(self, metrics: Mapping[str, float]) -> str:
         """A step in a line, for people."""
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - most stages have nothing to do
         """Called once, when the weights are those that the run starts or goes on with."""
 
     def evaluate(self) -> dict[str, float]:
@@ -83,7 +83,7 @@ class Trainer(ABC):
         """Rates that need the seconds of the step, which only its end knows."""
         return {}
 
-    def record(self, run: Run) -> None:
+    def record(self, run: Run) -> None:  # noqa: B027 - likewise
         """Called after each step: write or show what it was made of."""
 
     def last_documents(self) -> list[Any]:
@@ -147,7 +147,7 @@ class Trainer(ABC):
             self.terminal.advance(num_tokens)
 
     def record_skipped(self) -> None:
-        """For the learner to call: add what a skipped step was made of to output_dir/skipped_steps.jsonl; collective."""
+        """For the learner to call: what a skipped step was made of, to skipped_steps.jsonl; collective."""
         everyones, step = self.distributed.gather(self.last_documents()), self.steps_done + 1
         if self.distributed.is_main:
             path = Path(self.config.output_dir, "skipped_steps.jsonl")
