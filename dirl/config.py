@@ -1,19 +1,23 @@
 """YAML and dotted overrides -> frozen, typed dataclasses, or one line that says what is wrong.
 
 Precedence: dataclass default < YAML (with `${oc.env:NAME,default}`) < `key=value` on the command line. Configuration
-stands beside what it configures; this file only reads and writes it.
+stands beside what it configures, in subclasses of `Config`; this file only checks, reads and writes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import logging
+import math
+import operator
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -21,24 +25,81 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirl.errors import UserError
 
-Config = TypeVar("Config")
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+_WANTED = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text (quote it)",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping of keys",
+}
+_ABSENT = object()
 
 
 class ConfigError(UserError):
     """A configuration that cannot be used: one line naming the key or file, the value and the remedy."""
 
 
-def load_config(schema: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every configuration is: frozen, given by keyword, and checked however it came to be.
+
+    Fields are of type int, float, str, bool, Literal, list, dict or Config. Types, choices and bounds (`bounded`) are
+    checked here; what they cannot say a class says in a method `check(self)`, which raises a ValueError whose message
+    begins with the field's name. Each class's own `check` is called once, base classes first: nobody calls super.
+    """
+
+    # {"old.key": "new.key"} of a schema that is loaded: keys that moved and keep working in YAML and overrides.
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _demand(field.name, getattr(self, field.name), hints[field.name], field.metadata)
+        for owner in reversed(type(self).__mro__):
+            if "check" in vars(owner):
+                vars(owner)["check"](self)
+
+
+def bounded(
+    default: T,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> T:
+    """A field whose value, or whose list's values, stay within bounds; `above` and `below` are themselves excluded."""
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    metadata = {name: bound for name, bound in bounds.items() if bound is not None}
+    return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
+
+
+def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """The configuration of `schema` from a YAML file (None: defaults only) and `key=value` overrides.
 
     Raises:
         ConfigError: missing or unreadable file, unknown key, wrong type, bad choice, or a value the dataclass refuses.
     """
-    source = _Source(path, overrides)
-    layers = [_read_yaml(Path(path))] if path is not None else []
-    layers += [_read_override(override) for override in overrides]
+    source = _Source(path, overrides, _aliases(schema))
+    in_file = _read_yaml(Path(path)) if path is not None else {}
+    in_overrides = [_read_override(override) for override in overrides]
     try:
-        values = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True, throw_on_missing=True)
+        # The command line is one layer: what it says under an old name still beats the file's new one.
+        layers = [
+            _renamed(OmegaConf.merge({}, in_file), source.aliases, str(path)),
+            _renamed(OmegaConf.merge({}, *in_overrides), source.aliases, "command line"),
+        ]
+        values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source.of('')}: {_first_line(error)}") from error
     return _build(schema, values, "", source)
@@ -50,13 +111,20 @@ class _Source:
 
     path: str | Path | None
     overrides: Sequence[str]
+    aliases: Mapping[str, str]
 
     def of(self, key: str) -> str:
         for override in reversed(self.overrides):
-            named = override.partition("=")[0].strip()
+            named = self._today(override.partition("=")[0].strip())
             if named and (key == named or key.startswith((f"{named}.", f"{named}[")) or named.startswith(f"{key}.")):
                 return f"override {override!r}"
         return str(self.path) if self.path is not None else "configuration"
+
+    def _today(self, named: str) -> str:
+        for old, new in self.aliases.items():
+            if named == old or named.startswith(f"{old}."):
+                return new + named.removeprefix(old)
+        return named
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -96,7 +164,59 @@ def _read_override(override: str) -> DictConfig:
         raise ConfigError(f"override {override!r} cannot be read: {_first_line(error)}") from error
 
 
-def _build(schema: type[Config], values: Any, prefix: str, source: _Source, default: Config | None = None) -> Config:
+def _aliases(schema: type[Any]) -> dict[str, str]:
+    """The keys that moved, of a class and all it inherits from."""
+    tables = (vars(owner).get("ALIASES", {}) for owner in reversed(schema.__mro__))
+    return {old: new for table in tables for old, new in table.items()}
+
+
+def _renamed(layer: Any, aliases: Mapping[str, str], where: str) -> Any:
+    """A layer in which what stands under an old key, or refers to one, has the new name.
+
+    Raises:
+        ConfigError: both names are given, and differ.
+    """
+    values: Any = OmegaConf.to_container(layer)
+    for old, new in aliases.items():
+        value = _take(values, old.split("."))
+        if value is not _ABSENT:
+            _say_moved(old, new)
+            if not _put(values, new.split("."), value):
+                raise ConfigError(f"{where}: {old} is now {new}, and both are given with different values; keep {new}")
+        reference = re.compile(r"(?<!\\)\$\{\s*" + re.escape(old) + r"\s*\}")
+        values = _in_texts(values, functools.partial(reference.sub, f"${{{new}}}"))
+    return values
+
+
+def _take(values: dict[Any, Any], path: Sequence[str]) -> Any:
+    """Remove and return what stands at a path (_ABSENT: nothing does), with the sections that are then empty."""
+    name, *rest = path
+    if not rest:
+        return values.pop(name, _ABSENT)
+    inner = values.get(name)
+    taken = _take(inner, rest) if isinstance(inner, dict) else _ABSENT
+    if taken is not _ABSENT and not inner:
+        del values[name]
+    return taken
+
+
+def _put(values: dict[Any, Any], path: Sequence[str], value: Any) -> bool:
+    """Set what stands at a path; False: something else does. Mappings are merged."""
+    name, *rest = path
+    inner = values.setdefault(name, {} if rest else value)
+    if rest:
+        return isinstance(inner, dict) and _put(inner, rest, value)
+    if isinstance(inner, dict) and isinstance(value, dict):
+        return all(_put(inner, [key], item) for key, item in value.items())
+    return bool(inner == value)
+
+
+@functools.cache  # once a key and process
+def _say_moved(old: str, new: str) -> None:
+    logger.warning("%s is now %s; the old name still works", old, new)
+
+
+def _build(schema: type[T], values: Any, prefix: str, source: _Source, default: T | None = None) -> T:
     """One dataclass from a mapping of the same names; what it does not name is as in `default` (None: the class)."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source.of(prefix)}: {prefix or 'the file'} must be a mapping of keys, got {values!r}")
@@ -106,7 +226,7 @@ def _build(schema: type[Config], values: Any, prefix: str, source: _Source, defa
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in fields:
-            raise ConfigError(f"{source.of(key)}: unknown key {key!r}{_suggestion(str(name), prefix, schema)}")
+            raise ConfigError(f"{source.of(key)}: unknown key {key!r}{_suggestion(key, schema, source.aliases)}")
         hint = hints[str(name)]
         if dataclasses.is_dataclass(hint):
             arguments[name] = _build(hint, value, key, source, _default(fields[name]))  # type: ignore[arg-type]
@@ -115,27 +235,59 @@ def _build(schema: type[Config], values: Any, prefix: str, source: _Source, defa
     try:
         return schema(**arguments) if default is None else dataclasses.replace(default, **arguments)  # type: ignore[type-var]
     except (ValueError, TypeError) as error:
-        # The classes' own messages begin with the name of the field.
-        field = ".".join([*([prefix] if prefix else []), re.split(r"[ =:\[]", str(error), maxsplit=1)[0]])
-        raise ConfigError(f"{source.of(field)}: {prefix + ': ' if prefix else ''}{error}") from error
+        named = re.split(r"[ =:.\[]", str(error), maxsplit=1)[0]
+        key = ".".join(part for part in (prefix, named if named in fields else "") if part)
+        at = "" if not prefix else f"{prefix}." if named in fields else f"{prefix}: "
+        raise ConfigError(f"{source.of(key)}: {at}{error}") from error
 
 
 def _convert(value: Any, hint: Any, key: str, source: _Source) -> Any:
     """A YAML value as the field's type; nothing is guessed beyond int -> float and the text that says a number."""
+    value = _read(value, hint)
+    try:
+        _demand(key, value, hint)
+    except ConfigError as error:
+        raise ConfigError(f"{source.of(key)}: {error}") from error
+    return value
+
+
+def _read(value: Any, hint: Any) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in inner:
-            choices = ", ".join(map(str, inner))
-            raise ConfigError(f"{source.of(key)}: {key} must be one of {choices}, got {value!r}")
-        return value
     if origin is list and isinstance(value, list):
-        return [_convert(item, inner[0], f"{key}[{i}]", source) for i, item in enumerate(value)]
+        return [_read(item, inner[0]) for item in value]
     if origin is dict and isinstance(value, Mapping):
-        return {name: _convert(item, inner[1], f"{key}.{name}", source) for name, item in value.items()}
-    value = _read_scalar(value, hint)
-    if origin is None and type(value) is hint and value == value:  # NaN differs from itself
-        return value
-    raise ConfigError(f"{source.of(key)}: {key} must be {_name(hint)}, got {value!r}")
+        return {name: _read(item, inner[1]) for name, item in value.items()}
+    return _read_scalar(value, hint)
+
+
+def _demand(name: str, value: Any, hint: Any, bounds: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError, beginning with the name, for a value of another type, choice or size."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list and isinstance(value, list):
+        for index, item in enumerate(value):
+            _demand(f"{name}[{index}]", item, inner[0], bounds)
+    elif origin is dict and isinstance(value, Mapping):
+        for key, item in value.items():
+            _demand(f"{name}.{key}", item, inner[1], bounds)
+    elif origin is Literal:
+        if value not in inner:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, inner))}, got {value!r}")
+    elif not _is_a(value, hint):
+        raise ConfigError(f"{name} must be {_WANTED.get(origin or hint, hint)}, got {value!r}")
+    else:
+        _demand_bounds(name, value, bounds or {})
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _demand_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    wanted = [(words, holds, bounds[key]) for key, (words, holds) in _BOUNDS.items() if key in bounds]
+    if not all(holds(value, bound) for _, holds, bound in wanted):
+        raise ConfigError(f"{name} must be {' and '.join(f'{w} {bound}' for w, _, bound in wanted)}, got {value!r}")
 
 
 def _read_scalar(value: Any, hint: Any) -> Any:
@@ -161,36 +313,35 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _escape(value: Any) -> Any:
     """The value with every ${ in its texts marked as no interpolation."""
+    return _in_texts(value, lambda text: re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", text))
+
+
+def _in_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with a change made to each of its texts, however deep; keys stay."""
     if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
+        return {key: _in_texts(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escape(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)
-    return value
+        return [_in_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
-def _suggestion(name: str, prefix: str, schema: type[Any]) -> str:
-    names = [field.name for field in dataclasses.fields(schema)]
-    close = difflib.get_close_matches(name, names, n=1)
-    nested = [key for key in _dotted_keys(schema) if key.endswith(f".{name}")]
-    section = f"{prefix}." if prefix else ""
-    if nested or close:
-        return f"; did you mean {section + (nested or close)[0]!r}?"
-    return f"; known keys: {', '.join(section + known for known in names)}"
+def _suggestion(key: str, schema: type[Any], aliases: Mapping[str, str]) -> str:
+    """What was probably meant by an unknown key of a section, whose class is `schema`."""
+    section, dot, name = key.rpartition(".")
+    known = {field.name: section + dot + field.name for field in dataclasses.fields(schema)}
+    nested = [section + dot + inner for inner in _dotted_keys(schema) if inner.endswith(f".{name}")]
+    moved = {old.rpartition(".")[2]: new for old, new in aliases.items() if old.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(name, [*known, *moved], n=1)
+    meant = nested or [(moved | known)[match] for match in close]
+    return f"; did you mean {meant[0]!r}?" if meant else f"; known keys: {', '.join(known.values())}"
 
 
 def _dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(schema).items():
-        yield prefix + name
-        if dataclasses.is_dataclass(hint):
-            yield from _dotted_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-
-
-def _name(hint: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false"}.get(
-        hint, str(hint)
-    )
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _dotted_keys(hints[field.name], f"{prefix}{field.name}.")
 
 
 def _first_line(error: Exception) -> str:

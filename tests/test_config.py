@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
+from dirl import config as config_module
 from dirl.cli import main
-from dirl.config import ConfigError, load_config, save_config
+from dirl.config import Config, ConfigError, bounded, load_config, save_config
+from dirl.errors import UserError
 from dirl.eval.evaluate import EvalConfig
 from dirl.rl.train import RLConfig
 from dirl.sft.train import SFTConfig
@@ -99,7 +104,7 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class Section(Config):
     text: str = "x"
     temperature: float = 1.0
     count: int = 0
@@ -107,7 +112,7 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schema:
+class Schema(Config):
     section: Section = field(default_factory=Section)
     greedy: Section = field(default_factory=lambda: Section(temperature=0.0))
     required: str
@@ -154,7 +159,7 @@ def test_text_on_the_command_line() -> None:
     [
         ("section.txt=a", "unknown key 'section.txt'; did you mean 'section.text'"),
         ("section.zzz=a", "known keys: section.text, section.temperature"),
-        ("section.temperature=nan", "section.temperature must be a number, got nan"),
+        ("section.temperature=nan", "section.temperature must be a finite number, got nan"),
         ("section.text=5", r"section.text must be text \(quote it\), got 5"),
         ("section.is_on=maybe", "section.is_on must be true or false, got 'maybe'"),
         ("section.count=[1", r"override 'section.count=\[1' cannot be read"),
@@ -179,7 +184,7 @@ def test_a_required_key_is_named() -> None:
         ("modle.path=x", "override 'modle.path=x': unknown key 'modle'"),
         ("max_steps=many", "override 'max_steps=many': max_steps must be"),
         ("max_steps=0", "override 'max_steps=0': max_steps must be at least 1"),
-        ("data.limit=-1", "override 'data.limit=-1': data: limit must be at least 0"),
+        ("data.limit=-1", "override 'data.limit=-1': data.limit must be at least 0"),
     ],
 )
 def test_a_bad_override_is_named_and_not_the_file(override: str, message: str, tmp_path: Path) -> None:
@@ -194,3 +199,146 @@ def test_a_bad_value_of_the_file_names_the_file(tmp_path: Path) -> None:
     file.write_text("output_dir: out\nmax_steps: 0\n")
     with pytest.raises(ConfigError, match=r"sft\.yaml: max_steps must be at least 1"):
         load_config(SFTConfig, file, ["seed=3"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Config):
+    likelihood: Literal["reveal", "trajectory"] = "reveal"
+    views: list[Literal["replay", "random"]] = field(default_factory=list)
+    epsilon: float = bounded(0.2, least=0, below=1)
+    beta: float = bounded(0.0, above=-1.0, most=2.5)
+    sizes: list[int] = field(default_factory=list, metadata={"least": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Config):
+    steps: int = bounded(6, least=1)
+
+    def check(self) -> None:
+        if self.steps == 13:
+            raise ValueError("steps must not be 13")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(Config):
+    size: int = 1
+
+    def check(self) -> None:
+        CHECKED.append(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole(Runs, Sized):
+    ALIASES: ClassVar = {
+        "likelihood": "objective.likelihood",
+        "epsilon": "objective.epsilon",
+        "loss.beta": "objective.beta",
+        "goal": "objective",
+    }
+    learning_rate: float = 1e-3
+    objective: Objective = field(default_factory=Objective)
+
+    def check(self) -> None:
+        if self.steps % self.size:  # the bases' own checks came first
+            raise ValueError(f"steps={self.steps} must be a multiple of size")
+
+
+CHECKED: list[int] = []
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"likelihood": "replay"}, "likelihood must be one of reveal, trajectory, got 'replay'"),
+    ({"views": ["replay", "x"]}, "views[1] must be one of replay, random, got 'x'"),
+    ({"epsilon": 1.0}, "epsilon must be at least 0 and below 1, got 1.0"),
+    ({"epsilon": -0.5}, "epsilon must be at least 0 and below 1, got -0.5"),
+    ({"epsilon": float("inf")}, "epsilon must be a finite number, got inf"),
+    ({"epsilon": float("nan")}, "epsilon must be a finite number, got nan"),
+    ({"epsilon": "much"}, "epsilon must be a finite number, got 'much'"),
+    ({"epsilon": True}, "epsilon must be a finite number, got True"),
+    ({"beta": -1.0}, "beta must be above -1.0 and at most 2.5, got -1.0"),
+    ({"beta": 2.75}, "beta must be above -1.0 and at most 2.5, got 2.75"),
+    ({"sizes": [3, 0]}, "sizes[1] must be at least 1, got 0"),
+    ({"sizes": 3}, "sizes must be a list, got 3"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED)
+def test_python_and_yaml_refuse_alike(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        Objective(**values)
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=re.escape(f"{file}: {message}")):
+        load_config(Objective, file)
+    file.write_text(yaml.safe_dump({"objective": values}))
+    with pytest.raises(ConfigError, match=re.escape(f"{file}: objective.{message}")):
+        load_config(Whole, file)
+
+
+def test_edges_of_bounds_and_whole_numbers_for_floats_pass() -> None:
+    config = Objective(epsilon=0, beta=2.5, sizes=[1], views=["random"])
+    assert config == load_config(Objective, None, ["epsilon=0", "beta=2.5", "sizes=[1]", "views=[random]"])
+
+
+def test_each_class_of_several_is_checked_once_and_bases_first() -> None:
+    CHECKED.clear()
+    Whole(steps=6, size=3)
+    assert CHECKED == [3]
+    with pytest.raises(ValueError, match="steps must not be 13"):
+        Whole(steps=13, size=2)
+    with pytest.raises(ValueError, match="steps=6 must be a multiple"):
+        Whole(size=4)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        Whole(steps=0)
+
+
+def test_old_names_work_by_layer_and_say_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config_module._say_moved.cache_clear()
+    file = tmp_path / "c.yaml"
+    file.write_text("likelihood: trajectory\nepsilon: 0.5\nobjective: {beta: '${epsilon}'}\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_config(Whole, file).objective == Objective(likelihood="trajectory", epsilon=0.5, beta=0.5)
+        loaded = load_config(Whole, file, ["epsilon=0.25", "loss.beta=1", "goal.sizes=[2]"])
+    assert loaded.objective == Objective(likelihood="trajectory", epsilon=0.25, beta=1.0, sizes=[2])
+    assert caplog.messages == [
+        "likelihood is now objective.likelihood; the old name still works",
+        "epsilon is now objective.epsilon; the old name still works",
+        "loss.beta is now objective.beta; the old name still works",
+        "goal is now objective; the old name still works",
+    ]
+    save_config(loaded, file)
+    assert "\nepsilon" not in file.read_text() and load_config(Whole, file) == loaded
+
+
+@pytest.mark.parametrize(("written", "named"), [("epsilon", "objective.epsilon"), ("objective.epsilon", "epsilon")])
+def test_the_command_line_beats_the_file_whichever_names_they_use(written: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    save = OmegaConf.from_dotlist([f"{written}=0.5"])
+    file.write_text(OmegaConf.to_yaml(save))
+    assert load_config(Whole, file, [f"{named}=0.75"]).objective.epsilon == 0.75
+
+
+def test_both_names_with_different_values_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("epsilon: 0.5\nobjective: {epsilon: 0.5}\n")
+    assert load_config(Whole, file).objective.epsilon == 0.5
+    message = "epsilon is now objective.epsilon, and both are given with different values"
+    with pytest.raises(ConfigError, match=f"command line: {message}"):
+        load_config(Whole, file, ["objective.epsilon=0.1", "epsilon=0.2"])
+    for text in ("epsilon: 0.5\nobjective: {epsilon: 0.25}\n", "epsilon: 0.5\nobjective: {}\ngoal: {epsilon: 1}\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"c\.yaml: .*{message}|c\.yaml: goal is now objective"):
+            load_config(Whole, file)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("epsilon=5", "override 'epsilon=5': objective.epsilon must be at least 0 and below 1, got 5"),
+        ("likelyhood=reveal", "unknown key 'likelyhood'; did you mean 'objective.likelihood'"),
+        ("loss.betta=1", "unknown key 'loss'; known keys: size, steps"),
+        ("views=[]", "unknown key 'views'; did you mean 'objective.views'"),
+        ("likelihood=best", "override 'likelihood=best': objective.likelihood must be one of reveal, trajectory"),
+    ],
+)
+def test_errors_know_old_names(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(Whole, None, [override])
