@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dirl.config import bounded
 from dirl.data.chat import render_prompt
 from dirl.data.problems import Problem
 from dirl.data.prompt_stream import PromptStream, fingerprint
@@ -35,20 +36,13 @@ from dirl.training.metrics import Timings
 class RolloutConfig(SamplingConfig, EngineConfig):
     """What is rolled out for one optimizer step, and how."""
 
-    prompts_per_step: int = 32  # groups in a global batch
-    num_generations: int = 8  # completions a group
+    prompts_per_step: int = bounded(32, least=1)  # groups in a global batch
+    num_generations: int = bounded(8, least=2)  # completions a group; its baseline needs two
     dynamic_sampling: bool = True  # drop groups whose rewards are all equal and draw others for them
-    max_sampling_rounds: int = 2  # rollout rounds a step may take to fill its batch; 1: never draw again
-    oversampling: float = 1.0  # prompts drawn per group still missing; what is then too much goes to the next step
-
-    def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)
-        EngineConfig.__post_init__(self)
-        if self.num_generations < 2:
-            raise UserError(f"num_generations must be at least 2 to form a group baseline, got {self.num_generations}")
-        for key in ("prompts_per_step", "max_sampling_rounds", "oversampling"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
+    # rollout rounds a step may take to fill its batch; 1: never draw again
+    max_sampling_rounds: int = bounded(2, least=1)
+    # prompts drawn per group still missing; what is then too much goes to the next step
+    oversampling: float = bounded(1.0, least=1)
 
 
 class StopAsked(Exception):

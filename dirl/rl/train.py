@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import config_to_dict, save_config
+from dirl.config import PATH, Config, bounded, config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
@@ -51,24 +51,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLDataConfig:
+class RLDataConfig(Config):
     """The problems that are practised on."""
 
-    path: str = "task:noisy_sums"  # .json/.jsonl/.parquet, hub id, or task:NAME
-    limit: int = 0  # rows read; 0: all
-    max_prompt_length: int = 1024  # tokens; longer prompts are left out and counted
+    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
+    limit: int = bounded(0, least=0)  # rows read; 0: all
+    max_prompt_length: int = bounded(1024, least=1)  # tokens; longer prompts are left out and counted
     system_prompt: str = ""
     suffix: str = ""  # appended to each question
     skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLEvalConfig:
+class RLEvalConfig(Config):
     """The evaluation during training: the sampling of the rollouts on held-out problems."""
 
-    path: str = ""  # as data.path; empty: no evaluation
-    limit: int = 64  # problems
-    num_samples: int = 4  # completions a problem
+    path: str = field(default="", metadata=PATH)  # as data.path; empty: no evaluation
+    limit: int = bounded(64, least=0)  # problems; 0: all
+    num_samples: int = bounded(4, least=1)  # completions a problem
     greedy: bool = True  # also one greedy completion a problem
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import config_to_dict, save_config
+from dirl.config import PATH, Config, bounded, config_to_dict, save_config
 from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document, load_documents
 from dirl.data.prompt_stream import PromptStream, fingerprint
@@ -47,21 +47,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTDataConfig:
+class SFTDataConfig(Config):
     """What is imitated."""
 
-    path: str = "task:noisy_sums"  # .json/.jsonl/.parquet, hub id, or task:NAME
-    limit: int = 0  # rows read; 0: all
-    num_heldout: int = 128  # rows set aside for the held-out loss
-    max_length: int = 4096  # tokens of prompt + completion; longer documents are left out and counted
+    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
+    limit: int = bounded(0, least=0)  # rows read; 0: all
+    num_heldout: int = bounded(128, least=0)  # rows set aside for the held-out loss
+    max_length: int = bounded(4096, least=1)  # tokens of prompt + completion; longer documents are left out and counted
     system_prompt: str = ""
     skip_bad_rows: bool = False
     score_fill: bool = True  # also learn what fills the last block after EOS, so that the decoder ends in few steps
-
-    def __post_init__(self) -> None:
-        for key, least in (("limit", 0), ("num_heldout", 0), ("max_length", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +64,12 @@ class SFTConfig(RunConfig, OptimizerConfig):
     """Everything of an SFT run."""
 
     output_dir: str = "outputs/sft"
-    global_batch_size: int = 64  # documents per optimizer step, over all ranks
-    eval_steps: int = 0  # optimizer steps between held-out losses; 0: only at the end
+    global_batch_size: int = bounded(64, least=1)  # documents per optimizer step, over all ranks
+    eval_steps: int = bounded(0, least=0)  # optimizer steps between held-out losses; 0: only at the end
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
-
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        OptimizerConfig.__post_init__(self)
-        if self.global_batch_size < 1:
-            raise UserError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
 
 
 class SFTTrainer:
