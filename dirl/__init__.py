@@ -29,7 +29,7 @@ _HOMES = {
     "plot_thresholds": "dirl.eval.plots",
     "write_report": "dirl.show.report.write",
     "SamplingConfig": "dirl.rollout.engine",
-    "RolloutConfig": "dirl.rl.rollout_group",
+    "RolloutConfig": "dirl.rl.collector",
     "ModelConfig": "dirl.model.checkpoint",
     "SFTConfig": "dirl.sft.train",
     "SFTTrainer": "dirl.sft.train",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from dirl.model.checkpoint import ModelConfig, load
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
-    from dirl.rl.rollout_group import RolloutConfig
+    from dirl.rl.collector import RolloutConfig
     from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
     from dirl.rollout.completions import Completions, with_texts
     from dirl.rollout.engine import Completion, SamplingConfig

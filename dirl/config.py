@@ -23,8 +23,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dirl.errors import UserError
-from dirl.files import expand
+from dirl.errors import UserError, one_line
+from dirl.files import expand, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequen
         ]
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source.of('')}: {_first_line(error)}") from error
+        raise ConfigError(f"{source.of('')}: {one_line(error, 200)}") from error
     return _build(schema, values, "", source)
 
 
@@ -159,10 +159,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     # OmegaConf writes what OmegaConf reads: to it, unlike to YAML 1.1, an unquoted 1e-6 is a number.
-    text = OmegaConf.to_yaml(OmegaConf.create(_escape(config_to_dict(config))))
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(_escape(config_to_dict(config)))))
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -173,7 +171,7 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error, 200)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
     return loaded
@@ -186,7 +184,7 @@ def _read_override(override: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([override if value else f'{key}=""'])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {override!r} cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"override {override!r} cannot be read: {one_line(error, 200)}") from error
 
 
 def _aliases(schema: type[Any]) -> dict[str, str]:
@@ -362,7 +360,3 @@ def _dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if _is_section(hints[field.name]):
             yield from _dotted_keys(hints[field.name], f"{prefix}{field.name}.")
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

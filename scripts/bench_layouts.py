@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dirl.diffusion.likelihood import Actions, ScoringRule
-from dirl.diffusion.views import PackedViews
-from dirl.model.attention import DensePlan, FlexPlan, padded_for_flex
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import Actions, PackedViews
+from dirl.model.attention import DensePlan
+from dirl.model.flex_attention import FlexPlan, padded_for_flex
 from dirl.model.logprobs import score_actions
 from dirl.model.sdar import BlockDiffusionModel
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dirl.diffusion.views import PackedViews, attention_rule
+from dirl.diffusion.packing import PackedViews, attention_rule
 from dirl.model.checkpoint import default_device
 from dirl.model.kernels import use_fused_kernels
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM

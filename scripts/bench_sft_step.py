@@ -24,13 +24,13 @@ from dirl.data.conversations import Document, load_documents
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import PackedViews, ViewedDocument, pack
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, view_document
 from dirl.sft.loss import nelbo_loss
-from dirl.training.optimizer import split_by_budget
+from dirl.training.balance import split_by_budget
 
 BLOCK = 4
 

@@ -29,13 +29,14 @@ from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, replay_views
-from dirl.model.attention import padded_for_flex, tile_reads
+from dirl.diffusion.views import replay_views
+from dirl.model.flex_attention import padded_for_flex, tile_reads
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.training.optimizer import split_by_budget
+from dirl.training.balance import split_by_budget
 
 BLOCK = 4
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from dirl.data.problems import Problem, problem_from_row
 from dirl.data.rows import convert_rows, read_rows
+from dirl.files import write_whole
 
 HASHES = "SHA256SUMS.json"
 
@@ -119,11 +120,8 @@ def check(name: str, file: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def write(file: Path, content: object) -> None:
-    """The whole file or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    """The whole file or none of it, for people to read."""
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def run(action: str, name: str, paths: Sequence[Path]) -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from dirl.diffusion.packing import ViewedDocument
 from dirl.diffusion.trajectory import Trajectory
-from dirl.diffusion.views import Branch, ViewedDocument, replay_views
+from dirl.diffusion.views import replay_views
 
 
 def random_trajectory(prompt_length: int, num_blocks: int, block_length: int) -> Trajectory:
@@ -23,7 +24,7 @@ def random_trajectory(prompt_length: int, num_blocks: int, block_length: int) ->
         drawn = torch.cat([torch.arange(num_steps), torch.randint(0, num_steps, (size - num_steps,))])
         steps += (drawn[torch.randperm(size)] + 1).tolist()
         first_lane = 0
-    return Trajectory(prompt_ids, completion_ids, torch.tensor(steps, dtype=torch.int64))
+    return Trajectory(prompt_ids, completion_ids, torch.tensor(steps, dtype=torch.int64), block_length)
 
 
 def random_document(
@@ -34,5 +35,5 @@ def random_document(
     for num_blocks in blocks_of_branches:
         drawn = random_trajectory(prompt_length, num_blocks, block_length)
         trajectory = replace(drawn, prompt_ids=prompt_ids)
-        branches.append(Branch(trajectory.completion_ids, replay_views(trajectory, block_length, mask_token_id)))
+        branches.append(replay_views(trajectory, mask_token_id))
     return ViewedDocument(prompt_ids, branches)

@@ -27,8 +27,9 @@ from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import placeholder_pack
-from dirl.model.attention import AttentionName
+from dirl.errors import one_line
 from dirl.model.checkpoint import default_device
+from dirl.model.flex_attention import AttentionName
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.tiny import tiny
 from dirl.rollout.build import EngineConfig, build_engine
@@ -158,8 +159,7 @@ def _try(subject: str, act: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding("ok", subject, act())
     except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        return Finding("note" if remedy.startswith("only") else "problem", subject, words, remedy)
+        return Finding("note" if remedy.startswith("only") else "problem", subject, one_line(error, 160), remedy)
 
 
 def _attend(name: AttentionName) -> str:

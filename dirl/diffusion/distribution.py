@@ -36,8 +36,9 @@ class TokenDistribution:
         Which tokens stay is a constant for autograd; their renormalisation is not.
 
         Args:
-            drawn: rows, and for each the token that was drawn there, which therefore stays: at the edge of the kept set
-                rounding, a newer policy, or a reference may rank it lower, and -inf would end a training run.
+            drawn: a token of each row, (T,) int64, and whether it was drawn there, (T,) bool, and therefore stays: at
+                the edge of the kept set rounding, a newer policy, or a reference may rank it lower, and -inf would end
+                a training run.
         """
         if self.top_k and self.top_k < confidence_TV.shape[-1]:
             kth = confidence_TV.detach().topk(self.top_k, dim=-1).values[..., -1:]
@@ -50,7 +51,8 @@ class TokenDistribution:
 def _keep(logprobs_TV: Tensor, kept_TV: Tensor, drawn: tuple[Tensor, Tensor] | None) -> Tensor:
     """The distribution conditioned on the kept tokens and those that were drawn."""
     if drawn is not None:
-        kept_TV[drawn] = True
+        token_T1, is_drawn_T1 = (x[:, None] for x in drawn)
+        kept_TV = kept_TV.scatter(1, token_T1, kept_TV.gather(1, token_T1) | is_drawn_T1)
     return torch.log_softmax(logprobs_TV.masked_fill(~kept_TV, -torch.inf), dim=-1)
 
 

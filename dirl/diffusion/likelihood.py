@@ -11,7 +11,7 @@ confidence under low_confidence_static (in the last two p_j(v) = c counts too, r
 The other strategies choose positions without looking at the drawn tokens: their holds have probability 1. Bars are
 constants for autograd: they are so almost everywhere.
 
-Shapes: T actions (sorted by view), V vocabulary, N views.
+Shapes: T actions (sorted by view), V vocabulary, N at least as many as there are views.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution, entropy
+from dirl.diffusion.packing import Actions
 from dirl.diffusion.unmasking import UnmaskingRule
 
 Likelihood = Literal["reveal", "trajectory"]
@@ -32,42 +33,28 @@ _HOLD_FLOOR = -30.0
 
 
 @dataclass(frozen=True)
-class Actions:
-    """What happened at T masked positions."""
-
-    target_T: Tensor  # int64, token revealed; read at reveals only
-    is_reveal_T: Tensor  # bool
-    view_T: Tensor  # int64, sorted; actions of one view are one step
-
-    def __len__(self) -> int:
-        return len(self.target_T)
-
-    def __getitem__(self, rows: slice) -> Actions:
-        return Actions(self.target_T[rows], self.is_reveal_T[rows], self.view_T[rows])
-
-
-@dataclass(frozen=True)
 class ScoringRule:
-    """Everything that turned logits into actions, as the decoder had it."""
+    """Everything that turned logits into actions, as the decoder had it, and what is asked of them."""
 
     distribution: TokenDistribution
     unmasking: UnmaskingRule
     suppressed_V: Tensor  # bool, tokens that may never be sampled
+    wants_entropy: bool = False  # a sum over T x V that most passes have no use for
 
 
 def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> tuple[Tensor, Tensor]:
     """Log-probability (nats, with gradient) and entropy (nats, without) of each action; float32, (T,) each.
 
     A hold's log-probability is zero where the strategy does not look at tokens. The entropy is that of the distribution
-    a position is sampled from, whatever was done there.
+    a position is sampled from, whatever was done there; zeros unless the rule asks for it. Nothing here makes the host
+    wait for the device.
     """
     confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V)
-    row_T = actions.is_reveal_T.nonzero().squeeze(1)
-    sampling_TV = rule.distribution.sampling_logprobs(confidence_TV, drawn=(row_T, actions.target_T[row_T]))
+    sampling_TV = rule.distribution.sampling_logprobs(confidence_TV, drawn=(actions.target_T, actions.is_reveal_T))
     reveal_T = sampling_TV.gather(1, actions.target_T[:, None]).squeeze(1)
     with torch.no_grad():
-        entropy_T = entropy(sampling_TV)
-    if bool(actions.is_reveal_T.all()):
+        entropy_T = entropy(sampling_TV) if rule.wants_entropy else torch.zeros_like(reveal_T)
+    if not actions.has_holds:
         return reveal_T, entropy_T
     # Probabilities, as the decoder compared: in float32 two logarithms may stand for one of them.
     confidence_TV = confidence_TV.detach().exp()
@@ -91,10 +78,9 @@ def confidence_bars(confidence_T: Tensor, actions: Actions, rule: UnmaskingRule)
     """
     if rule.strategy not in ("low_confidence_dynamic", "low_confidence_static"):
         return torch.full_like(confidence_T, torch.inf)
-    views, row_T = actions.view_T.unique_consecutive(return_inverse=True)
+    row_T = _rows_of_views(actions.view_T)
     revealed_T = confidence_T.masked_fill(~actions.is_reveal_T, torch.inf)
-    lowest_N = torch.full((len(views),), torch.inf, device=confidence_T.device)
-    bar_N = lowest_N.scatter_reduce(0, row_T, revealed_T, "amin")
+    bar_N = torch.full_like(confidence_T, torch.inf).scatter_reduce(0, row_T, revealed_T, "amin")
     if rule.strategy == "low_confidence_dynamic":
         # A threshold step bars at the threshold itself; a fallback step, below it, at its one revealed token.
         bar_N = bar_N.clamp(max=rule.confidence_threshold)
@@ -108,11 +94,19 @@ def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: Unmaski
     Ties are no rarity: a model that is certain gives 1 to the last bit.
     """
     place_T = torch.arange(len(actions), device=bar_T.device)
-    views, row_T = actions.view_T.unique_consecutive(return_inverse=True)
+    row_T = _rows_of_views(actions.view_T)
     at_bar_T = actions.is_reveal_T & (confidence_T == bar_T)
-    nowhere_N = torch.full((len(views),), len(actions), device=bar_T.device)
+    nowhere_N = torch.full_like(place_T, len(actions))
     last_N = nowhere_N.scatter_reduce(0, row_T, place_T.masked_fill(~at_bar_T, -1), "amax", include_self=False)
     ties_T = (last_N[row_T] >= 0) & (place_T > last_N[row_T])
     if rule.strategy == "low_confidence_dynamic":  # a token at the threshold itself is revealed wherever it stands
         ties_T &= bar_T < rule.confidence_threshold
     return ties_T
+
+
+def _rows_of_views(view_T: Tensor) -> Tensor:
+    """0, 0, 1, 1, 1, 2, ...: which of the views that occur each action belongs to.
+
+    There are at most as many as actions, so that sums over views need not ask the device how many there are.
+    """
+    return torch.cat([torch.zeros_like(view_T[:1]), (view_T[1:] != view_T[:-1]).cumsum(0)])

@@ -11,6 +11,7 @@ Shapes: P prompt tokens, R completion tokens, K blocks touched by the completion
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,39 +19,42 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One decoded sequence; P + R is a multiple of the block length, since blocks are aligned to position 0."""
+    """One decoded sequence, and the blocks its completion touched; blocks are aligned to position 0.
+
+    Raises:
+        ValueError: the completion does not end at a block border, or lengths disagree.
+    """
 
     prompt_ids: Tensor  # (P,) int64
     completion_ids: Tensor  # (R,) int64
     step_map: Tensor  # (R,) int64, >= 1
+    block_length: int
 
-    def blocks(self, block_length: int) -> TrajectoryBlocks:
-        """The blocks the completion touched; prompt tokens that share the first one have step 0.
-
-        Raises:
-            ValueError: the completion does not end at a block border, or lengths disagree.
-        """
+    def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)
-        if completion_length == 0 or (prompt_length + completion_length) % block_length:
+        if completion_length == 0 or (prompt_length + completion_length) % self.block_length:
             raise ValueError(
                 f"a completion must hold every token of its last block: prompt {prompt_length} + completion "
-                f"{completion_length} is not a multiple of block_length {block_length}"
+                f"{completion_length} is not a multiple of block_length {self.block_length}"
             )
         if len(self.step_map) != completion_length or int(self.step_map.min()) < 1:
             raise ValueError(f"step_map must hold {completion_length} steps >= 1, got {self.step_map.tolist()}")
-        tail = prompt_length % block_length
-        tail_ids = self.prompt_ids[prompt_length - tail :]
-        return TrajectoryBlocks(
-            first_block=prompt_length // block_length,
-            token_ids_KB=torch.cat([tail_ids, self.completion_ids]).view(-1, block_length),
-            steps_KB=torch.cat([torch.zeros_like(tail_ids), self.step_map]).view(-1, block_length),
-        )
 
+    @property
+    def first_block(self) -> int:
+        """Absolute index of the first touched block."""
+        return len(self.prompt_ids) // self.block_length
 
-@dataclass(frozen=True)
-class TrajectoryBlocks:
-    """The touched blocks of one trajectory."""
+    @cached_property
+    def token_ids_KB(self) -> Tensor:
+        """The clean tokens of the touched blocks; the first one may begin with the end of the prompt."""
+        return torch.cat([self._tail_ids, self.completion_ids]).view(-1, self.block_length)
 
-    first_block: int  # absolute index of the first touched block
-    token_ids_KB: Tensor  # (K, B) int64, clean
-    steps_KB: Tensor  # (K, B) int64, 0 for prompt tokens
+    @cached_property
+    def steps_KB(self) -> Tensor:
+        """The step of each of these tokens; 0 for those of the prompt."""
+        return torch.cat([torch.zeros_like(self._tail_ids), self.step_map]).view(-1, self.block_length)
+
+    @property
+    def _tail_ids(self) -> Tensor:
+        return self.prompt_ids[self.first_block * self.block_length :]

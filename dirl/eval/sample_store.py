@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dirl.config import ConfigError
-from dirl.errors import UserError
 from dirl.eval.results import Sample
+from dirl.files import append_json_lines, cut_torn_line, read_json_lines, write_json
 from dirl.rollout.engine import Completion
 
 Which = tuple[int, int]  # problem index, sample index
@@ -22,6 +21,7 @@ Which = tuple[int, int]  # problem index, sample index
 SAMPLES = "samples.jsonl"
 HEADER = "samples_header.json"
 _SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(Sample))
+_ROW_FIELDS = ("dataset", "mode", *_SAMPLE_FIELDS)  # without which a line is no sample
 
 
 class SampleStore:
@@ -50,7 +50,9 @@ class SampleStore:
             self.path.unlink(missing_ok=True)
             known = None
         # Before the first sample: a kill in between leaves a header alone, which is harmless.
-        self._write_header({**(known or {}), **settings})
+        write_json(self._header_path, {**(known or {}), **settings})
+        if self.path.exists():
+            cut_torn_line(self.path)
         self._found = read_samples(self.path) if self.path.exists() else {}
 
     def load(self, dataset: str, mode: str) -> dict[Which, Sample]:
@@ -70,14 +72,8 @@ class SampleStore:
             }
             for sample, completion in judged
         ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_json_lines(self.path, rows)
         self._found.setdefault((dataset, mode), {}).update({(s.problem, s.sample): s for s, _ in judged})
-
-    def _write_header(self, settings: Mapping[str, object]) -> None:
-        temporary = self._header_path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self._header_path)
 
 
 def read_header(directory: Path) -> dict[str, object]:
@@ -86,34 +82,16 @@ def read_header(directory: Path) -> dict[str, object]:
 
 
 def read_samples(path: Path) -> dict[tuple[str, str], dict[Which, Sample]]:
-    """The samples of a samples.jsonl by (data set, mode), then by (problem, sample)."""
+    """The samples of a samples.jsonl by (data set, mode), then by (problem, sample).
+
+    Raises:
+        UserError: a complete line that is no sample.
+    """
     found: dict[tuple[str, str], dict[Which, Sample]] = {}
-    for row in read_rows(path):
+    for row in read_json_lines(path, "a sample", lambda row: [row[name] for name in _ROW_FIELDS]):
         sample = Sample(**{name: row[name] for name in _SAMPLE_FIELDS})
         found.setdefault((row["dataset"], row["mode"]), {})[sample.problem, sample.sample] = sample
     return found
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a samples.jsonl. A last one that a kill cut short is cut off the file: the next append starts clean.
-
-    Raises:
-        ValueError: a complete line that is no JSON.
-    """
-    end = 0  # of the last complete line, in bytes
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not valid JSON; delete that line or the file") from error
-            end += len(line)
-        else:
-            return
-    with path.open("r+b") as file:
-        file.truncate(end)
 
 
 def _difference(known: Mapping[str, object] | None, settings: Mapping[str, object]) -> str:

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
-from dirl.errors import MissingFileError, UserError
-from dirl.model.attention import AttentionName
+from dirl.errors import MissingFileError, UserError, one_line
+from dirl.files import is_hub_id, write_json
+from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
@@ -45,7 +46,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
         UserError: another kind of model, damaged or incomplete files, or a tokenizer that does not fit.
     """
     path = config.path
-    if not Path(path, "config.json").is_file() and (Path(path).exists() or path.count("/") != 1 or path[0] in "./~"):
+    if not Path(path, "config.json").is_file() and not is_hub_id(path):
         raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
     with _damage_named(path):
         model_config = AutoConfig.from_pretrained(path)
@@ -79,8 +80,7 @@ def _damage_named(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {reason}") from error
+        raise UserError(f"model.path: cannot load {path!r}, get or save it again: {one_line(error, 200)}") from error
 
 
 def default_device() -> torch.device:
@@ -114,7 +114,7 @@ def save_model(
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
     config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(config_file, dict(sorted(config.items())))
 
 
 def write_final(

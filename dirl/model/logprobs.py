@@ -10,6 +10,7 @@ Shapes: L packed tokens, T actions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dirl.diffusion.distribution import suppressed_tokens
-from dirl.diffusion.likelihood import Actions, ScoringRule, action_logprobs
-from dirl.diffusion.views import PackedViews
-from dirl.model.attention import AttentionName, padded_for_flex, training_plan, uses_flex
+from dirl.diffusion.likelihood import ScoringRule, action_logprobs
+from dirl.diffusion.packing import Actions, PackedViews
+from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan, uses_flex
 from dirl.model.sdar import BlockDiffusionModel
 
 _LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MB
@@ -29,7 +30,7 @@ class ActionScores(NamedTuple):
     """A named tuple, so that DDP finds the tensors in it."""
 
     logprob_T: Tensor  # float32, nats, with gradient
-    entropy_T: Tensor  # float32, nats, without gradient
+    entropy_T: Tensor  # float32, nats, without gradient; zeros unless the rule asks for it
 
 
 class PackedScorer(nn.Module):
@@ -45,43 +46,41 @@ class PackedScorer(nn.Module):
 
     def forward(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         """Scores of the pack's actions under the model, as the decoder would have assigned them."""
-        if uses_flex(packed, self.attention):
-            packed = padded_for_flex(packed, self.budget)
+        tokens = packed.tokens
+        if uses_flex(tokens, self.attention):
+            tokens = padded_for_flex(tokens, self.budget)
         hidden_LD = self.model.model(
-            input_ids=packed.token_ids_L[None],
-            position_ids=packed.position_L[None],
-            attention_plan=training_plan(packed, self.attention),
+            input_ids=tokens.token_ids_L[None],
+            position_ids=tokens.position_L[None],
+            attention_plan=training_plan(tokens, self.attention),
             use_cache=False,
         ).last_hidden_state[0]
-        actions = Actions(packed.target_T, packed.is_reveal_T, packed.view_T)
-        return score_actions(hidden_LD[packed.action_index_T], self.model.lm_head, actions, rule)
+        actions = packed.actions
+        return score_actions(hidden_LD[actions.index_T], self.model.lm_head, actions, rule)
 
 
 def score_actions(hidden_TD: Tensor, lm_head: nn.Module, actions: Actions, rule: ScoringRule) -> ActionScores:
     """lm_head and `action_logprobs` in chunks that never split a view."""
     if len(actions) == 0:
-        # A sum over nothing that still belongs to the graph: every rank must take part in backward.
-        nothing_T = hidden_TD.float().sum(dim=1)
+        # A sum over nothing that still belongs to the graph, lm_head included: every rank must take part in backward.
+        nothing_T = lm_head(hidden_TD).sum(dim=1)
         return ActionScores(nothing_T, nothing_T.detach())
 
     def score(hidden: Tensor, chunk: Actions) -> tuple[Tensor, Tensor]:
         return action_logprobs(lm_head(hidden), chunk, rule)
 
-    chunks = _chunks_of_views(actions.view_T, max_rows=max(1, _LOGITS_PER_CHUNK // len(rule.suppressed_V)))
+    chunks = _chunks_of_views(actions.view_ends, max_rows=max(1, _LOGITS_PER_CHUNK // len(rule.suppressed_V)))
     if len(chunks) == 1:
         return ActionScores(*score(hidden_TD, actions))
-    scored = [checkpoint(score, hidden_TD[rows], actions[rows], use_reentrant=False) for rows in chunks]
+    scored = [checkpoint(score, hidden_TD[rows], actions.rows(rows), use_reentrant=False) for rows in chunks]
     logprobs, entropies = zip(*scored, strict=True)
     return ActionScores(torch.cat(logprobs), torch.cat(entropies))
 
 
-def _chunks_of_views(view_T: Tensor, max_rows: int) -> list[slice]:
+def _chunks_of_views(view_ends: Sequence[int], max_rows: int) -> list[slice]:
     """Slices of at most `max_rows` actions (a view longer than that stays whole), cut between views."""
-    if len(view_T) <= max_rows:
-        return [slice(0, len(view_T))]
-    ends = view_T.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
     slices, start, previous = [], 0, 0
-    for end in ends:
+    for end in view_ends:
         if end - start > max_rows and previous > start:
             slices.append(slice(start, previous))
             start = previous

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
+from dirl.files import is_hub_id
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.logprobs import _LOGITS_PER_CHUNK
 from dirl.model.lora import LoraConfig
@@ -108,12 +109,12 @@ def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:
 
 
 def _shape(config: ModelConfig) -> Any:
-    if not Path(config.path).is_dir() and config.path.count("/") != 1:
+    if not Path(config.path).is_dir() and not is_hub_id(config.path):
         raise UserError(f"model.path={config.path}: no such directory; give a Hugging Face directory or a hub id")
     try:
         return AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={config.path}: no readable config.json: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.path={config.path}: no readable config.json: {one_line(error, 200)}") from error
 
 
 def _outline(shape: Any) -> nn.Module:

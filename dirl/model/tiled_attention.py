@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dirl.diffusion.views import PackedViews, attention_rule
+from dirl.diffusion.packing import TokenTable, attention_rule
 from dirl.model.attention import masked_attention
 
 _CHUNK_TOKENS = 256  # queries a chunk aims at: fewer means less wasted work, more means fewer calls
@@ -33,11 +33,11 @@ class _Batch:
 class TiledPlan:
     """Attention of a pack by batches of tiles."""
 
-    def __init__(self, packed: PackedViews) -> None:
-        tiles = sorted(_tiles(packed), key=lambda tile: (len(tile[1]), len(tile[0])))
-        ids = torch.stack([packed.document_L, packed.branch_L, packed.block_L, packed.view_L])
+    def __init__(self, tokens: TokenTable) -> None:
+        tiles = sorted(_tiles(tokens), key=lambda tile: (len(tile[1]), len(tile[0])))
+        ids = torch.stack(tokens.ids)
         self._batches: list[_Batch] = []
-        inverse_L = torch.empty(len(packed), dtype=torch.int64, device=ids.device)
+        inverse_L = torch.empty(len(tokens), dtype=torch.int64, device=ids.device)
         rows = 0
         for group in _similar(tiles):
             query_index, is_query = _padded([queries for queries, _ in group])
@@ -53,7 +53,7 @@ class TiledPlan:
             self._batches.append(_Batch(query_index.flatten(), key_index.flatten(), mask_NQK[:, None]))
         self._inverse_L = inverse_L
 
-    def attend(self, layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
+    def attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
         query_LHD, key_LGD, value_LGD = (x[0].transpose(0, 1) for x in (query_BHLD, key_BGLD, value_BGLD))
         outputs = []
         for batch in self._batches:
@@ -89,11 +89,11 @@ def _similar(tiles: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, 
         yield group
 
 
-def _tiles(packed: PackedViews) -> Iterator[tuple[Tensor, Tensor]]:
+def _tiles(tokens: TokenTable) -> Iterator[tuple[Tensor, Tensor]]:
     """(query index, key index) of every chunk; every token is a query of exactly one."""
-    block_L = packed.block_L
+    block_L = tokens.block_L
     trunks: dict[int, range] = {}
-    for document, branch, clean, views in _segments(packed):
+    for document, branch, clean, views in _segments(tokens):
         if branch == 0:
             trunks[document] = clean
         trunk = trunks.get(document, range(0)) if branch else range(0)
@@ -105,9 +105,9 @@ def _tiles(packed: PackedViews) -> Iterator[tuple[Tensor, Tensor]]:
             yield _index(block_L, chunk_clean, chunk_views), _index(block_L, trunk, prefix, chunk_views)
 
 
-def _segments(packed: PackedViews) -> Iterator[tuple[int, int, range, range]]:
+def _segments(tokens: TokenTable) -> Iterator[tuple[int, int, range, range]]:
     """(document, branch, its clean tokens, its view tokens) in the order of the pack."""
-    ids = torch.stack([packed.document_L, packed.branch_L, (packed.view_L > 0).long()])
+    ids = torch.stack([tokens.document_L, tokens.branch_L, (tokens.view_L > 0).long()])
     runs, counts = ids.unique_consecutive(dim=1, return_counts=True)
     start = 0
     pending: tuple[int, int, range] | None = None

@@ -22,7 +22,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 from dirl.config import PATH, Config, bounded
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
+from dirl.files import expand
 from dirl.reward.code_execution import code
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
 from dirl.reward.reasoning_tasks import reasoning_gym
@@ -234,7 +235,7 @@ def _resolve(reference: str) -> RewardFunction:
             raise RewardError(f"unknown reward function {name!r}{hint} Your own: pkg.mod:f or path/to/file.py:f")
         return REWARD_FUNCTIONS[name]
     try:
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        module = _load_file(expand(source)) if source.endswith(".py") else importlib.import_module(source)
     except (ImportError, OSError, SyntaxError) as error:
         raise RewardError(f"reward function {reference!r}: cannot load {source}: {error}") from error
     function = getattr(module, name, None)
@@ -244,7 +245,7 @@ def _resolve(reference: str) -> RewardFunction:
 
 
 def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path.expanduser())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader  # always there for a name that ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -272,7 +273,7 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
     except Exception as error:  # whatever a user's function raises becomes one line that names it
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename}, line {where.lineno}"
-        raise RewardError(f"reward function {name!r} raised {type(error).__name__}: {error} ({place})") from error
+        raise RewardError(f"reward function {name!r} raised {one_line(error)} ({place})") from error
 
 
 def _check_rewards(name: str, rewards: object, num_completions: int) -> list[float | None]:

@@ -5,11 +5,15 @@ Shapes: P prompts (groups), G completions a group.
 
 from __future__ import annotations
 
-from typing import Literal
+import statistics
+from collections.abc import Sequence
 
 from torch import Tensor
 
-ScaleRewards = Literal["none", "group", "batch"]
+from dirl.rl.objective import ScaleRewards
+from dirl.rl.rollout_group import RolloutGroup
+from dirl.training.distributed import Distributed
+
 _EPSILON = 1e-4  # keeps the division finite; groups without spread are dropped before they get here
 
 
@@ -32,6 +36,11 @@ def group_advantages(rewards_PG: Tensor, scale_rewards: ScaleRewards, batch_std:
     return centred_PG / (batch_std + _EPSILON)
 
 
-def has_spread(rewards: Tensor) -> bool:
-    """Whether a group's rewards differ. Judged on the rewards: z-scores of equal ones are not zero in floats."""
-    return bool(rewards.max() > rewards.min())
+def advantages_of(
+    groups: Sequence[RolloutGroup], scale_rewards: ScaleRewards, distributed: Distributed
+) -> list[Tensor]:
+    """Advantages of each group's completions, (G,) each; collective when rewards are scaled over the batch."""
+    batch_std = 1.0
+    if scale_rewards == "batch":
+        batch_std = statistics.stdev(distributed.gather([reward for group in groups for reward in group.rewards]))
+    return [group_advantages(group.reward_G[None], scale_rewards, batch_std).squeeze(0) for group in groups]

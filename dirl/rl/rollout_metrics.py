@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dirl.rl.rollout_group import Collected, RolloutGroup
+from dirl.rl.collector import Collected
+from dirl.rl.rollout_group import RolloutGroup
 from dirl.rollout.completions import with_texts
 from dirl.training.distributed import Distributed
 
@@ -33,12 +34,12 @@ class GroupSummary:
     completion_lengths: list[int]
     denoising_steps: list[int]
     num_truncated: int
+    num_right: int
 
     @property
     def pass_rate(self) -> float:
-        """Share of right completions: what the reward `accuracy` (the total, in a rubric without it) puts above 0."""
-        judged = self.reward_parts.get("accuracy", self.rewards)
-        return statistics.fmean((value or 0.0) > 0 for value in judged)
+        """Share of right completions."""
+        return self.num_right / len(self.rewards)
 
     @property
     def reward_std(self) -> float:
@@ -55,6 +56,7 @@ def summarise(collected: Collected) -> list[GroupSummary]:
             completion_lengths=[completion.completion_length for completion in group.completions],
             denoising_steps=[completion.num_denoising_steps for completion in group.completions],
             num_truncated=sum(completion.is_truncated for completion in group.completions),
+            num_right=group.num_right,
         )
         for is_kept, groups in ((True, collected.groups), (False, collected.dropped))
         for group in groups
@@ -86,8 +88,9 @@ def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         "completions/clipped_ratio": sum(group.num_truncated for group in groups) / len(rewards),
         "completions/tokens_per_step": num_tokens / sum(sum(group.denoising_steps) for group in groups),
         "groups/kept": len(groups) - len(dropped),
-        "groups/dropped_all_correct": sum(group.rewards[0] > 0 for group in dropped),
-        "groups/dropped_all_wrong": sum(group.rewards[0] <= 0 for group in dropped),
+        "groups/dropped_all_correct": sum(group.pass_rate == 1 for group in dropped),
+        "groups/dropped_all_wrong": sum(group.pass_rate == 0 for group in dropped),
+        "groups/dropped_mixed": sum(0 < group.pass_rate < 1 for group in dropped),  # right and wrong, rewarded alike
         "num_completion_tokens": num_tokens,
         **pass_rate_histogram([group.pass_rate for group in groups]),
     }

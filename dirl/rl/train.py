@@ -8,46 +8,47 @@ Source: DiRL (arXiv 2512.22234), section 3.2 and Figure 3.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import PATH, Config, bounded, config_to_dict, save_config
+from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
-from dirl.diffusion.views import PackedViews
+from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
+from dirl.files import append_json_lines
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters
 from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
-from dirl.rl.advantage import ScaleRewards, group_advantages
-from dirl.rl.group_state import CollectorState
-from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, StopAsked, render_prompts
+from dirl.rl.advantage import advantages_of
+from dirl.rl.collector import Collected, Collector, RolloutConfig, Rollouts
+from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
-from dirl.show.model_card import finish_model
-from dirl.show.pictures import plot_run
-from dirl.training.distributed import Distributed
-from dirl.training.loop import Run, record_skipped
-from dirl.training.metrics import Timings
-from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
-from dirl.training.run_state import RunConfig
+from dirl.training.loop import Trainer, TrainingConfig
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner
+from dirl.training.run import Run
 
 logger = logging.getLogger(__name__)
+
+_OBJECTIVE_KEYS = (
+    *("likelihood", "epsilon", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards"),
+    *("importance_sampling_correction", "importance_sampling_clip_max"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +74,14 @@ class RLEvalConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
+class RLConfig(TrainingConfig, UpdateConfig):
     """Everything of an RL run."""
 
+    ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
+
     output_dir: str = "outputs/rl"
-    learning_rate: float = 1e-6
-    scale_rewards: ScaleRewards = "none"  # none: the paper; group: GRPO's z-score; batch
-    eval_steps: int = 0  # optimizer steps between evaluations; 0: only at the end
-    completions_steps: int = 10  # optimizer steps between files of completions; 0: none
+    learning_rate: float = bounded(1e-6, least=0)
+    completions_steps: int = bounded(10, least=0)  # optimizer steps between files of completions; 0: none
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: RLDataConfig = field(default_factory=RLDataConfig)
@@ -88,10 +89,7 @@ class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: RLEvalConfig = field(default_factory=RLEvalConfig)
 
-    def __post_init__(self) -> None:
-        RunConfig.__post_init__(self)
-        OptimizerConfig.__post_init__(self)
-        UpdateConfig.__post_init__(self)
+    def check(self) -> None:
         if self.max_steps % self.steps_per_rollout:
             raise UserError(
                 f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
@@ -101,8 +99,11 @@ class RLConfig(RunConfig, OptimizerConfig, UpdateConfig):
             raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
 
 
-class RLTrainer:
-    """DiPO. `train()` runs to the end; `step()` is one batch of rollouts and its optimizer steps, for notebooks."""
+class RLTrainer(Trainer):
+    """DiPO: `step()` is one batch of rollouts and its optimizer steps."""
+
+    config: RLConfig
+    stage = "rl"
 
     def __init__(
         self,
@@ -113,122 +114,63 @@ class RLTrainer:
         problems: Sequence[Problem] | None = None,
         rubric: Rubric | None = None,
     ) -> None:
-        self.config = config
-        self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
-        self.timings = Timings()
+        super().__init__(config)
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
-        reference: Reference | None = None
-        if config.beta > 0 and config.lora.r == 0:
-            reference = self.distributed.placed(self._scorer(copy.deepcopy(self.model)).requires_grad_(False).eval())
-        # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
-        decoded = self.model
-        if self.distributed.is_sharded:
-            decoded = copy.deepcopy(decoded).requires_grad_(False)
-            nn.Module.to(decoded, self.distributed.device)
+        reference, decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)
-        self.learner = Learner(self._scorer(self.model), config, self.distributed)
+        self.learner = Learner(
+            self._scorer(self.model),
+            config,
+            self.distributed,
+            on_micro_batch=self.show_micro_batch,
+            on_skip=self.record_skipped,
+        )
         self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
-        self.collector = self._collector(problems)
-        self._warn_of_long_completions()
-        if config.beta > 0 and config.lora.r > 0:
-            reference = self._without_adapters
-        rule = ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model))
+        watch(self.engine, RolloutProgress(self.terminal, self.timings))
         self.updater = PolicyUpdater(
             self.learner,
-            rule,
+            ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model)),
             config,
             max_completion_length=config.rollout.max_completion_length,
             reference=reference,
         )
-        self.learner.on_skip = self._record_skipped
+        self.collector = self.source = Collector(
+            self._prompts(problems),
+            Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size()),
+            self.distributed,
+            config.seed,
+            should_stop=lambda: self.signals.is_stop_asked(self.distributed),
+            remember=self.updater.remember,
+        )
+        self._warn_of_long_completions()
         split = "heldout" if config.eval.path.startswith("task:") else "test"  # of a hub data set; files have none
         self.heldout = self._load(config.eval.path, split, config.eval.limit) if config.eval.path else []
-        self.steps_done = 0
         self.last: Collected | None = None  # the rollouts of the last step, to look at
 
-    def train(self) -> Path:
-        """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
-        config, output_dir = self.config, Path(self.config.output_dir)
-        source = CollectorState(self.collector, self.distributed)
-        with Run(config, config_to_dict(config), self.learner, source, config.max_steps) as run:
-            if self.distributed.is_main:
-                save_config(config, output_dir / "config.yaml")
-            self.timings, self.steps_done = run.timings, run.step
-            watch(self.engine, RolloutProgress(run.terminal, run.timings))
-            self.collector.should_stop = run.should_stop
-            self.engine.update_weights(self.model)
-            while not run.is_finished:
-                run.stop_if_asked()
-                try:
-                    with run.timings.phase("step"):
-                        metrics = self.step()
-                except StopAsked:
-                    continue
-                except NoSignal as reason:
-                    if self.steps_done == 0:
-                        raise
-                    run.say(f"training ends early: {reason}")
-                    run.save()
-                    break
-                run.step = self.steps_done
-                self._log_completions(run)
-                if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
-                    with run.timings.phase("eval"):
-                        metrics |= self.evaluate()
-                run.save_if_due(metrics)
-                metrics |= run.timings.drain()
-                metrics |= throughput(metrics)
-                run.log(metrics, headline(metrics))
-        final = write_final(
-            self.model,
-            self.tokenizer,
-            output_dir,
-            base=config.model.path,
-            lora=config.lora,
-            is_main=self.distributed.is_main,
-        )
-        if self.distributed.is_main:
-            finish_model(final, output_dir, "rl", config.push_to_hub)
-            plot_run(output_dir)
-        self.distributed.barrier()
-        return final
+    def begin(self) -> None:
+        self.engine.update_weights(self.model)
 
     def step(self) -> dict[str, float]:
-        """Roll out, reward, update, push: one batch of rollouts; its metrics.
-
-        Raises:
-            StopAsked: a signal came before the update; what was rolled out is kept for the next call.
-        """
-        collected = self.collector.collect(self.steps_done, self.distributed, self.timings)
-        self.last = collected
-        advantages = self.advantages(collected.groups)
+        """Roll out, reward, update, push: one batch of rollouts; its metrics."""
+        collected = self.last = self.collector.collect(self.steps_done)
+        advantages = advantages_of(collected.groups, self.config.objective.scale_rewards, self.distributed)
         with self.timings.phase("update_weights"):
             self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
-            is_on_policy = self.distributed.min(float(collected.is_on_policy(self.steps_done))) > 0
-            metrics = self.updater.update(collected.groups, advantages, is_on_policy=is_on_policy)
-        self.collector.finish()
+            metrics = self.updater.update(collected.groups, advantages, self.steps_done)
         with self.timings.phase("update_weights"):
             self.engine.update_weights(self.model)
             self.engine.wake()
         self.steps_done += self.config.steps_per_rollout
         return metrics | metrics_of_all_ranks(collected, self.distributed)
 
-    def advantages(self, groups: Sequence[RolloutGroup]) -> list[Tensor]:
-        """Advantages of each group's completions; collective when rewards are scaled over the batch."""
-        batch_std = 1.0
-        if self.config.scale_rewards == "batch":
-            rewards = self.distributed.gather([reward for group in groups for reward in group.rewards])
-            batch_std = statistics.stdev(rewards)
-        return [
-            group_advantages(group.reward_G[None], self.config.scale_rewards, batch_std).squeeze(0) for group in groups
-        ]
-
     def evaluate(self) -> dict[str, float]:
         """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
         config = self.config
+        if not self.heldout:
+            return {}
         evaluator = Evaluator(
             self.engine,
             self.tokenizer,
@@ -249,6 +191,53 @@ class RLTrainer:
             metrics[f"{name}/standard_error"] = result.standard_error
         return metrics
 
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        return headline(metrics)
+
+    def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return throughput(metrics)
+
+    def record(self, run: Run) -> None:
+        """Show one completion, and now and then write all of the main rank's to completions/."""
+        if self.last is None or not self.distributed.is_main:
+            return
+        groups = [*self.last.groups, *self.last.dropped]
+        if not groups:  # fewer prompts than ranks
+            return
+        run.say(sample_line(groups[0]))
+        if run.is_due(self.config.completions_steps):
+            path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
+            path.unlink(missing_ok=True)  # of a run that was continued from before
+            append_json_lines(path, completion_rows(groups, self.tokenizer, self.model.config.block_size))
+
+    def last_documents(self) -> list[Any]:
+        groups = self.last.groups if self.last else []
+        return [{"question": g.prompt.problem.question, "answer": g.prompt.problem.answer} for g in groups]
+
+    def write_final(self) -> Path:
+        return write_final(
+            self.model,
+            self.tokenizer,
+            Path(self.config.output_dir),
+            base=self.config.model.path,
+            lora=self.config.lora,
+            is_main=self.distributed.is_main,
+        )
+
+    def _frozen_copies(self) -> tuple[Reference | None, BlockDiffusionModel]:
+        """The reference where there is one, and the model that the engine decodes with."""
+        config, reference, decoded = self.config, None, self.model
+        if config.objective.beta > 0:
+            reference = self._without_adapters
+            if config.lora.r == 0:
+                frozen = self._scorer(copy.deepcopy(self.model)).requires_grad_(False).eval()
+                reference = self.distributed.placed(frozen)
+        # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
+        if self.distributed.is_sharded:
+            decoded = copy.deepcopy(self.model).requires_grad_(False)
+            nn.Module.to(decoded, self.distributed.device)
+        return reference, decoded
+
     def _warn_of_long_completions(self) -> None:
         """One that is decoded token by token may not fit a micro-batch, which would end the run."""
         config = self.config
@@ -268,11 +257,15 @@ class RLTrainer:
         with adapters_off(self.model):
             return self.learner.module(packed, rule)
 
+    def _size(self) -> tuple[int, int]:
+        """Block length and hidden size: what the cost of replaying a group depends on."""
+        return self.model.config.block_size, self.model.config.hidden_size
+
     def _load(self, path: str, split: str, limit: int) -> list[Problem]:
         data = self.config.data
         return load_problems(path, split=split, limit=limit, skip_bad_rows=data.skip_bad_rows, seed=self.config.seed)
 
-    def _collector(self, problems: Sequence[Problem] | None) -> Collector:
+    def _prompts(self, problems: Sequence[Problem] | None) -> list[Prompt]:
         data = self.config.data
         if problems is None:
             problems = self._load(data.path, "train", data.limit)
@@ -287,29 +280,7 @@ class RLTrainer:
             logger.warning("%d prompts are longer than data.max_prompt_length and left out", num_too_long)
         if not prompts:
             raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
-        collector = Collector(prompts, self.engine, self.rubric, self.config.rollout, self.config.seed)
-        size = self.model.config
-        collector.cost = lambda group: group.replay_cost(size.block_size, size.hidden_size)
-        return collector
-
-    def _record_skipped(self) -> None:
-        groups = self.last.groups if self.last else []
-        questions = [{"question": g.prompt.problem.question, "answer": g.prompt.problem.answer} for g in groups]
-        record_skipped(self.config.output_dir, self.steps_done + 1, questions, self.distributed)
-
-    def _log_completions(self, run: Run) -> None:
-        """Show one completion, and now and then write all of the main rank's to completions/."""
-        if self.last is None or not self.distributed.is_main:
-            return
-        groups = [*self.last.groups, *self.last.dropped]
-        if not groups:  # fewer prompts than ranks
-            return
-        run.say(sample_line(groups[0]))
-        if run.is_due(self.config.completions_steps):
-            path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = completion_rows(groups, self.tokenizer, self.model.config.block_size)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return prompts
 
 
 def rl_workload(config: RLConfig) -> Workload:
@@ -321,6 +292,6 @@ def rl_workload(config: RLConfig) -> Workload:
         trained_fraction=trained_fraction(config.model, config.lora),
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
-        num_copies=int(config.beta > 0 and config.lora.r == 0),
+        num_copies=int(config.objective.beta > 0 and config.lora.r == 0),
         decoded_tokens=rollout.max_batch_size * (config.data.max_prompt_length + rollout.max_completion_length),
     )

@@ -1,14 +1,18 @@
-"""Logits of many blocks -> the next state of each: one denoising step without a look at the device from the host.
+"""Hidden states (or logits) of many blocks -> what one denoising step does to each: the same for every engine.
 
-Every position is drawn, masked or not, and only masked ones are used: picking out the masked ones first would make the
-host wait for the device, which an engine that schedules ahead must not do.
+Rows go through lm_head, the distributions and the float64 sums of the draw a chunk at a time, so that memory does not
+grow with their number. A host that schedules ahead must not wait for the device: without `index_T` nothing here does.
 
-Shapes: N sequences, B block length, T = N x B positions, V vocabulary.
+Random numbers depend on (seed, position, step) only: the same logits and seed give the same completion in any engine,
+batch or order.
+
+Shapes: N sequences, B block length, T rows, V vocabulary, X hidden or V.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,79 +25,79 @@ _LOGITS_PER_CHUNK = 1 << 26  # float32 logits handled at once: 256 MB, and twice
 
 
 @dataclass(frozen=True)
-class BlockState:
-    """The current blocks of sequences, with how each token came to be there."""
+class Blocks:
+    """The current blocks of sequences."""
 
-    token_ids_NB: Tensor  # int64
     masked_NB: Tensor  # bool
-    steps_NB: Tensor  # int64, denoising step within the block, from 1; 0 where masked or of the prompt
-    logprobs_NB: Tensor  # float32 nats at that step; 0 where masked or of the prompt
+    position_NB: Tensor  # int64, absolute
+    step_N: Tensor  # int64, denoising steps the block has taken
+    seed_N: Tensor  # int64
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one denoising step does to some blocks; one with no masks stays as it is."""
+
+    revealed_NB: Tensor  # bool
+    token_ids_NB: Tensor  # int64, drawn; read where revealed
+    logprobs_NB: Tensor  # float32, nats; read where revealed
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What a distribution per position gave."""
+    """One token for each row."""
 
-    token_ids: Tensor  # int64
-    logprobs: Tensor  # float32, under the distribution sampled from
-    confidences: Tensor  # float32, probability before top-k and top-p
-    entropies: Tensor  # float32, nats; zeros unless asked for
-
-
-def denoise(
-    state: BlockState,
-    logits_TV: Tensor,
-    sampling: SamplingConfig,
-    suppressed_V: Tensor,
-    seed_N: Tensor,
-    position_NB: Tensor,
-) -> BlockState:
-    """The state after one step; a block with no masks stays as it is.
-
-    Random numbers depend on (seed, position, step) only and are those of TorchEngine: the same logits and seed give the
-    same completion in any engine, batch or order.
-
-    Args:
-        position_NB: absolute positions.
-    """
-    step_N1 = state.steps_NB.amax(dim=1, keepdim=True)
-    seed_NB, draw_NB = (x.expand_as(position_NB) for x in (seed_N[:, None], step_N1))
-    uniform_NB = counter_uniform(seed_NB, position_NB, 2 * draw_NB)
-    drawn = draw_tokens(logits_TV, sampling, suppressed_V, uniform_NB.flatten())
-    token_NB, logprob_NB, confidence_NB, entropy_NB = (
-        x.view_as(position_NB) for x in (drawn.token_ids, drawn.logprobs, drawn.confidences, drawn.entropies)
-    )
-    order_NB = counter_uniform(seed_NB, position_NB, 2 * draw_NB + 1)
-    revealed_NB = reveal_positions(sampling.unmasking, state.masked_NB, confidence_NB, entropy_NB, order_NB)
-    return BlockState(
-        token_ids_NB=torch.where(revealed_NB, token_NB, state.token_ids_NB),
-        masked_NB=state.masked_NB & ~revealed_NB,
-        steps_NB=torch.where(revealed_NB, step_N1 + 1, state.steps_NB),
-        logprobs_NB=torch.where(revealed_NB, logprob_NB, state.logprobs_NB),
-    )
+    token_ids_T: Tensor  # int64
+    logprobs_T: Tensor  # float32, nats, under the distribution drawn from
+    confidences_T: Tensor  # float32, probability before top-k and top-p
+    entropies_T: Tensor  # float32, nats; zeros where the strategy does not read them
 
 
-def draw_tokens(logits_TV: Tensor, sampling: SamplingConfig, suppressed_V: Tensor, uniform_T: Tensor) -> Draws:
-    """One token per position, in chunks of positions."""
-    rows = max(1, _LOGITS_PER_CHUNK // logits_TV.shape[1])
-    parts = [
-        _draw(logits, sampling, suppressed_V, uniform)
-        for logits, uniform in zip(logits_TV.split(rows), uniform_T.split(rows), strict=True)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+@dataclass(frozen=True)
+class Sampler:
+    """How rows become tokens, and which of them are revealed."""
 
+    logits_of: Callable[[Tensor], Tensor]  # (T, X) -> (T, V): lm_head, or nothing for an engine that has logits
+    sampling: SamplingConfig
+    suppressed_V: Tensor  # bool, ids that are never drawn
 
-def _draw(logits_TV: Tensor, sampling: SamplingConfig, suppressed_V: Tensor, uniform_T: Tensor) -> Draws:
-    confidence_TV = sampling.distribution.confidence_logprobs(logits_TV, suppressed_V)
-    sampling_TV = sampling.distribution.sampling_logprobs(confidence_TV)
-    token_T = sampling_TV.argmax(dim=-1) if sampling.temperature == 0 else sample(sampling_TV, uniform_T)
-    chosen_T1 = token_T[:, None]
-    needs_entropy = sampling.unmasking_strategy == "entropy_bounded"
-    return Draws(
-        token_ids=token_T,
-        logprobs=sampling_TV.gather(1, chosen_T1).squeeze(1),
-        confidences=confidence_TV.gather(1, chosen_T1).squeeze(1).exp(),
-        entropies=entropy(sampling_TV) if needs_entropy else torch.zeros_like(sampling_TV[:, 0]),
-    )
+    def step(self, rows_TX: Tensor, blocks: Blocks, index_T: Tensor | None = None) -> Step:
+        """One denoising step.
+
+        Args:
+            index_T: which positions of the flattened blocks the rows are of, at least all masked ones. None: all.
+        """
+        sampling, shape = self.sampling, blocks.masked_NB.shape
+        seed_NB, draw_NB = (x[:, None].expand(shape) for x in (blocks.seed_N, blocks.step_N))
+        # Two random numbers a step and position: for the token, and (for `random`) for the order of revealing.
+        uniform_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * draw_NB)
+        uniform_T = uniform_NB.flatten() if index_T is None else uniform_NB.flatten()[index_T]
+
+        def placed(value_T: Tensor) -> Tensor:
+            if index_T is not None:
+                value_T = value_T.new_zeros(blocks.masked_NB.numel()).index_copy_(0, index_T, value_T)
+            return value_T.view(shape)
+
+        drawn = self.draw(rows_TX, uniform_T)
+        confidence_NB, entropy_NB = placed(drawn.confidences_T), placed(drawn.entropies_T)
+        order_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * draw_NB + 1)
+        revealed_NB = reveal_positions(sampling.unmasking, blocks.masked_NB, confidence_NB, entropy_NB, order_NB)
+        return Step(revealed_NB, placed(drawn.token_ids_T), placed(drawn.logprobs_T))
+
+    def draw(self, rows_TX: Tensor, uniform_T: Tensor) -> Draws:
+        """One token a row, in chunks of rows; `uniform_T` in [0, 1) decides which."""
+        num_rows = max(1, _LOGITS_PER_CHUNK // len(self.suppressed_V))
+        chunks = zip(rows_TX.split(num_rows), uniform_T.split(num_rows), strict=True)
+        columns = zip(*(self._draw_chunk(rows, uniform) for rows, uniform in chunks), strict=True)
+        return Draws(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+
+    def _draw_chunk(self, rows_TX: Tensor, uniform_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields of `Draws`."""
+        sampling = self.sampling
+        confidence_TV = sampling.distribution.confidence_logprobs(self.logits_of(rows_TX), self.suppressed_V)
+        sampling_TV = sampling.distribution.sampling_logprobs(confidence_TV)
+        token_T = sampling_TV.argmax(dim=-1) if sampling.temperature == 0 else sample(sampling_TV, uniform_T)
+        logprob_T, confidence_T = (x.gather(1, token_T[:, None]).squeeze(1) for x in (sampling_TV, confidence_TV))
+        needs_entropy = sampling.unmasking_strategy == "entropy_bounded"
+        entropy_T = entropy(sampling_TV) if needs_entropy else torch.zeros_like(logprob_T)
+        return token_T, logprob_T, confidence_T.exp(), entropy_T

@@ -11,25 +11,24 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
-from dirl.diffusion.views import Branch, ViewedDocument, pack, replay_views
+from dirl.diffusion.views import replay_views
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig
-from dirl.training.optimizer import split_by_budget
+from dirl.training.balance import split_by_budget
 
 _TOKENS_PER_PACK = 8192
 
 
-def completion_branch(completion: Completion, block_length: int, mask_token_id: int) -> Branch:
-    """A completion with the views of its exact replay."""
-    completion_ids = torch.tensor(completion.token_ids, dtype=torch.int64)
-    trajectory = Trajectory(
-        torch.tensor(completion.prompt_ids, dtype=torch.int64),
-        completion_ids,
-        torch.tensor(completion.step_map, dtype=torch.int64),
+def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
+    """The prompt, tokens and steps of a completion as tensors."""
+    prompt_ids, completion_ids, step_map = (
+        torch.tensor(ids, dtype=torch.int64)
+        for ids in (completion.prompt_ids, completion.token_ids, completion.step_map)
     )
-    return Branch(completion_ids, replay_views(trajectory, block_length, mask_token_id))
+    return Trajectory(prompt_ids, completion_ids, step_map, block_length)
 
 
 def logprobs(
@@ -44,12 +43,10 @@ def logprobs(
     """
     sampling = sampling or SamplingConfig()
     block_length, device = model.config.block_size, next(model.parameters()).device
+    trajectories = [trajectory_of(completion, block_length) for completion in completions]
     documents = [
-        ViewedDocument(
-            torch.tensor(completion.prompt_ids, dtype=torch.int64),
-            [completion_branch(completion, block_length, model.config.mask_token_id)],
-        )
-        for completion in completions
+        ViewedDocument(trajectory.prompt_ids, [replay_views(trajectory, model.config.mask_token_id)])
+        for trajectory in trajectories
     ]
     lengths = [document.packed_length(block_length) for document in documents]
     rule = ScoringRule(sampling.distribution, sampling.unmasking, suppressed_by(model))
@@ -59,7 +56,7 @@ def logprobs(
         packed = pack([documents[i] for i in members], block_length).reveals_only().to(device)
         logprob_T = scorer(packed, rule).logprob_T
         for branch, index in enumerate(members):
-            mine = packed.branch_T == branch
+            mine_T = packed.actions.branch_T == branch
             # Actions stand in the order of steps; a completion wants them in the order of its tokens.
-            found[index] = logprob_T[mine][packed.completion_index_T[mine].argsort()]
+            found[index] = logprob_T[mine_T][packed.actions.completion_index_T[mine_T].argsort()]
     return [found[i] for i in range(len(completions))]

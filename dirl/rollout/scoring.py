@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from dirl.data.problems import Problem
+from dirl.reward.rubric import Rubric, Scores
 from dirl.rollout.engine import Completion
 
 
@@ -28,7 +28,25 @@ def reward_columns(
     }
 
 
-def stable_seed(*parts: int) -> int:
-    """A 63-bit seed that is the same in every process and for every number of ranks."""
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def score(
+    rubric: Rubric,
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    *,
+    max_completion_length: int,
+    group_size: int = 1,
+) -> Scores:
+    """What a rubric gives completions.
+
+    Args:
+        problems: the problem of each completion, repeated where it has several.
+        group_size: completions of one problem, which stand together.
+    """
+    return rubric.score(
+        [problem.question for problem in problems],
+        [completion.text for completion in completions],
+        completion_ids=[completion.token_ids for completion in completions],
+        step_maps=[completion.step_map for completion in completions],
+        columns=reward_columns(problems, completions, max_completion_length),
+        group_size=group_size,
+    )

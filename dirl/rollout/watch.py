@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dirl.rollout.block_step import Step
 from dirl.rollout.engine import Completion, RolloutEngine
-from dirl.rollout.local.slots import Slots, Step
+from dirl.rollout.local.slots import Slots
 from dirl.show.terminal import Terminal
 from dirl.training.metrics import Timings
 
@@ -83,7 +84,7 @@ def watch(engine: RolloutEngine, observer: Observer) -> None:
 
 def frames_of(slots: Slots, slot_A: Tensor, step: Step) -> list[Frame]:
     """The active slots after `slots.apply(step)`, before their blocks are filed."""
-    shown_AB = torch.where(slots.masked_SB[slot_A], step.token_ids_AB, slots.token_ids_SB[slot_A]).tolist()
+    shown_AB = torch.where(slots.masked_SB[slot_A], step.token_ids_NB, slots.token_ids_SB[slot_A]).tolist()
     committed_AB = (~slots.masked_SB[slot_A]).tolist()
     frames = []
     for row, slot in enumerate(slot_A.tolist()):

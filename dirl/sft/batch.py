@@ -16,17 +16,16 @@ from torch import Tensor
 
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
-from dirl.diffusion.trajectory import Trajectory, TrajectoryBlocks
-from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, noisy_views, pack
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
+from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.views import noisy_views
 
 
 @dataclass(frozen=True)
 class Example:
     """A document whose completion is filled up to the end of its last block."""
 
-    prompt_ids: Tensor  # (P,) int64
-    completion_ids: Tensor  # (R,) int64, with the fill
-    blocks: TrajectoryBlocks
+    trajectory: Trajectory
     scored_KB: Tensor  # bool, tokens that may be masked and scored
 
     @property
@@ -44,11 +43,11 @@ def make_example(document: Document, block_length: int, fill_id: int, *, score_f
     num_fill = -(prompt_length + real_length) % block_length
     prompt_ids = torch.tensor(document.prompt_ids, dtype=torch.int64)
     completion_ids = torch.tensor([*document.completion_ids, *[fill_id] * num_fill], dtype=torch.int64)
-    blocks = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids)).blocks(block_length)
-    scored_KB = blocks.steps_KB > 0
+    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), block_length)
+    scored_KB = trajectory.steps_KB > 0
     if num_fill and not score_fill:
         scored_KB.view(-1)[-num_fill:] = False
-    return Example(prompt_ids, completion_ids, blocks, scored_KB)
+    return Example(trajectory, scored_KB)
 
 
 def batch_noise_levels(examples: Sequence[Example], noise: NoiseConfig, seed: int) -> list[Tensor]:
@@ -66,8 +65,9 @@ def view_document(
 ) -> ViewedDocument:
     """One noisy copy (or complementary pair) of each block of an example."""
     generator = torch.Generator().manual_seed(seed)
-    views = noisy_views(example.blocks, example.scored_KB, levels_K, mask_token_id, noise=noise, generator=generator)
-    return ViewedDocument(example.prompt_ids, [Branch(example.completion_ids, views)])
+    trajectory = example.trajectory
+    views = noisy_views(trajectory, example.scored_KB, levels_K, mask_token_id, noise=noise, generator=generator)
+    return ViewedDocument(trajectory.prompt_ids, [views])
 
 
 def pack_micro_batches(

@@ -8,25 +8,26 @@ Source: DiRL (arXiv 2512.22234), section 3.1, with one noise level per block ins
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import PATH, Config, bounded, config_to_dict, save_config
+from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document, load_documents
 from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import PackedViews, placeholder_pack
+from dirl.diffusion.views import placeholder_pack
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import PackedScorer, suppressed_by
@@ -35,15 +36,9 @@ from dirl.model.memory import Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
-from dirl.show.model_card import finish_model
-from dirl.show.pictures import plot_run
-from dirl.training.balance import balanced_owners, packed_cost
-from dirl.training.distributed import Distributed
-from dirl.training.loop import Run, record_skipped
-from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig, split_by_budget
-from dirl.training.run_state import RunConfig
-
-logger = logging.getLogger(__name__)
+from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
+from dirl.training.loop import Trainer, TrainingConfig
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +55,22 @@ class SFTDataConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(RunConfig, OptimizerConfig):
+class SFTConfig(TrainingConfig):
     """Everything of an SFT run."""
 
     output_dir: str = "outputs/sft"
     global_batch_size: int = bounded(64, least=1)  # documents per optimizer step, over all ranks
-    eval_steps: int = bounded(0, least=0)  # optimizer steps between held-out losses; 0: only at the end
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
 
-class SFTTrainer:
-    """Random-masking SFT. `train()` runs to the end; `step()` is one optimizer step, for notebooks."""
+class SFTTrainer(Trainer):
+    """Random-masking SFT: `step()` is one optimizer step."""
+
+    config: SFTConfig
+    stage = "sft"
 
     def __init__(
         self,
@@ -83,69 +80,35 @@ class SFTTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
         documents: Sequence[Document] | None = None,
     ) -> None:
-        self.config = config
-        self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
+        super().__init__(config)
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
         self.block_length = self.model.config.block_size
         self.examples, self.heldout, self.rows = self._examples(documents)
-        self.stream = PromptStream(
-            len(self.examples),
-            config.seed,
-            fingerprint((e.prompt_ids.tolist(), e.completion_ids.tolist()) for e in self.examples),
-        )
+        trajectories = [example.trajectory for example in self.examples]
+        data = fingerprint((t.prompt_ids.tolist(), t.completion_ids.tolist()) for t in trajectories)
+        self.stream = self.source = PromptStream(len(self.examples), config.seed, data)
         add_adapters(self.model, config.lora, config.seed)
-        scorer = PackedScorer(self.model, config.model.attention, config.max_tokens_per_micro_batch)
-        self.learner = Learner(scorer, config, self.distributed)
-        self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
-        self.learner.on_skip = self._record_skipped
-        self.steps_done = 0
-        self._drawn: list[int] = []  # indices of the last step's documents
-
-    def train(self) -> Path:
-        """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
-        config, output_dir = self.config, Path(self.config.output_dir)
-        with Run(config, config_to_dict(config), self.learner, self.stream, config.max_steps) as run:
-            if self.distributed.is_main:
-                save_config(config, output_dir / "config.yaml")
-            self.steps_done = run.step
-            while not run.is_finished:
-                run.stop_if_asked()
-                with run.timings.phase("step"):
-                    metrics = self.step()
-                run.step = self.steps_done
-                if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
-                    with run.timings.phase("eval"):
-                        metrics |= self.evaluate()
-                run.save_if_due(metrics)
-                metrics |= run.timings.drain()
-                metrics["perf/train_tokens_per_s"] = metrics["num_tokens"] / metrics["timing_s/step"]
-                run.log(metrics, f"loss {metrics['loss']:.4f}  {metrics['perf/train_tokens_per_s']:.0f} tokens/s")
-        final = write_final(
-            self.model,
-            self.tokenizer,
-            output_dir,
-            base=config.model.path,
-            lora=config.lora,
-            is_main=self.distributed.is_main,
+        self.learner = Learner(
+            PackedScorer(self.model, config.model.attention, config.max_tokens_per_micro_batch),
+            config,
+            self.distributed,
+            on_micro_batch=self.show_micro_batch,
+            on_skip=self.record_skipped,
         )
-        if self.distributed.is_main:
-            finish_model(final, output_dir, "sft", config.push_to_hub)
-            plot_run(output_dir)
-        self.distributed.barrier()
-        return final
+        self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
+        self._last_drawn: list[int] = []  # indices of the last step's documents
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its metrics."""
-        self._drawn = self.stream.take(self.config.global_batch_size)
-        batch = [self.examples[i] for i in self._drawn]
+        self._last_drawn = self.stream.take(self.config.global_batch_size)
+        batch = [self.examples[i] for i in self._last_drawn]
         packs = self._packs(batch, seed=_mix(self.config.seed, self.steps_done))
         denominator = float(sum(example.num_scored for example in batch))
         losses = [partial(self._loss, packed, denominator) for packed in packs]
-        metrics = self.learner.update(losses, self._empty_loss)
-        (metrics["num_tokens"],) = self.distributed.sum(float(sum(map(len, packs))))
+        outcome = self.learner.update(losses, self._empty_loss)
         self.steps_done += 1
-        return metrics
+        return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -153,6 +116,8 @@ class SFTTrainer:
 
         The noise is the same at every call, so that curves show the model and not the draw.
         """
+        if not self.heldout:
+            return {}
         self.learner.module.eval()
         packs = self._packs(self.heldout, seed=_mix(self.config.seed, -1))
         filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)
@@ -161,9 +126,10 @@ class SFTTrainer:
             logprob_T = self.learner.module(packed, self.rule).logprob_T
             if index >= len(packs):
                 continue
-            total += float(nelbo_loss(logprob_T, packed.weight_T, 1.0))
+            weight_T = packed.actions.weight_T
+            total += float(nelbo_loss(logprob_T, weight_T, 1.0))
             # w(t) = 1/t (halved for each of a complementary pair), so the weight tells the level.
-            level_T = (0.5 if self.config.noise.complementary else 1.0) / packed.weight_T
+            level_T = (0.5 if self.config.noise.complementary else 1.0) / weight_T
             deciles += decile_sums(logprob_T, level_T).cpu()
         num_scored = float(sum(example.num_scored for example in self.heldout))
         loss, *flat = self.distributed.sum(total, *deciles.flatten().tolist())
@@ -173,24 +139,41 @@ class SFTTrainer:
                 metrics[f"eval/loss_noise_decile_{index}"] = nats / count
         return metrics
 
-    def _record_skipped(self) -> None:
-        mine = self.distributed.share([self.rows[i] for i in self._drawn])
-        record_skipped(self.config.output_dir, self.steps_done + 1, list(mine), self.distributed)
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        return f"loss {metrics['loss']:.4f}  {metrics['perf/train_tokens_per_s']:.0f} tokens/s"
 
-    def _loss(self, packed: PackedViews, denominator: float) -> Tensor:
+    def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {"perf/train_tokens_per_s": metrics["num_tokens"] / metrics["timing_s/step"]}
+
+    def last_documents(self) -> list[Any]:
+        return list(self.distributed.share([self.rows[i] for i in self._last_drawn]))
+
+    def write_final(self) -> Path:
+        return write_final(
+            self.model,
+            self.tokenizer,
+            Path(self.config.output_dir),
+            base=self.config.model.path,
+            lora=self.config.lora,
+            is_main=self.distributed.is_main,
+        )
+
+    def _loss(self, packed: PackedViews, denominator: float) -> Loss:
         scores = self.learner.module(packed, self.rule)
-        return nelbo_loss(scores.logprob_T, packed.weight_T, denominator)
+        value = nelbo_loss(scores.logprob_T, packed.actions.weight_T, denominator)
+        tokens = torch.full_like(value.detach(), len(packed), dtype=torch.float64)
+        return Loss(value, len(packed), {"tokens": tokens})
 
-    def _empty_loss(self) -> Tensor:
+    def _empty_loss(self) -> Loss:
         packed = placeholder_pack(self.block_length, self.model.config.mask_token_id)
-        return self._loss(packed.to(self.distributed.device), 1.0) * 0.0
+        return self._loss(packed.to(self.distributed.device), 1.0).nothing()
 
     def _packs(self, batch: Sequence[Example], *, seed: int) -> list[PackedViews]:
         """This rank's micro-batches of a global batch."""
         levels = batch_noise_levels(batch, self.config.noise, seed)
         ranks, hidden_size = self.distributed.world_size, self.model.config.hidden_size
         num_views = 2 if self.config.noise.complementary else 1
-        lengths = [(len(example.prompt_ids), len(example.completion_ids)) for example in batch]
+        lengths = [(len(e.trajectory.prompt_ids), len(e.trajectory.completion_ids)) for e in batch]
         costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
         owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
         mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]

@@ -7,6 +7,7 @@ The only file that knows accelerate and torch.distributed; which engine shards w
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -192,24 +193,33 @@ class Distributed:
         else:
             self.accelerator.backward(loss * self.world_size)
 
-    def step(self, module: nn.Module, optimizer: Optimizer, max_grad_norm: float) -> tuple[float, bool]:
+    def step(
+        self, module: nn.Module, optimizer: Optimizer, max_grad_norm: float, numbers_N: Tensor
+    ) -> tuple[float, bool, list[list[float]]]:
         """Clip to `max_grad_norm` (0: not at all) and take the optimizer's step, unless the gradient is not finite.
 
+        Args:
+            numbers_N: float64 on the device, what this rank wants to tell the others and the host.
         Returns:
-            The global gradient norm before clipping, and whether the step was taken; the same on every rank.
+            The global gradient norm before clipping, whether the step was taken (the same on every rank), and the
+            numbers of every rank: one collective, and one wait for the device.
         """
         if self._uses_deepspeed:
             engine: Any = module
             engine.step()  # skips a gradient that is not finite by itself, on all ranks
-            is_applied = self.min(float(engine.was_step_applied())) > 0
-            return (float(engine.get_global_grad_norm()) if is_applied else float("nan")), is_applied
-        norm: Any = self.accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or float("inf"))
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        is_applied = self.min(float(torch.tensor(grad_norm).isfinite())) > 0
-        if is_applied:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return grad_norm, is_applied
+            norm = torch.tensor(float(engine.get_global_grad_norm()) if engine.was_step_applied() else float("nan"))
+        else:
+            norm = self.accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or float("inf"))
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        told = torch.cat([norm.detach().double().reshape(1).to(numbers_N.device), numbers_N])
+        rows = self.accelerator.gather(told[None]).tolist()
+        is_applied = all(math.isfinite(row[0]) for row in rows)
+        if not self._uses_deepspeed:
+            if is_applied:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        grad_norm = rows[self.rank][0] if is_applied or not self._uses_deepspeed else float("nan")
+        return grad_norm, is_applied, [row[1:] for row in rows]
 
     def save_state(self, directory: Path) -> None:
         """Weights, optimizer and every rank's RNG, in the form of the backend in use."""

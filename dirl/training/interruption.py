@@ -17,10 +17,16 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from dirl.training.distributed import Distributed
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STUCK = 75  # sysexits.h, EX_TEMPFAIL: try again
+
+
+class StopAsked(Exception):
+    """A stage was asked to stop between two acts of a step; what it has is kept."""
 
 
 class SignalWatch:
@@ -39,6 +45,10 @@ class SignalWatch:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def is_stop_asked(self, distributed: Distributed) -> bool:
+        """Whether a signal came to any rank; collective, and so the same on every rank."""
+        return distributed.max(float(self.received > 0)) > 0
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

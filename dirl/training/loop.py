@@ -1,274 +1,155 @@
-"""The shell every training loop stands in: its directory, its log, its checkpoints, its progress bar."""
+"""A stage of training -> a finished run: step, evaluate when due, save, log, finish. The one loop of the package.
+
+SFT, RL and whatever comes are subclasses of `Trainer` that say what a step and an evaluation are; when they happen,
+what survives a stop, what is written and shown is decided here.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import resource
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import nn
-
-from dirl.errors import RunInterrupted, UserError
-from dirl.show.report.write import refresh_report
+from dirl.config import bounded, config_to_dict
+from dirl.errors import UserError
+from dirl.files import append_json_lines
+from dirl.show.model_card import Stage, finish_model
+from dirl.show.pictures import plot_run
 from dirl.show.terminal import Terminal
 from dirl.training.distributed import Distributed
-from dirl.training.interruption import PhaseClock, SignalWatch
-from dirl.training.metrics import MetricsLogger, Timings
-from dirl.training.optimizer import Learner
-from dirl.training.run_state import RunConfig, resolve_resume, save_checkpoint, write_run_json
-
-logger = logging.getLogger(__name__)
-
-LOOP_STATE = "loop.json"  # the part of a checkpoint that is not weights, optimizer or RNG
+from dirl.training.interruption import SignalWatch, StopAsked
+from dirl.training.metrics import Timings
+from dirl.training.optimizer import Learner, OptimizerConfig
+from dirl.training.run import Resumable, Run, logger
+from dirl.training.run_state import RunConfig
 
 
-class Resumable(Protocol):
-    """What a loop draws its data from."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig, OptimizerConfig):
+    """What every stage that trains is told."""
 
-    @property
-    def is_amid(self) -> bool:
-        """Whether it holds more than at the end of a step: work that a stop in between must not lose."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    eval_steps: int = bounded(0, least=0)  # optimizer steps between evaluations; 0: only at the end
 
 
-class Run:
-    """One training run on disk and on screen. `step` counts finished optimizer steps."""
+class NothingToLearn(UserError):
+    """What is left has no gradient. In the first step that is an error, later the end of the run."""
 
-    def __init__(
-        self, config: RunConfig, settings: Mapping[str, Any], learner: Learner, source: Resumable, max_steps: int
-    ) -> None:
-        self.config, self.learner, self.source, self.max_steps = config, learner, source, max_steps
-        self.distributed = learner.distributed
+
+class Trainer(ABC):
+    """A stage of training. `train()` runs to the end; `step()` is one step, for notebooks.
+
+    A subclass's constructor builds, after this one's, `learner` and `source`.
+    """
+
+    stage: Stage
+    learner: Learner
+    source: Resumable  # what it draws its data from
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
         self.timings = Timings()
-        self._step = self._previous_step = 0
-        self._saved_step = -1
-        self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
-        self._signals = SignalWatch()
-        self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, self.timings.current)
-        tracker_id = self._restore()
-        self.metrics = MetricsLogger(
-            config.output_dir,
-            config.report_to,
-            run_name=config.run_name,
-            config=settings,
-            is_main=self.distributed.is_main,
-            resume_id=tracker_id,
-        )
-        self.metrics.truncate_after(self.step)
-        if self.distributed.is_main:
-            write_run_json(config.output_dir, settings)
+        self.signals = SignalWatch()
         self.terminal = Terminal(is_main=self.distributed.is_main)
-        self._reported_step = -1
-        self._tokens = 0  # packed tokens since the last micro-batch
+        self.steps_done = 0  # optimizer steps
 
-    def __enter__(self) -> Run:
-        self._signals.__enter__()
-        self._phases.__enter__()
-        self.terminal.start(self.max_steps, self.step)
-        self.learner.on_micro_batch = self._count_micro_batch
-        self._hook = self.learner.module.register_forward_hook(self._count_tokens)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-        self.terminal.stop()
-        self.metrics.close()
-        self._report()
-        self._phases.__exit__()
-        self._signals.__exit__()
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self._step
-
-    @step.setter
-    def step(self, done: int) -> None:
-        self._previous_step, self._step = self._step, done
-
-    @property
-    def is_finished(self) -> bool:
-        return self.step >= self.max_steps
-
-    def log(self, metrics: Mapping[str, float], headline: str) -> None:
-        """Record the numbers of the step that just ended; `headline` is for people."""
-        self.terminal.step(self.step, self.max_steps, headline)
-        if not self.is_due(self.config.logging_steps) and not self.is_finished:
-            return
-        self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
-        self.terminal.report(self.step, self.max_steps, metrics, headline)
-        if self._saved_step == self.step:
-            self._report()
-
-    def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
-        self.terminal.say(text)
-
-    def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never) happens now.
-
-        A batch of rollouts may be several optimizer steps: then at the first step on or after each multiple.
-        """
-        return every > 0 and self.step // every > self._previous_step // every
-
-    def should_stop(self) -> bool:
-        """Whether any rank has been asked to stop; collective, and so the same on every rank."""
-        return self.distributed.max(float(self._signals.received > 0)) > 0
-
-    def stop_if_asked(self) -> None:
-        """Write a checkpoint of this moment (unless this step's exists) and end the run, if a signal asked for it.
+    @abstractmethod
+    def step(self) -> dict[str, float]:
+        """One batch of data and its optimizer steps (`steps_done` counts them); its metrics.
 
         Raises:
-            RunInterrupted: it did.
+            StopAsked: a signal came before the update; what there is is kept for the next call.
+            NothingToLearn: no data that would change the model.
         """
-        if not self.should_stop():
-            return
-        if self._saved_step != self.step or self.source.is_amid:
-            with self.timings.phase("save"):
-                self.save()
-        raise RunInterrupted(self._signals.received, self.step)
 
-    def save_if_due(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`."""
-        is_best = self._is_new_best(metrics or {})
-        if self._saved_step != self.step and (is_best or self.is_due(self.config.save_steps) or self.is_finished):
-            with self.timings.phase("save"):
-                self.save()
+    @abstractmethod
+    def write_final(self) -> Path:
+        """The trained model as output_dir/final; collective."""
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment."""
-        self._saved_step = self.step
-        return save_checkpoint(
-            self.config.output_dir,
-            self.step,
-            self._write,
-            limit=self.config.save_total_limit,
-            is_main=self.distributed.is_main,
-            barrier=self.distributed.barrier,
-            best_step=self._best[0] if self._best else None,
+    @abstractmethod
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        """A step in a line, for people."""
+
+    def begin(self) -> None:  # noqa: B027 - most stages have nothing to do
+        """Called once, when the weights are those that the run starts or goes on with."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out data; none where there is none."""
+        return {}
+
+    def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Rates that need the seconds of the step, which only its end knows."""
+        return {}
+
+    def record(self, run: Run) -> None:  # noqa: B027 - likewise
+        """Called after each step: write or show what it was made of."""
+
+    def last_documents(self) -> list[Any]:
+        """What this rank's last step was made of, as JSON rows; written down where the step is skipped."""
+        return []
+
+    def train(self) -> Path:
+        """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
+        config = self.config
+        with self._run() as run:
+            self.steps_done = run.step
+            self.begin()
+            while not run.is_finished:
+                run.stop_if_asked()
+                try:
+                    with self.timings.phase("step"):
+                        metrics = self.step()
+                except StopAsked:
+                    continue
+                except NothingToLearn as reason:
+                    if self.steps_done == 0:
+                        raise
+                    run.say(f"training ends early: {reason}")
+                    run.save()
+                    break
+                run.advance(self.steps_done)
+                self.record(run)
+                if run.is_due(config.eval_steps) or run.is_finished:
+                    with self.timings.phase("eval"):
+                        metrics |= self.evaluate()
+                run.save_if_due(metrics)
+                metrics |= self.timings.drain()
+                metrics |= self.throughput(metrics)
+                run.log(metrics, self.headline(metrics))
+        return self._finish()
+
+    def _finish(self) -> Path:
+        final, output_dir = self.write_final(), Path(self.config.output_dir)
+        if self.distributed.is_main:
+            finish_model(final, output_dir, self.stage, self.config.push_to_hub)
+            plot_run(output_dir)
+        self.distributed.barrier()
+        return final
+
+    def _run(self) -> Run:
+        return Run(
+            self.config,
+            config_to_dict(self.config),
+            self.learner,
+            self.source,
+            signals=self.signals,
+            timings=self.timings,
+            terminal=self.terminal,
         )
 
-    def _report(self) -> None:
-        """Bring report.html up to date."""
-        if self.distributed.is_main and self._reported_step != self.step and self.metrics.path.is_file():
-            self._reported_step = self.step
-            refresh_report(self.config.output_dir)
-
-    def _count_micro_batch(self, done: int, total: int) -> None:
+    def show_micro_batch(self, done: int, total: int, num_tokens: int) -> None:
+        """For the learner to call: so many of a step's micro-batches are done."""
         if done == 0:
             self.terminal.begin("training", total)
         else:
-            self.terminal.advance(self._tokens)
-        self._tokens = 0
+            self.terminal.advance(num_tokens)
 
-    def _count_tokens(self, module: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
-        """A forward pass: its first argument is the packed sequence."""
-        self._tokens += len(arguments[0])
-
-    def _write(self, directory: Path) -> None:
-        """Every rank's part of a checkpoint; an error on one rank is an error on all, not a wait without end."""
-        error: Exception | None = None
-        state = {
-            "step": self.step,
-            "source": self.source.state_dict(),  # on every rank: it may gather
-            "tracker_id": self.metrics.tracker_id,
-            "learner": self.learner.state_dict(),
-            "best": self._best,
-            "identity": self._identity(),
-        }
-        try:
-            self.distributed.save_state(directory)
-            if self.distributed.is_main:
-                (directory / LOOP_STATE).write_text(json.dumps(state), encoding="utf-8")
-        except Exception as caught:  # re-raised below
-            error = caught
-        if self.distributed.min(float(error is None)) == 0:
-            raise error or RuntimeError("another rank could not write its part of the checkpoint")
-
-    def _is_new_best(self, metrics: Mapping[str, float]) -> bool:
-        value = metrics.get(self.config.metric_for_best_model)
-        if value is None or not math.isfinite(value):
-            return False
-        sign = 1 if self.config.greater_is_better else -1
-        is_best = self._best is None or sign * value > sign * self._best[1]
-        if is_best:
-            self._best = (self.step, float(value))
-        return is_best
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            **self.learner.identity(),
-            "backend": self.distributed.backend,
-            "world_size": self.distributed.world_size,
-        }
-
-    def _restore(self) -> str | None:
-        """Continue from the checkpoint the configuration asks for; returns the tracker's run id."""
-        checkpoint = self.distributed.from_main(resolve_resume(self.config))
-        if checkpoint is None:
-            return None
-        state = json.loads((checkpoint / LOOP_STATE).read_text(encoding="utf-8"))
-        check_identity(checkpoint, state["identity"], self._identity())
-        self.source.load_state_dict(state["source"])  # first: it refuses other data
-        self.distributed.load_state(checkpoint)
-        self.learner.load_state_dict(state["learner"])
-        self._step = self._previous_step = self._saved_step = state["step"]
-        self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
-        logger.info("resumed from %s at step %d", checkpoint, self.step)
-        return state["tracker_id"]
-
-
-def record_skipped(output_dir: str, step: int, documents: list[Any], distributed: Distributed) -> None:
-    """Add what a skipped step was made of, on all ranks, to output_dir/skipped_steps.jsonl; collective."""
-    everyones = distributed.gather(documents)
-    if distributed.is_main:
-        path = Path(output_dir, "skipped_steps.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "documents": everyones}) + "\n")
-        logger.warning("step %d: loss or gradient not finite, step skipped; its documents: %s", step, path)
-
-
-def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Whether this run can continue from a checkpoint of another model, backend or number of processes.
-
-    One process and DDP resume with any number of processes. Shards (DeepSpeed, FSDP2) fit the number that wrote them.
-
-    Raises:
-        UserError: it cannot.
-    """
-    remedy = "or set resume_from_checkpoint=none to start afresh"
-    if any(saved[name] != ours[name] for name in ("parameters_digest", "num_trained_tensors")):
-        raise UserError(
-            f"{checkpoint} holds another model: {saved['num_parameters']} parameters, {saved['num_trained_tensors']} "
-            f"trained tensors; this run's has {ours['num_parameters']} and {ours['num_trained_tensors']}: resume with "
-            f"the model.path and adapters it was started with, {remedy}"
-        )
-    form = {"plain": "ddp"}
-    if form.get(saved["backend"], saved["backend"]) != form.get(ours["backend"], ours["backend"]):
-        raise UserError(
-            f"{checkpoint} was written under {saved['backend']}, this run is launched under {ours['backend']}: launch "
-            f"with the ACCELERATE_CONFIG it was started with, {remedy}"
-        )
-    if saved["backend"] not in ("plain", "ddp") and saved["world_size"] != ours["world_size"]:
-        raise UserError(
-            f"{checkpoint} was written by {saved['world_size']} processes under {saved['backend']}, this run has "
-            f"{ours['world_size']}: launch with NUM_PROCESSES={saved['world_size']}, {remedy}"
-        )
-
-
-def peak_memory_gb() -> float:
-    """Most memory in use since the last call: of the GPU where there is one, else of the process since its start."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    def record_skipped(self) -> None:
+        """For the learner to call: what a skipped step was made of, to skipped_steps.jsonl; collective."""
+        everyones, step = self.distributed.gather(self.last_documents()), self.steps_done + 1
+        if self.distributed.is_main:
+            path = Path(self.config.output_dir, "skipped_steps.jsonl")
+            append_json_lines(path, [{"step": step, "documents": everyones}])
+            logger.warning("step %d: loss or gradient not finite, step skipped; its documents: %s", step, path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dirl.errors import UserError, one_line
+from dirl.files import append_json_lines, write_whole
 from dirl.show.metric_table import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -141,8 +142,7 @@ class MetricsLogger:
         if not self._is_main:
             return
         line: dict[str, Value] = {"step": step, **{name: finite_or_none(value) for name, value in metrics.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_json_lines(self.path, [line])
         finite = {name: value for name, value in line.items() if value is not None and name != "step"}
         for name, tracker in list(self._trackers.items()):
             self._guard(name, "log", partial(tracker.log, finite, step))
@@ -154,9 +154,7 @@ class MetricsLogger:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if text != self.path.read_text(encoding="utf-8"):
-            temporary = self.path.with_suffix(".jsonl.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path)
+            write_whole(self.path, text)
 
     def close(self) -> None:
         """Finish the trackers; the file needs no closing."""

@@ -53,10 +53,84 @@ class TrainingDiverged(RuntimeError):
     """Three optimizer steps in a row had no finite gradient."""
 
 
-class Learner:
-    """A module with its optimizer and schedule; one `update` is one optimizer step."""
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch adds to an optimizer step. Everything stays on the device until the step ends."""
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, distributed: Distributed) -> None:
+    value: Tensor  # scalar with gradient, already divided by the global denominator
+    num_tokens: int  # packed tokens, for who shows progress
+    sums: Mapping[str, Tensor] = field(default_factory=dict)  # scalars that metrics are made of, added over all ranks
+    largest: Mapping[str, Tensor] = field(default_factory=dict)  # scalars of which the largest counts
+
+    def nothing(self) -> Loss:
+        """The same without weight: zero, with a gradient of zero for every parameter."""
+        return Loss(
+            self.value * 0.0,
+            0,
+            {name: torch.zeros_like(value) for name, value in self.sums.items()},
+            {name: torch.full_like(value, -math.inf) for name, value in self.largest.items()},
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One optimizer step, over all ranks."""
+
+    metrics: dict[str, float]  # loss, grad_norm, learning_rate, skipped_steps
+    sums: dict[str, float]
+    largest: dict[str, float]
+
+
+class _Totals:
+    """Losses added up, on the device."""
+
+    def __init__(self) -> None:
+        self.names: tuple[list[str], list[str]] = ([], [])
+        self._added: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    def add(self, loss: Loss) -> None:
+        added = torch.stack([value.detach().double() for value in (loss.value, *loss.sums.values())])
+        self._added = added if self._added is None else self._added + added
+        if loss.largest:
+            largest = torch.stack([value.detach().double() for value in loss.largest.values()])
+            self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+        self.names = (["loss", *loss.sums], list(loss.largest))
+
+    def numbers(self) -> Tensor:
+        """All of them in one row, float64."""
+        assert self._added is not None
+        return self._added if self._largest is None else torch.cat([self._added, self._largest])
+
+    def over_ranks(self, rows: Sequence[Sequence[float]]) -> tuple[dict[str, float], dict[str, float]]:
+        """What the rows of all ranks come to."""
+        added, largest = self.names
+        columns = list(zip(*rows, strict=True))
+        sums = {name: math.fsum(column) for name, column in zip(added, columns, strict=False)}
+        return sums, {name: max(column) for name, column in zip(largest, columns[len(added) :], strict=True)}
+
+
+def _never(*_: object) -> None:
+    """Nobody looks on."""
+
+
+class Learner:
+    """A module with its optimizer and schedule; one `update` is one optimizer step.
+
+    Args:
+        on_micro_batch: told how many micro-batches of a step are done, of how many, and the tokens of the last one.
+        on_skip: called on every rank when a step was skipped.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        distributed: Distributed,
+        *,
+        on_micro_batch: Callable[[int, int, int], None] = _never,
+        on_skip: Callable[[], None] = _never,
+    ) -> None:
         optimizer = build_optimizer(module, config)
         scheduler = get_scheduler(
             config.lr_scheduler_type,
@@ -74,12 +148,11 @@ class Learner:
             max_grad_norm=config.max_grad_norm,
             offload_optimizer=config.offload_optimizer,
         )
-        self.on_micro_batch: Callable[[int, int], None] = lambda done, total: None  # for who shows progress
+        self._on_micro_batch, self._on_skip = on_micro_batch, on_skip
         self._skipped_in_a_row = 0
-        self.on_skip: Callable[[], None] = lambda: None  # called on every rank when a step was skipped
 
-    def update(self, losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
-        """One optimizer step on the sum of all ranks' losses.
+    def update(self, losses: Sequence[Callable[[], Loss]], empty_loss: Callable[[], Loss]) -> StepOutcome:
+        """One optimizer step on the sum of all ranks' losses. The host waits for the device once, at its end.
 
         Args:
             losses: each computes one micro-batch's loss, already divided by the global denominator. Called one after
@@ -87,8 +160,8 @@ class Learner:
             empty_loss: a zero that touches every parameter, for ranks with fewer micro-batches than others: every
                 rank must take part in every collective.
         Returns:
-            `loss`, `grad_norm` and `learning_rate` of the step, and `skipped_steps`: 1 where a loss or gradient was not
-            finite on any rank. Without losses on any rank nothing but the schedule moves.
+            `skipped_steps` is 1 where a loss or gradient was not finite on any rank. Without losses on any rank nothing
+            but the schedule moves.
         Raises:
             TrainingDiverged: no finite gradient three times in a row; such steps change nothing.
         """
@@ -96,30 +169,34 @@ class Learner:
         num_micro_batches = int(self.distributed.max(len(losses)))
         if num_micro_batches == 0:
             self._advance_schedule()
-            return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "skipped_steps": 0.0}
+            nothing = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "skipped_steps": 0.0}
+            return StepOutcome(nothing, {}, {})
         padded = [*losses, *[empty_loss] * (num_micro_batches - len(losses))]
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)  # what an interrupted step (Ctrl-C in a notebook) left
-        total = 0.0
-        self.on_micro_batch(0, num_micro_batches)
+        totals = _Totals()
+        self._on_micro_batch(0, num_micro_batches, 0)
         for index, compute_loss in enumerate(padded):
             with self.distributed.accumulation(self.module, is_last=index == len(padded) - 1):
                 loss = compute_loss()
-                value = float(loss.detach())
                 # A loss that is not finite spoils the whole gradient, so that every backend and rank skips the step.
-                self.distributed.backward(self.module, loss if math.isfinite(value) else loss * math.nan)
-                total += value
-            self.on_micro_batch(index + 1, num_micro_batches)
-        grad_norm, is_applied = self.distributed.step(self.module, self.optimizer, self.config.max_grad_norm)
-        (loss_sum,) = self.distributed.sum(total)
+                spoil = torch.where(loss.value.detach().isfinite(), 1.0, math.nan)
+                self.distributed.backward(self.module, loss.value * spoil)
+            totals.add(loss)
+            self._on_micro_batch(index + 1, num_micro_batches, loss.num_tokens)
+        grad_norm, is_applied, rows = self.distributed.step(
+            self.module, self.optimizer, self.config.max_grad_norm, totals.numbers()
+        )
         self._count_skipped(is_applied)
         self._advance_schedule()
-        return {
-            "loss": loss_sum,
+        sums, largest = totals.over_ranks(rows)
+        metrics = {
+            "loss": sums.pop("loss"),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "skipped_steps": float(not is_applied),
         }
+        return StepOutcome(metrics, sums, largest)
 
     def state_dict(self) -> dict[str, Any]:
         """What is neither weights nor optimizer: the schedule, and the steps skipped in a row."""
@@ -153,7 +230,7 @@ class Learner:
     def _count_skipped(self, is_applied: bool) -> None:
         self._skipped_in_a_row = 0 if is_applied else self._skipped_in_a_row + 1
         if not is_applied:
-            self.on_skip()
+            self._on_skip()
         if self._skipped_in_a_row == 3:
             raise TrainingDiverged(
                 "loss or gradient was not finite in three steps in a row; lower learning_rate or look at the data"
@@ -189,39 +266,3 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> Iterable[dict[st
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def split_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of items in as few bins of at most `budget` tokens as first-fit decreasing finds.
-
-    Raises:
-        ValueError: an item is longer than the budget.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > budget:
-            raise UserError(
-                f"a document takes {length} packed tokens, max_tokens_per_micro_batch is {budget}; raise it, or "
-                "shorten documents (data.max_length, rollout.max_completion_length)"
-            )
-        place = next((i for i, free in enumerate(room) if free >= length), None)
-        if place is None:
-            bins.append([])
-            room.append(budget)
-            place = -1
-        bins[place].append(index)
-        room[place] -= length
-    return _evened_bins(lengths, budget, bins)
-
-
-def _evened_bins(lengths: Sequence[int], budget: int, bins: list[list[int]]) -> list[list[int]]:
-    """As many bins, about equally full, where that fits: the fullest sets the memory and the time of all."""
-    evened: list[list[int]] = [[] for _ in bins]
-    filled = [0] * len(bins)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = filled.index(min(filled))
-        evened[place].append(index)
-        filled[place] += lengths[index]
-    return evened if max(filled, default=0) <= budget else bins

@@ -27,6 +27,7 @@ import torch
 
 from dirl.config import PATH, Config, bounded
 from dirl.errors import UserError
+from dirl.files import force_to_disk, write_json, write_whole
 from dirl.training.metrics import check_tracker_names
 
 logger = logging.getLogger(__name__)
@@ -112,10 +113,9 @@ def seal(directory: Path, step: int) -> None:
     """Describe the directory's files in a manifest and force all of it to disk."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-    manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": sizes}, indent=1), encoding="utf-8")
+    write_json(directory / MANIFEST, {"step": step, "files": sizes})
     folders = [path for path in directory.rglob("*") if path.is_dir()]
-    for path in [*files, manifest, *folders, directory]:
+    for path in [*files, *folders, directory]:
         force_to_disk(path)
 
 
@@ -128,15 +128,6 @@ def publish(temporary: Path, final: Path) -> None:
     temporary.rename(final)
     force_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def force_to_disk(path: Path) -> None:
-    """fsync of a file or directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(newest: Path, limit: int, best_step: int | None = None) -> None:
@@ -244,11 +235,7 @@ def write_run_json(output_dir: str | Path, config: Mapping[str, Any]) -> Path:
         "hardware": hardware_summary(),
         "config": hide_secrets(config),
     }
-    path = Path(output_dir) / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    return temporary.replace(path)
+    return write_whole(Path(output_dir) / "run.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
-from dirl.diffusion.likelihood import Actions, ScoringRule, action_logprobs
+from dirl.diffusion.likelihood import ScoringRule, action_logprobs
+from dirl.diffusion.packing import Actions
 from dirl.diffusion.unmasking import UnmaskingRule
 from tests.oracle import sorted_and_cut
 

@@ -7,18 +7,9 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import PackedViews, ViewedDocument, Views, attention_rule, pack
 from dirl.diffusion.trajectory import Trajectory
-from dirl.diffusion.views import (
-    PackedViews,
-    ViewedDocument,
-    Views,
-    attention_rule,
-    branch_length,
-    noisy_views,
-    pack,
-    placeholder_pack,
-    replay_views,
-)
+from dirl.diffusion.views import noisy_views, placeholder_pack, replay_views
 from tests.documents import random_document, random_trajectory
 
 MASK = 99

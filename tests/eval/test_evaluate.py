@@ -20,7 +20,7 @@ from dirl.data.tasks import noisy_sums_problems, tiny_tokenizer
 from dirl.errors import UserError
 from dirl.eval import evaluate
 from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, decoding_modes, digest_of_weights
-from dirl.eval.sample_store import read_rows
+from dirl.files import read_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model
@@ -96,9 +96,8 @@ def results_of(directory: Path) -> dict[str, Any]:
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
     """The lines of samples.jsonl in order of what they are, without the time they took."""
-    rows = [
-        {key: value for key, value in row.items() if key != "seconds"} for row in read_rows(directory / "samples.jsonl")
-    ]
+    lines = read_json_lines(directory / "samples.jsonl", "a sample")
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in lines]
     return sorted(rows, key=lambda row: (row["dataset"], row["mode"], row["problem"], row["sample"]))
 
 

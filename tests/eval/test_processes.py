@@ -14,7 +14,7 @@ import pytest
 from dirl import cli
 from dirl.errors import UserError
 from dirl.eval.evaluate import EvalConfig, run_evaluation
-from dirl.eval.sample_store import read_rows
+from dirl.files import read_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.tiny import save_tiny_model
 
@@ -57,7 +57,8 @@ def results_of(out: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    rows = [{key: value for key, value in row.items() if key not in TIMED} for row in read_rows(out / "samples.jsonl")]
+    lines = read_json_lines(out / "samples.jsonl", "a sample")
+    rows = [{key: value for key, value in row.items() if key not in TIMED} for row in lines]
     return sorted(rows, key=lambda row: (row["mode"], row["problem"], row["sample"]))
 
 

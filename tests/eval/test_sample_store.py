@@ -9,7 +9,7 @@ import pytest
 
 from dirl.config import ConfigError
 from dirl.eval.results import Sample
-from dirl.eval.sample_store import SampleStore, read_rows
+from dirl.eval.sample_store import SampleStore
 from dirl.rollout.engine import Completion
 
 SETTINGS: dict[str, object] = {"seed": 0, "sampling.temperature": 1.0, "problems.A": "aa", "reward.functions": ["x"]}
@@ -57,7 +57,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_a_line_holds_what_is_needed_to_judge_and_replay_it(tmp_path: Path) -> None:
     filled(tmp_path)
-    rows = list(read_rows(tmp_path / "samples.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert rows[2] == {
         "dataset": "A",
@@ -89,12 +89,15 @@ def test_a_line_cut_short_is_dropped(cut: int, tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "broken", ['{"dataset": "A", "mod', '{"dataset": "A"}', "[1]", '{"dataset": "A", "mode": NaN}']
+)
+def test_a_broken_line_in_the_middle_is_an_error(broken: str, tmp_path: Path) -> None:
     filled(tmp_path)
     path = tmp_path / "samples.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:20], *lines[2:], ""]))
-    with pytest.raises(ValueError, match=r"samples.jsonl line 2 is not valid JSON"):
+    path.write_text("\n".join([lines[0], broken, *lines[2:], ""]))
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 2: not a sample: .*; remove it"):
         SampleStore(tmp_path, SETTINGS)
 
 

@@ -11,20 +11,13 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, replay_views
+from dirl.diffusion.views import replay_views
 from dirl.model import attention
-from dirl.model.attention import (
-    FLEX_TILE,
-    AttentionPlan,
-    DensePlan,
-    FlexPlan,
-    padded_for_flex,
-    tile_block_mask,
-    tile_reads,
-    training_plan,
-)
+from dirl.model.attention import AttentionPlan, DensePlan
+from dirl.model.flex_attention import FLEX_TILE, FlexPlan, padded_for_flex, tile_block_mask, tile_reads, training_plan
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.tiled_attention import TiledPlan, _tiles
 from tests.documents import random_document

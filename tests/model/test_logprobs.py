@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dirl.diffusion.distribution import TokenDistribution
-from dirl.diffusion.likelihood import Actions, ScoringRule, action_logprobs
+from dirl.diffusion.likelihood import ScoringRule, action_logprobs
+from dirl.diffusion.packing import Actions, pack
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import pack
 from dirl.model.attention import DensePlan
 from dirl.model.logprobs import PackedScorer, _chunks_of_views, score_actions, suppressed_by
 from tests.documents import random_document

@@ -10,9 +10,10 @@ import torch
 from dirl.cli import main
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import Branch, ViewedDocument, pack, replay_views
+from dirl.diffusion.views import replay_views
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters

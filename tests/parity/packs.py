@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.likelihood import ScoringRule
-from dirl.diffusion.views import PackedViews, ViewedDocument, pack
+from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig

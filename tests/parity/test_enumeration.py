@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
-from dirl.diffusion.likelihood import Actions, Likelihood, ScoringRule, action_logprobs
+from dirl.diffusion.likelihood import Likelihood, ScoringRule, action_logprobs
+from dirl.diffusion.packing import Actions
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
 from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
 from tests.oracle import reference_reveal, sorted_and_cut

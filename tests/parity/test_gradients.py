@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
+from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.diffusion.views import Branch, ViewedDocument, noisy_views, pack
+from dirl.diffusion.views import noisy_views
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.policy_loss import PolicyLossConfig, policy_loss

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirl.diffusion.views import PackedViews
+from dirl.diffusion.packing import PackedViews
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import logprobs

@@ -11,7 +11,7 @@ import torch
 
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig
-from dirl.diffusion.views import PackedViews
+from dirl.diffusion.packing import PackedViews
 from dirl.model.tiny import tiny
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.distributed import Distributed

@@ -3,8 +3,8 @@
 The stock classes (0.18.0) return no step map and no usable logprobs, draw all positions of a block and neighbouring
 requests from shared random numbers, compute logits in the model's dtype, fix the unmasking rule and the mask token at
 start, ignore an EOS in the prompt's own block and drop the tokens after one. Here the schedule, the paged KV cache, the
-kernels and the CUDA graphs stay theirs; what happens to the logits is `block_step.denoise`, the same mathematics as
-TorchEngine's, with random streams per request, position and step.
+kernels and the CUDA graphs stay theirs; what happens to the logits is `block_step.Sampler`, TorchEngine's own,
+with random streams per request, position and step.
 
 How a sequence travels: `make_extra_inputs` puts its seed and its block's history beside the stock mask;
 `post_sampling` advances them; `RecordingStepInputs` carries them from step to step on the device; `make_extra_outputs`
@@ -42,7 +42,7 @@ from lmdeploy.pytorch.strategies.dllm.step_inputs import DLLMStepInputs
 from torch import Tensor
 
 from dirl.model.sdar import float32_product
-from dirl.rollout.block_step import BlockState, denoise
+from dirl.rollout.block_step import Blocks, Sampler
 from dirl.rollout.engine import SamplingConfig
 
 _MASKED, _UNMASKED, _CACHED = consts.DLLM_MASKED, consts.DLLM_UNMASKED, consts.DLLM_CACHED
@@ -173,14 +173,19 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
         token_NB = self.slice_outputs(inputs.input_ids.flatten(), inputs.seq_length).view_as(mask_NB)
         end_N1 = (inputs.history_lengths + inputs.seq_length)[:, None]
         position_NB = end_N1 - self.block_size + torch.arange(self.block_size, device=mask_NB.device)
-        before = BlockState(token_NB, mask_NB == _MASKED, extra_inputs.steps, extra_inputs.logprobs)
-        after = denoise(before, logits, self.sampling, self.suppressed_V, extra_inputs.seeds, position_NB)
+        blocks = Blocks(mask_NB == _MASKED, position_NB, extra_inputs.steps.amax(dim=1), extra_inputs.seeds)
+        step = Sampler(_as_they_are, self.sampling, self.suppressed_V).step(logits, blocks)
         is_whole_N1 = (mask_NB == _UNMASKED).all(dim=1, keepdim=True)
-        revealed_NB = before.masked_NB & ~after.masked_NB
-        new_mask_NB = mask_NB.masked_fill(revealed_NB, _UNMASKED).masked_fill(is_whole_N1, _CACHED)
-        return after.token_ids_NB.flatten(), RecordingInputs(
-            new_mask_NB.flatten(), extra_inputs.seeds, after.steps_NB, after.logprobs_NB
-        )
+        new_mask_NB = mask_NB.masked_fill(step.revealed_NB, _UNMASKED).masked_fill(is_whole_N1, _CACHED)
+        steps_NB = torch.where(step.revealed_NB, blocks.step_N[:, None] + 1, extra_inputs.steps)
+        logprobs_NB = torch.where(step.revealed_NB, step.logprobs_NB, extra_inputs.logprobs)
+        token_NB = torch.where(step.revealed_NB, step.token_ids_NB, token_NB)
+        return token_NB.flatten(), RecordingInputs(new_mask_NB.flatten(), extra_inputs.seeds, steps_NB, logprobs_NB)
+
+
+def _as_they_are(logits_TV: Tensor) -> Tensor:
+    """The head of an engine that computes logits itself."""
+    return logits_TV
 
 
 # -- on the host

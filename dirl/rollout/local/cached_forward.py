@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dirl.model.attention import raise_recompile_limit
+from dirl.model.flex_attention import raise_recompile_limit
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.local.block_cache import BlockCache, LayerCache, QueryRows, Rotary
 

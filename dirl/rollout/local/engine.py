@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import stop_token_ids
-from dirl.diffusion.distribution import counter_uniform, entropy, sample
-from dirl.diffusion.unmasking import reveal_positions
 from dirl.model.logprobs import suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
+from dirl.rollout.block_step import Sampler
 from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
-from dirl.rollout.local.slots import Request, Slots, Step
+from dirl.rollout.local.slots import Request, Slots
 from dirl.rollout.watch import Observer, frames_of
 from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
 
@@ -119,7 +118,7 @@ class TorchEngine:
         num_blocks = max(r.end_block - len(r.prompt_ids) // block_length for r in requests)
         slots = Slots(num_slots, num_blocks, block_length, self.model.config.mask_token_id, device)
         cache = BlockCache(self.model, num_slots, max(r.end_block for r in requests) * block_length)
-        sampler = _Sampler(self.model, sampling)
+        sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
             prompts: Sequence[_Part] = ()
@@ -131,8 +130,10 @@ class TorchEngine:
             slot_A = slots.is_active_S.nonzero().squeeze(1)
             if len(slot_A) == 0:
                 return
-            hidden_MD = self._forward(slots, slot_A, prompts, cache)
-            step = sampler.step(hidden_MD, slots, slot_A)
+            blocks = slots.blocks(slot_A)
+            masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
+            hidden_MD = self._forward(slots, slot_A, masked_M, prompts, cache)
+            step = sampler.step(hidden_MD, blocks, masked_M)
             slots.apply(step, slot_A)
             self.observer.stepped(partial(frames_of, slots, slot_A, step))
             for slot in slots.finish_blocks(stop_ids):
@@ -160,7 +161,9 @@ class TorchEngine:
             self.forward(cache, token_ids_T, [rows])
         return parts[-1:]
 
-    def _forward(self, slots: Slots, slot_A: Tensor, prompts: Sequence[_Part], cache: BlockCache) -> Tensor:
+    def _forward(
+        self, slots: Slots, slot_A: Tensor, masked_M: Tensor, prompts: Sequence[_Part], cache: BlockCache
+    ) -> Tensor:
         """Hidden states of the active slots' masked positions, (M, D).
 
         The same pass reads the prompts that were admitted and commits the blocks that were finished.
@@ -170,9 +173,8 @@ class TorchEngine:
         if len(slot_P):
             committed = self._blocks(slot_P, slots.block_S[slot_P] - 1, cache)
             parts.insert(-1, (slots.previous_ids_SB[slot_P], committed))
-        wanted_M = slots.masked_SB[slot_A].flatten().nonzero().squeeze(1)
         token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in parts])
-        return self.forward(cache, token_ids_T, [rows for _, rows in parts], wanted_M)
+        return self.forward(cache, token_ids_T, [rows for _, rows in parts], masked_M)
 
     def _blocks(self, slot_X: Tensor, block_X: Tensor, cache: BlockCache) -> BlockRows:
         return BlockRows(slot_X, block_X, cache.keys, self.model.config.block_size)
@@ -189,41 +191,6 @@ class TorchEngine:
             block_length=self.model.config.block_size,
         )
         return request.index, completion
-
-
-class _Sampler:
-    """Hidden states of masked positions -> sampled tokens and which of them are revealed."""
-
-    def __init__(self, model: BlockDiffusionModel, sampling: SamplingConfig) -> None:
-        self.lm_head, self.sampling = model.lm_head, sampling
-        self.suppressed_V = suppressed_by(model)
-
-    def step(self, hidden_MD: Tensor, slots: Slots, slot_A: Tensor) -> Step:
-        sampling, masked_AB = self.sampling, slots.masked_SB[slot_A]
-        lane_B = torch.arange(slots.block_length, device=slot_A.device)
-        position_AB = slots.block_S[slot_A, None] * slots.block_length + lane_B
-        seed_AB, draw_AB = (x[slot_A, None].expand_as(position_AB) for x in (slots.seed_S, slots.step_S))
-        index_M = masked_AB.flatten().nonzero().squeeze(1)
-        confidence_MV = sampling.distribution.confidence_logprobs(self.lm_head(hidden_MD), self.suppressed_V)
-        sampling_MV = sampling.distribution.sampling_logprobs(confidence_MV)
-        if sampling.temperature == 0:
-            token_M = sampling_MV.argmax(dim=-1)
-        else:
-            # Two draws a step and position: the token, and (for `random`) the order of revealing.
-            uniform_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB)
-            token_M = sample(sampling_MV, uniform_AB.flatten()[index_M])
-
-        def spread(value_M: Tensor) -> Tensor:
-            return value_M.new_zeros(masked_AB.numel()).index_copy_(0, index_M, value_M).view_as(masked_AB)
-
-        logprob_AB = spread(sampling_MV.gather(1, token_M[:, None]).squeeze(1))
-        confidence_AB = spread(confidence_MV.gather(1, token_M[:, None]).squeeze(1).exp())
-        is_bounded = sampling.unmasking_strategy == "entropy_bounded"
-        entropy_AB = spread(entropy(sampling_MV)) if is_bounded else confidence_AB  # read by that strategy only
-        is_random = sampling.unmasking_strategy == "random"
-        order_AB = counter_uniform(seed_AB, position_AB, 2 * draw_AB + 1) if is_random else confidence_AB
-        revealed_AB = reveal_positions(sampling.unmasking, masked_AB, confidence_AB, entropy_AB, order_AB)
-        return Step(revealed_AB, spread(token_M), logprob_AB)
 
 
 def _budgeted(prompts: Sequence[tuple[int, ...]], budget: int) -> Iterator[list[tuple[int, ...]]]:

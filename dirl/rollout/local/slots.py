@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dirl.rollout.block_step import Blocks, Step
+
 
 @dataclass(frozen=True)
 class Request:
@@ -23,15 +25,6 @@ class Request:
     prompt_ids: Sequence[int]
     seed: int
     end_block: int  # first block that may not be touched
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one denoising step did to the active slots."""
-
-    revealed_AB: Tensor  # bool
-    token_ids_AB: Tensor  # int64, sampled; read where revealed
-    logprob_AB: Tensor  # float32
 
 
 class Slots:
@@ -77,13 +70,19 @@ class Slots:
         self.has_previous_S[slot_N] = False
         self.is_active_S[slot_N] = True
 
+    def blocks(self, slot_A: Tensor) -> Blocks:
+        """The current blocks of the active slots."""
+        lane_B = torch.arange(self.block_length, device=self.device)
+        position_AB = self.block_S[slot_A, None] * self.block_length + lane_B
+        return Blocks(self.masked_SB[slot_A], position_AB, self.step_S[slot_A], self.seed_S[slot_A])
+
     def apply(self, step: Step, slot_A: Tensor) -> None:
         """Reveal tokens in the active slots."""
         self.step_S[slot_A] += 1
-        revealed_AB = step.revealed_AB
-        self.token_ids_SB[slot_A] = torch.where(revealed_AB, step.token_ids_AB, self.token_ids_SB[slot_A])
+        revealed_AB = step.revealed_NB
+        self.token_ids_SB[slot_A] = torch.where(revealed_AB, step.token_ids_NB, self.token_ids_SB[slot_A])
         self.step_map_SB[slot_A] = torch.where(revealed_AB, self.step_S[slot_A, None], self.step_map_SB[slot_A])
-        self.logprob_SB[slot_A] = torch.where(revealed_AB, step.logprob_AB, self.logprob_SB[slot_A])
+        self.logprob_SB[slot_A] = torch.where(revealed_AB, step.logprobs_NB, self.logprob_SB[slot_A])
         self.masked_SB[slot_A] &= ~revealed_AB
         self.has_previous_S[slot_A] = False
 

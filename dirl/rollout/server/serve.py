@@ -20,7 +20,6 @@ import sys
 import threading
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -30,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
+from dirl.files import write_whole
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.build import EngineConfig, build_engine, chosen_engine
@@ -141,7 +141,7 @@ def serve(config: ServeConfig) -> None:
         host, port = http.server_address[:2]
         address = f"http://{host!s}:{port}"
         if config.ready_file:
-            Path(config.ready_file).write_text(address, encoding="utf-8")
+            write_whole(config.ready_file, address)
         logger.info("serving rollouts at %s", address)
         if os.environ.get(PARENT_VARIABLE):
             threading.Thread(target=_die_with_parent, args=(http,), daemon=True).start()
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Conflict as error:
             return self._send(409, {"error": str(error)})
         except (ValueError, KeyError, TypeError) as error:
-            return self._send(400, {"error": f"{type(error).__name__}: {error}"})
+            return self._send(400, {"error": one_line(error)})
         except (RolloutError, RuntimeError) as error:
             logger.exception("%s failed", url.path)
             return self._send(500, {"error": str(error)})

@@ -1,0 +1,235 @@
+"""Documents and noisy views of their blocks -> one packed sequence with one attention rule, and its table of actions.
+
+A view is one noisy copy of one block at one state. The packed sequence holds, for every document, its clean tokens once
+and then its views; there is no padding. A document may carry several *branches*: completions of one prompt, which share
+the clean tokens of the prompt's full blocks (branch 0, the trunk). Every token carries five ids, and
+
+    q attends k  iff  document(k) == document(q)  and  branch(k) in {0, branch(q)}
+                 and  ( view(k) == 0 and block(k) < block(q)   or   view(k) == view(q) and block(k) == block(q) )
+
+with view 0 for clean tokens and a number of its own for every view.
+
+An *action* is what happens at one masked position of a view: its token is revealed, or it is held. Reveals carry the
+token and a weight; holds carry neither, and matter only to the trajectory likelihood.
+
+Shapes: P prompt tokens, R completion tokens, V views, B block length, L packed tokens, T actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """One completion of a prompt and noisy copies of its blocks, sorted by block."""
+
+    completion_ids: Tensor  # (R,) int64
+    block_V: Tensor  # int64, absolute block index
+    token_ids_VB: Tensor  # int64, mask_token_id where masked
+    target_ids_VB: Tensor  # int64, the clean tokens
+    revealed_VB: Tensor  # bool, masked positions whose token is scored
+    held_VB: Tensor  # bool, masked positions that stay masked
+    weight_VB: Tensor  # float32, weight of each scored token
+    visited_VB: Tensor  # bool, positions the decoder decided about in this very state
+
+    def __len__(self) -> int:
+        return len(self.block_V)
+
+    def packed_length(self, prompt_length: int, block_length: int) -> int:
+        """Tokens these add to the trunk of a document with such a prompt."""
+        return prompt_length % block_length + len(self.completion_ids) + block_length * len(self)
+
+
+@dataclass(frozen=True)
+class ViewedDocument:
+    """A prompt and the completions that share it."""
+
+    prompt_ids: Tensor  # (P,) int64
+    branches: Sequence[Views]
+
+    def packed_length(self, block_length: int) -> int:
+        """Tokens this document takes in a pack."""
+        prompt_length = len(self.prompt_ids)
+        trunk = prompt_length - prompt_length % block_length
+        return trunk + sum(views.packed_length(prompt_length, block_length) for views in self.branches)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of a pack, one row each; branches are numbered over the whole pack in the order of the documents."""
+
+    token_ids_L: Tensor  # int64
+    position_L: Tensor  # int64, position in the original sequence
+    document_L: Tensor  # int64
+    branch_L: Tensor  # int64, 0 for a trunk, else 1 + the number of the branch in the pack
+    block_L: Tensor  # int64, position // block_length
+    view_L: Tensor  # int64, 0 for clean tokens, else unique in the pack
+
+    def __len__(self) -> int:
+        return len(self.token_ids_L)
+
+    @property
+    def ids(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the attention rule compares."""
+        return self.document_L, self.branch_L, self.block_L, self.view_L
+
+    def to(self, device: torch.device | str) -> TokenTable:
+        return TokenTable(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def padded(self, multiple: int) -> TokenTable:
+        """The same rows, filled up to a multiple of some length by one more document that nobody scores.
+
+        Its id is larger than the others, so that tiles of ids stay sorted and the mask block-sparse.
+        """
+        zeros = torch.zeros(-len(self) % multiple, dtype=torch.int64, device=self.token_ids_L.device)
+        filled = TokenTable(*(torch.cat([getattr(self, f.name), zeros]) for f in fields(self)))
+        return replace(filled, document_L=torch.cat([self.document_L, zeros + self.document_L[-1] + 1]))
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What happened at the masked positions of a pack, one row each, in the order of the tokens.
+
+    The last two are facts for the host, which would otherwise have to wait for the device to learn them.
+    """
+
+    index_T: Tensor  # int64, which packed token; sorted
+    target_T: Tensor  # int64, the clean token
+    is_reveal_T: Tensor  # bool, False: hold
+    is_visited_T: Tensor  # bool, the decoder did this in this very state
+    weight_T: Tensor  # float32, weight of a revealed token; 0 for a hold
+    view_T: Tensor  # int64, sorted; the actions of one view are one step
+    block_T: Tensor  # int64, absolute block
+    branch_T: Tensor  # int64, number of the action's branch in the pack, from 0
+    completion_index_T: Tensor  # int64, index of the action's token in its completion
+    has_holds: bool
+    view_ends: tuple[int, ...]  # after which row the actions of each view end
+
+    @classmethod
+    def of(cls, **columns: Tensor) -> Actions:
+        """The table of these columns, which are on the host."""
+        ends = columns["view_T"].unique_consecutive(return_counts=True)[1].cumsum(0)
+        return cls(**columns, has_holds=not bool(columns["is_reveal_T"].all()), view_ends=tuple(ends.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.target_T)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Every column by its name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("has_holds", "view_ends")}
+
+    def to(self, device: torch.device | str) -> Actions:
+        moved = {name: column.to(device, non_blocking=True) for name, column in self.columns().items()}
+        return Actions(**moved, has_holds=self.has_holds, view_ends=self.view_ends)
+
+    def rows(self, rows: slice) -> Actions:
+        """Consecutive actions; where views end among them is not asked again."""
+        columns = {name: column[rows] for name, column in self.columns().items()}
+        return Actions(**columns, has_holds=self.has_holds, view_ends=())
+
+
+@dataclass(frozen=True)
+class PackedViews:
+    """Documents in one sequence, and what happened in it."""
+
+    tokens: TokenTable
+    actions: Actions
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> PackedViews:
+        return PackedViews(self.tokens.to(device), self.actions.to(device))
+
+    def reveals_only(self) -> PackedViews:
+        """The same pack (on the host) without its hold actions: all that the reveal likelihood and SFT need."""
+        kept_T = self.actions.is_reveal_T
+        columns = {name: column[kept_T] for name, column in self.actions.columns().items()}
+        return PackedViews(self.tokens, Actions.of(**columns))
+
+
+def pack(documents: Sequence[ViewedDocument], block_length: int) -> PackedViews:
+    """Lay documents one after another: trunk, then for each branch its clean tokens and its views."""
+    rows: list[tuple[Tensor, ...]] = []  # token ids, positions, views of consecutive tokens
+    owners: list[tuple[int, int, int]] = []  # their document, their branch, their number
+    actions: list[dict[str, Tensor]] = []
+    length, branch, next_view = 0, 0, 1
+
+    def lay(document: int, branch: int, token_ids: Tensor, position: Tensor, view: Tensor) -> int:
+        rows.append((token_ids, position, view))
+        owners.append((document, branch, len(token_ids)))
+        return len(token_ids)
+
+    for number, document in enumerate(documents):
+        prompt_length = len(document.prompt_ids)
+        trunk = prompt_length - prompt_length % block_length
+        trunk_ids, tail_ids = document.prompt_ids[:trunk], document.prompt_ids[trunk:]
+        length += lay(number, 0, trunk_ids, torch.arange(trunk), torch.zeros_like(trunk_ids))
+        for views in document.branches:
+            branch += 1
+            clean_ids = torch.cat([tail_ids, views.completion_ids])
+            position = torch.arange(trunk, trunk + len(clean_ids))
+            length += lay(number, branch, clean_ids, position, torch.zeros_like(clean_ids))
+            position_VB = views.block_V[:, None] * block_length + torch.arange(block_length)
+            view_VB = (torch.arange(len(views)) + next_view)[:, None].expand(-1, block_length)
+            actions.append(_actions_of(views, view_VB, position_VB - prompt_length, length, branch - 1))
+            length += lay(number, branch, views.token_ids_VB.flatten(), position_VB.flatten(), view_VB.flatten())
+            next_view += len(views)
+    return PackedViews(_token_table(rows, owners, block_length), _joined(actions))
+
+
+def _actions_of(
+    views: Views, view_VB: Tensor, completion_index_VB: Tensor, start: int, branch: int
+) -> dict[str, Tensor]:
+    """The actions of one branch's views, the first of which stands at `start`."""
+    block_length = view_VB.shape[1]
+    place_T = (views.revealed_VB | views.held_VB).flatten().nonzero().squeeze(1)
+    is_reveal_T = views.revealed_VB.flatten()[place_T]
+    return {
+        "index_T": place_T + start,
+        "target_T": views.target_ids_VB.flatten()[place_T],
+        "is_reveal_T": is_reveal_T,
+        "is_visited_T": views.visited_VB.flatten()[place_T],
+        "weight_T": views.weight_VB.flatten()[place_T] * is_reveal_T,
+        "view_T": view_VB.flatten()[place_T],
+        "block_T": views.block_V[place_T // block_length],
+        "branch_T": torch.full_like(place_T, branch),
+        "completion_index_T": completion_index_VB.flatten()[place_T],
+    }
+
+
+def _joined(actions: Sequence[dict[str, Tensor]]) -> Actions:
+    return Actions.of(**{name: torch.cat([part[name] for part in actions]) for name in actions[0]})
+
+
+def _token_table(
+    rows: Sequence[tuple[Tensor, ...]], owners: Sequence[tuple[int, int, int]], block_length: int
+) -> TokenTable:
+    document, branch, number = torch.tensor(owners).T
+    token_ids_L, position_L, view_L = (torch.cat(columns) for columns in zip(*rows, strict=True))
+    return TokenTable(
+        token_ids_L=token_ids_L,
+        position_L=position_L,
+        document_L=document.repeat_interleave(number),
+        branch_L=branch.repeat_interleave(number),
+        block_L=position_L // block_length,
+        view_L=view_L,
+    )
+
+
+def attention_rule(q: tuple[Tensor, ...], k: tuple[Tensor, ...]) -> Tensor:
+    """The one rule of the package; True where q may read k; arguments are (document, branch, block, view).
+
+    Compares integers and combines bools only, so that FlexAttention can compile it as a mask_mod.
+    """
+    document_q, branch_q, block_q, view_q = q
+    document_k, branch_k, block_k, view_k = k
+    same_sequence = (document_q == document_k) & ((branch_k == 0) | (branch_k == branch_q))
+    clean_earlier = (view_k == 0) & (block_k < block_q)
+    same_view = (view_k == view_q) & (block_k == block_q)
+    return same_sequence & (clean_earlier | same_view)

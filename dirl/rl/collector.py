@@ -1,0 +1,248 @@
+"""Prompts in an endless stream -> the groups of each step that carry a signal.
+
+All that a collector has is one list, `waiting`: groups that were rolled out and not trained on yet. Collecting adds to
+it until enough of them teach something; those too many begin the next step; a stop in between, a checkpoint and a
+resume are that list and the stream's place.
+
+Groups whose rewards are all equal have no gradient; with dynamic sampling they are dropped, counted, and replaced by
+groups of further prompts, a limited number of times.
+
+Source: DAPO (arXiv 2503.14476), section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dirl.config import bounded
+from dirl.data.prompt_stream import PromptStream, fingerprint
+from dirl.data.rows import shorten
+from dirl.reward.rubric import Rubric
+from dirl.rl.rollout_group import Prompt, RolloutGroup
+from dirl.rollout.build import EngineConfig
+from dirl.rollout.engine import RolloutEngine, SamplingConfig
+from dirl.rollout.scoring import score
+from dirl.training.balance import balanced_owners
+from dirl.training.distributed import Distributed
+from dirl.training.interruption import StopAsked
+from dirl.training.loop import NothingToLearn
+from dirl.training.metrics import Timings
+from dirl.training.seeds import stable_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(SamplingConfig, EngineConfig):
+    """What is rolled out for one optimizer step, and how."""
+
+    prompts_per_step: int = bounded(32, least=1)  # groups in a global batch
+    num_generations: int = bounded(8, least=2)  # completions a group: a baseline needs two
+    dynamic_sampling: bool = True  # drop groups whose rewards are all equal and draw others for them
+    max_sampling_rounds: int = bounded(2, least=1)  # rollout rounds a step may take to fill its batch; 1: never again
+    # prompts drawn per group still missing; what is then too much goes to the next step
+    oversampling: float = bounded(1.0, least=1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt that is to be rolled out."""
+
+    prompt: Prompt
+    draw: int  # place in the order of all prompts the run has drawn
+    seed: int
+
+
+class Rollouts:
+    """Drawn prompts -> scored groups, by one engine and one rubric."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rubric: Rubric,
+        config: RolloutConfig,
+        timings: Timings,
+        cost_shape: tuple[int, int],  # block length and hidden size of the model that is trained
+    ) -> None:
+        self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
+        self.cost_shape = cost_shape
+
+    def roll_out(self, drawn: Sequence[Drawn], step: int) -> tuple[list[RolloutGroup], dict[str, int]]:
+        """A group for each, in order, and how often the grader gave each verdict."""
+        size = self.config.num_generations
+        with self.timings.phase("rollout"):
+            completions = self.engine.generate(
+                [one.prompt.token_ids for one in drawn for _ in range(size)],
+                self.config,
+                [stable_seed(one.seed, sample) for one in drawn for sample in range(size)],
+            )
+        with self.timings.phase("reward"):
+            scores = score(
+                self.rubric,
+                [one.prompt.problem for one in drawn for _ in range(size)],
+                completions,
+                max_completion_length=self.config.max_completion_length,
+                group_size=size,
+            )
+        groups = [
+            RolloutGroup(
+                prompt=one.prompt,
+                completions=list(completions[start : start + size]),
+                rewards=scores.total[start : start + size],
+                reward_parts={name: part[start : start + size] for name, part in scores.parts.items()},
+                draw=one.draw,
+                sampled_at=step,
+            )
+            for start, one in zip(range(0, len(completions), size), drawn, strict=True)
+        ]
+        return groups, scores.counters
+
+    def cost(self, group: RolloutGroup) -> float:
+        """Estimated work of training on it."""
+        return group.replay_cost(*self.cost_shape)
+
+
+class NoSignal(NothingToLearn):
+    """No group of a step had differing rewards."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one step's rollouts gave on this rank."""
+
+    groups: list[RolloutGroup]  # to train on
+    dropped: list[RolloutGroup]  # no spread in the rewards
+    counters: dict[str, int]  # of the graders: timeouts, crashes, ...
+    num_carried: int  # informative groups that were too many, over all ranks: the next step begins with them
+
+
+class Collector:
+    """Draws prompts, has them rolled out and keeps the groups worth training on.
+
+    Args:
+        should_stop: asked before each round; the same on every rank.
+        remember: groups that must wait for the next step -> the same, with what the weights that sampled them give
+            their actions; called while these weights are still there, on every rank.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        rollouts: Rollouts,
+        distributed: Distributed,
+        seed: int,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        remember: Callable[[Sequence[RolloutGroup]], list[RolloutGroup]] = list,
+    ) -> None:
+        self.prompts, self.rollouts, self.distributed, self.seed = prompts, rollouts, distributed, seed
+        self.config = rollouts.config
+        data = fingerprint((p.token_ids, p.problem.answer, p.problem.columns) for p in prompts)
+        self.stream = PromptStream(len(prompts), seed, data)
+        self.waiting: list[RolloutGroup] = []  # rolled out on this rank and not trained on yet
+        self._num_drawn = 0
+        self._num_rounds = 0  # of the step that is being collected
+        self._counters: Counter[str] = Counter()
+        self._should_stop, self._remember = should_stop, remember
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether a step is half collected."""
+        return self._num_rounds > 0
+
+    def collect(self, step: int) -> Collected:
+        """This rank's groups of one step's batch; they leave the list. Those too many stay in it.
+
+        Raises:
+            StopAsked: it was; the next call goes on from there.
+            NoSignal: no group on any rank had differing rewards after the last round.
+        """
+        while True:
+            num_useful = int(self.distributed.sum(sum(map(self._is_useful, self.waiting)))[0])
+            if self._should_stop():
+                raise StopAsked
+            missing = self.config.prompts_per_step - num_useful
+            if missing <= 0 or self._num_rounds == self.config.max_sampling_rounds:
+                break
+            self._roll_out_round(step, math.ceil(missing * self.config.oversampling))
+        useful = [group for group in self.waiting if self._is_useful(group)]
+        dropped = [group for group in self.waiting if not self._is_useful(group)]
+        counters, self._counters, self._num_rounds = dict(self._counters), Counter(), 0
+        if num_useful == 0:
+            self.waiting = []
+            raise NoSignal(
+                f"step {step}: the rewards of every group were equal in {self.config.max_sampling_rounds} rounds of "
+                f"{self.config.prompts_per_step} prompts; the problems are all too easy or too hard, or the reward is "
+                f"broken{_example(dropped)}"
+            )
+        groups, waiting, num_carried = self._shared_out(useful)
+        self.waiting = self._remember(waiting) if num_carried else waiting
+        return Collected(groups, dropped, counters, num_carried)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The list of every rank, and the place in the stream; collective."""
+        index = {id(prompt): number for number, prompt in enumerate(self.prompts)}
+        waiting = [group.to_row(index[id(group.prompt)]) for group in self.waiting]
+        return {
+            "stream": self.stream.state_dict(),
+            "num_drawn": self._num_drawn,
+            "num_rounds": self._num_rounds,
+            "ranks": self.distributed.gather([{"waiting": waiting, "counters": dict(self._counters)}]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; with another number of processes than saved it, the groups are shared out anew."""
+        self.stream.load_state_dict(state["stream"])
+        self._num_drawn, self._num_rounds = state["num_drawn"], state["num_rounds"]
+        if len(state["ranks"]) == self.distributed.world_size:
+            mine = state["ranks"][self.distributed.rank]
+            rows, self._counters = mine["waiting"], Counter(mine["counters"])
+        else:
+            rows = self.distributed.share([row for rank in state["ranks"] for row in rank["waiting"]])
+            counters = [rank["counters"] for rank in state["ranks"]] if self.distributed.is_main else []
+            self._counters = sum(map(Counter, counters), Counter())
+        self.waiting = [RolloutGroup.from_row(row, self.prompts) for row in rows]
+
+    def _is_useful(self, group: RolloutGroup) -> bool:
+        return group.is_informative or not self.config.dynamic_sampling
+
+    def _roll_out_round(self, step: int, num_prompts: int) -> None:
+        drawn = [
+            Drawn(self.prompts[index], self._num_drawn + n, stable_seed(self.seed, step, self._num_rounds, n))
+            for n, index in enumerate(self.stream.take(num_prompts))
+        ]
+        self._num_drawn += num_prompts
+        groups, counters = self.rollouts.roll_out(self.distributed.share(drawn), step)
+        self.waiting = [*self.waiting, *groups]
+        self._counters.update(counters)
+        self._num_rounds += 1
+
+    def _shared_out(self, groups: list[RolloutGroup]) -> tuple[list[RolloutGroup], list[RolloutGroup], int]:
+        """This rank's fair part of the groups that were drawn first, those too many on it, and their number on all.
+
+        Only the groups that move travel, and everyone computes the same plan.
+        """
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        plan = sorted(self.distributed.gather([(group.draw, self.rollouts.cost(group), rank) for group in groups]))
+        plan, surplus = plan[: self.config.prompts_per_step], plan[self.config.prompts_per_step :]
+        owners = balanced_owners([cost for _, cost, _ in plan], [owner for _, _, owner in plan], world_size)
+        new_owner = {draw: owner for (draw, _, _), owner in zip(plan, owners, strict=True)}
+        waiting = [group for group in groups if group.draw not in new_owner]
+        mine = [group for group in groups if new_owner.get(group.draw) == rank]
+        leaving = [g for g in groups if g.draw in new_owner and new_owner[g.draw] != rank]
+        if world_size > 1:
+            mine += [group for group in self.distributed.gather(leaving) if new_owner[group.draw] == rank]
+        return sorted(mine, key=lambda group: group.draw), waiting, len(surplus)
+
+
+def _example(groups: Sequence[RolloutGroup]) -> str:
+    """One completion, for a message."""
+    if not groups:
+        return ""
+    problem, completion = groups[0].prompt.problem, groups[0].completions[0]
+    return (
+        f"; for example {shorten(problem.question)} -> {shorten(completion.text)}, gold {shorten(problem.answer)}, "
+        f"reward {groups[0].rewards[0]:g}"
+    )

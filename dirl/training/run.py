@@ -1,0 +1,244 @@
+"""What a loop stands in: the directory of a run, its log, its checkpoints, its progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dirl.config import save_config
+from dirl.errors import RunInterrupted, UserError
+from dirl.show.report.write import refresh_report
+from dirl.show.terminal import Terminal
+from dirl.training.interruption import PhaseClock, SignalWatch
+from dirl.training.metrics import MetricsLogger, Timings
+from dirl.training.optimizer import Learner
+from dirl.training.run_state import RunConfig, resolve_resume, save_checkpoint, write_run_json
+
+logger = logging.getLogger(__name__)
+
+LOOP_STATE = "loop.json"  # the part of a checkpoint that is not weights, optimizer or RNG
+
+
+class Resumable(Protocol):
+    """What a loop draws its data from."""
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether it holds more than at the end of a step: work that a stop in between must not lose."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Run:
+    """One training run on disk and on screen. `step` counts finished optimizer steps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: Mapping[str, Any],
+        learner: Learner,
+        source: Resumable,
+        *,
+        signals: SignalWatch,
+        timings: Timings,
+        terminal: Terminal,
+    ) -> None:
+        self.config, self.learner, self.source = config, learner, source
+        self.signals, self.timings, self.terminal = signals, timings, terminal
+        self.max_steps, self.distributed = learner.config.max_steps, learner.distributed
+        self.step = self._previous_step = 0
+        self._saved_step = self._reported_step = -1
+        self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
+        self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, timings.current)
+        tracker_id = self._restore()
+        self.metrics = MetricsLogger(
+            config.output_dir,
+            config.report_to,
+            run_name=config.run_name,
+            config=settings,
+            is_main=self.distributed.is_main,
+            resume_id=tracker_id,
+        )
+        self.metrics.truncate_after(self.step)
+        if self.distributed.is_main:
+            write_run_json(config.output_dir, settings)
+            save_config(config, Path(config.output_dir, "config.yaml"))
+
+    def __enter__(self) -> Run:
+        self.signals.__enter__()
+        self._phases.__enter__()
+        self.terminal.start(self.max_steps, self.step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.terminal.stop()
+        self.metrics.close()
+        self._report()
+        self._phases.__exit__()
+        self.signals.__exit__()
+
+    def advance(self, step: int) -> None:
+        """So many optimizer steps are done."""
+        self._previous_step, self.step = self.step, step
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.max_steps
+
+    def log(self, metrics: Mapping[str, float], headline: str) -> None:
+        """Record the numbers of the step that just ended; `headline` is for people."""
+        self.terminal.step(self.step, self.max_steps, headline)
+        if not self.is_due(self.config.logging_steps) and not self.is_finished:
+            return
+        self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
+        self.terminal.report(self.step, self.max_steps, metrics, headline)
+        if self._saved_step == self.step:
+            self._report()
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        self.terminal.say(text)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: never) happens now.
+
+        A batch of rollouts may be several optimizer steps: then at the first step on or after each multiple.
+        """
+        return every > 0 and self.step // every > self._previous_step // every
+
+    def stop_if_asked(self) -> None:
+        """Write a checkpoint of this moment (unless this step's exists) and end the run, if a signal asked for it.
+
+        Raises:
+            RunInterrupted: it did.
+        """
+        if not self.signals.is_stop_asked(self.distributed):
+            return
+        if self._saved_step != self.step or self.source.is_amid:
+            with self.timings.phase("save"):
+                self.save()
+        raise RunInterrupted(self.signals.received, self.step)
+
+    def save_if_due(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`."""
+        is_best = self._is_new_best(metrics or {})
+        if self._saved_step != self.step and (is_best or self.is_due(self.config.save_steps) or self.is_finished):
+            with self.timings.phase("save"):
+                self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        self._saved_step = self.step
+        return save_checkpoint(
+            self.config.output_dir,
+            self.step,
+            self._write,
+            limit=self.config.save_total_limit,
+            is_main=self.distributed.is_main,
+            barrier=self.distributed.barrier,
+            best_step=self._best[0] if self._best else None,
+        )
+
+    def _report(self) -> None:
+        """Bring report.html up to date."""
+        if self.distributed.is_main and self._reported_step != self.step and self.metrics.path.is_file():
+            self._reported_step = self.step
+            refresh_report(self.config.output_dir)
+
+    def _write(self, directory: Path) -> None:
+        """Every rank's part of a checkpoint; an error on one rank is an error on all, not a wait without end."""
+        error: Exception | None = None
+        state = {
+            "step": self.step,
+            "source": self.source.state_dict(),  # on every rank: it may gather
+            "tracker_id": self.metrics.tracker_id,
+            "learner": self.learner.state_dict(),
+            "best": self._best,
+            "identity": self._identity(),
+        }
+        try:
+            self.distributed.save_state(directory)
+            if self.distributed.is_main:
+                (directory / LOOP_STATE).write_text(json.dumps(state), encoding="utf-8")
+        except Exception as caught:  # re-raised below
+            error = caught
+        if self.distributed.min(float(error is None)) == 0:
+            raise error or RuntimeError("another rank could not write its part of the checkpoint")
+
+    def _is_new_best(self, metrics: Mapping[str, float]) -> bool:
+        value = metrics.get(self.config.metric_for_best_model)
+        if value is None or not math.isfinite(value):
+            return False
+        sign = 1 if self.config.greater_is_better else -1
+        is_best = self._best is None or sign * value > sign * self._best[1]
+        if is_best:
+            self._best = (self.step, float(value))
+        return is_best
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            **self.learner.identity(),
+            "backend": self.distributed.backend,
+            "world_size": self.distributed.world_size,
+        }
+
+    def _restore(self) -> str | None:
+        """Continue from the checkpoint the configuration asks for; returns the tracker's run id."""
+        checkpoint = self.distributed.from_main(resolve_resume(self.config))
+        if checkpoint is None:
+            return None
+        state = json.loads((checkpoint / LOOP_STATE).read_text(encoding="utf-8"))
+        check_identity(checkpoint, state["identity"], self._identity())
+        self.source.load_state_dict(state["source"])  # first: it refuses other data
+        self.distributed.load_state(checkpoint)
+        self.learner.load_state_dict(state["learner"])
+        self.step = self._previous_step = self._saved_step = state["step"]
+        self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
+        logger.info("resumed from %s at step %d", checkpoint, self.step)
+        return state["tracker_id"]
+
+
+def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Whether this run can continue from a checkpoint of another model, backend or number of processes.
+
+    One process and DDP resume with any number of processes. Shards (DeepSpeed, FSDP2) fit the number that wrote them.
+
+    Raises:
+        UserError: it cannot.
+    """
+    remedy = "or set resume_from_checkpoint=none to start afresh"
+    if any(saved[name] != ours[name] for name in ("parameters_digest", "num_trained_tensors")):
+        raise UserError(
+            f"{checkpoint} holds another model: {saved['num_parameters']} parameters, {saved['num_trained_tensors']} "
+            f"trained tensors; this run's has {ours['num_parameters']} and {ours['num_trained_tensors']}: resume with "
+            f"the model.path and adapters it was started with, {remedy}"
+        )
+    form = {"plain": "ddp"}
+    if form.get(saved["backend"], saved["backend"]) != form.get(ours["backend"], ours["backend"]):
+        raise UserError(
+            f"{checkpoint} was written under {saved['backend']}, this run is launched under {ours['backend']}: launch "
+            f"with the ACCELERATE_CONFIG it was started with, {remedy}"
+        )
+    if saved["backend"] not in ("plain", "ddp") and saved["world_size"] != ours["world_size"]:
+        raise UserError(
+            f"{checkpoint} was written by {saved['world_size']} processes under {saved['backend']}, this run has "
+            f"{ours['world_size']}: launch with NUM_PROCESSES={saved['world_size']}, {remedy}"
+        )
+
+
+def peak_memory_gb() -> float:
+    """Most memory in use since the last call: of the GPU where there is one, else of the process since its start."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

@@ -1,0 +1,88 @@
+"""One denoising step: chunks change nothing and bound memory, and engines with and without logits draw the same."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dirl.diffusion.unmasking import UnmaskingStrategy
+from dirl.rollout import block_step
+from dirl.rollout.block_step import Blocks, Sampler, Step
+from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.local.engine import TorchEngine
+from tests.rollout.engine_contract import DYNAMIC, likely_to_stop, random_prompts
+
+SIZE, VOCAB, BLOCK, SEQUENCES = 6, 40, 4, 13
+SAMPLINGS = [
+    SamplingConfig(unmasking_strategy=strategy, confidence_threshold=0.1, entropy_bound=4.0, **drawn)  # type: ignore[arg-type]
+    for strategy in get_args(UnmaskingStrategy)
+    for drawn in ({}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8})
+]
+
+
+class Head:
+    """A head whose products are exact however rows are split: everything is a small multiple of 1/4."""
+
+    def __init__(self) -> None:
+        self.weight_XV = torch.randint(-4, 5, (SIZE, VOCAB), generator=torch.manual_seed(0)) / 4
+        self.num_rows: list[int] = []
+
+    def __call__(self, hidden_TX: Tensor) -> Tensor:
+        self.num_rows.append(len(hidden_TX))
+        return hidden_TX @ self.weight_XV
+
+
+def some_blocks() -> tuple[Tensor, Blocks]:
+    """Hidden states of all positions, and blocks in the middle of decoding."""
+    generator = torch.Generator().manual_seed(1)
+    hidden_TX = torch.randint(-4, 5, (SEQUENCES * BLOCK, SIZE), generator=generator) / 2
+    masked_NB = torch.rand(SEQUENCES, BLOCK, generator=generator) < 0.6
+    masked_NB[:, 0] = True
+    position_NB = 4 * torch.randint(0, 9, (SEQUENCES, 1), generator=generator) + torch.arange(BLOCK)
+    step_N = torch.randint(0, 4, (SEQUENCES,), generator=generator)
+    return hidden_TX, Blocks(masked_NB, position_NB, step_N, torch.arange(SEQUENCES) + 5)
+
+
+def assert_same(found: Step, expected: Step) -> None:
+    assert bool(expected.revealed_NB.any()) and torch.equal(found.revealed_NB, expected.revealed_NB)
+    for name in ("token_ids_NB", "logprobs_NB"):
+        mine, theirs = (getattr(step, name)[expected.revealed_NB] for step in (found, expected))
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.unmasking_strategy}-{s.temperature}")
+def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
+    sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden_TX, blocks = some_blocks()
+    suppressed_V = torch.arange(VOCAB) >= 37
+    whole = Sampler(Head(), sampling, suppressed_V).step(hidden_TX, blocks)
+    of_logits = Sampler(lambda logits_TV: logits_TV, sampling, suppressed_V)
+    assert_same(of_logits.step(Head()(hidden_TX), blocks), whole)
+    monkeypatch.setattr(block_step, "_LOGITS_PER_CHUNK", 5 * VOCAB + 1)
+    head, masked_T = Head(), blocks.masked_NB.flatten().nonzero().squeeze(1)
+    of_masked = Sampler(head, sampling, suppressed_V).step(hidden_TX[masked_T], blocks, masked_T)
+    assert_same(of_masked, whole)
+    assert max(head.num_rows) == 5 and sum(head.num_rows) == len(masked_T)
+    assert_same(of_logits.step(Head()(hidden_TX), blocks), whole)
+    assert not bool((of_masked.revealed_NB & ~blocks.masked_NB).any())
+
+
+def test_an_engines_logits_are_bounded_whatever_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 blocks of 4 masked positions at once, and never more than 10 rows of logits."""
+    model, tokenizer = likely_to_stop()
+    prompts, seeds = random_prompts([8] * 48), range(48)
+    expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    rows: list[int] = []
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(len(inputs[0]))
+
+    monkeypatch.setattr(block_step, "_LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
+    model.lm_head.register_forward_pre_hook(count)
+    found = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    assert max(rows) == 10
+    assert [(c.token_ids, c.step_map) for c in found] == [(c.token_ids, c.step_map) for c in expected]
