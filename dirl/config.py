@@ -24,11 +24,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dirl.errors import UserError, one_line
-from dirl.files import write_whole
+from dirl.files import expand, write_whole
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Schema = TypeVar("Schema", bound="Config")
 _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -44,6 +45,7 @@ _WANTED = {
     dict: "a mapping of keys",
 }
 _ABSENT = object()
+PATH = {"path": True}  # metadata of a field that holds a path, or a list of them, and may hold something else
 
 
 class ConfigError(UserError):
@@ -57,15 +59,19 @@ class Config:
     Fields are of type int, float, str, bool, Literal, list, dict or Config. Types, choices and bounds (`bounded`) are
     checked here; what they cannot say a class says in a method `check(self)`, which raises a ValueError whose message
     begins with the field's name. Each class's own `check` is called once, base classes first: nobody calls super.
+    Fields marked with PATH hold their `~` written out.
     """
 
     # {"old.key": "new.key"} of a schema that is loaded: keys that moved and keep working in YAML and overrides.
     ALIASES: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints, marks = typing.get_type_hints(type(self)), marks_of(type(self))
         for field in dataclasses.fields(self):
-            _demand(field.name, getattr(self, field.name), hints[field.name], field.metadata)
+            value = getattr(self, field.name)
+            _demand(field.name, value, hints[field.name], marks[field.name])
+            if "path" in marks[field.name]:
+                object.__setattr__(self, field.name, _in_texts(value, _without_tilde))
         for owner in reversed(type(self).__mro__):
             if "check" in vars(owner):
                 vars(owner)["check"](self)
@@ -85,7 +91,25 @@ def bounded(
     return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
-def load_config(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+def marks_of(schema: type[Any]) -> dict[str, dict[str, Any]]:
+    """The metadata of each field; a subclass that gives a field another default changes nothing else about it."""
+    marks: dict[str, dict[str, Any]] = {}
+    for owner in reversed(schema.__mro__):
+        for field in vars(owner).get("__dataclass_fields__", {}).values():
+            marks.setdefault(field.name, {}).update(field.metadata)
+    return marks
+
+
+def bounds_in_words(marks: Mapping[str, Any]) -> str:
+    """Such as "at least 0 and below 1"; empty without bounds."""
+    return " and ".join(f"{words} {marks[key]}" for key, (words, _) in _BOUNDS.items() if key in marks)
+
+
+def _without_tilde(path: str) -> str:
+    return str(expand(path)) if path.startswith("~") else path  # a leading ./ says that it is no hub id: it stays
+
+
+def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequence[str] = ()) -> Schema:
     """The configuration of `schema` from a YAML file (None: defaults only) and `key=value` overrides.
 
     Raises:
@@ -215,42 +239,38 @@ def _say_moved(old: str, new: str) -> None:
     logger.warning("%s is now %s; the old name still works", old, new)
 
 
-def _build(schema: type[T], values: Any, prefix: str, source: _Source, default: T | None = None) -> T:
+def _build(schema: type[Schema], values: Any, prefix: str, source: _Source, default: Schema | None = None) -> Schema:
     """One dataclass from a mapping of the same names; what it does not name is as in `default` (None: the class)."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source.of(prefix)}: {prefix or 'the file'} must be a mapping of keys, got {values!r}")
     hints = typing.get_type_hints(schema)
-    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(schema)}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in fields:
             raise ConfigError(f"{source.of(key)}: unknown key {key!r}{_suggestion(key, schema, source.aliases)}")
         hint = hints[str(name)]
-        if dataclasses.is_dataclass(hint):
-            arguments[name] = _build(hint, value, key, source, _default(fields[name]))  # type: ignore[arg-type]
+        if _is_section(hint):
+            arguments[name] = _build(hint, value, key, source, _default(fields[name]))
         else:
-            arguments[name] = _convert(value, hint, key, source)
+            arguments[name] = _read(value, hint)
     try:
-        return schema(**arguments) if default is None else dataclasses.replace(default, **arguments)  # type: ignore[type-var]
+        return schema(**arguments) if default is None else dataclasses.replace(default, **arguments)
     except (ValueError, TypeError) as error:
-        named = re.split(r"[ =:.\[]", str(error), maxsplit=1)[0]
-        key = ".".join(part for part in (prefix, named if named in fields else "") if part)
-        at = "" if not prefix else f"{prefix}." if named in fields else f"{prefix}: "
-        raise ConfigError(f"{source.of(key)}: {at}{error}") from error
+        # The classes' own messages begin with the name of the field.
+        named = re.match(r"[\w.]*", str(error))[0]  # type: ignore[index]
+        key = named if named.partition(".")[0] in fields else ""
+        at = "" if not prefix else f"{prefix}." if key else f"{prefix}: "
+        raise ConfigError(f"{source.of('.'.join(filter(None, (prefix, key))))}: {at}{error}") from error
 
 
-def _convert(value: Any, hint: Any, key: str, source: _Source) -> Any:
-    """A YAML value as the field's type; nothing is guessed beyond int -> float and the text that says a number."""
-    value = _read(value, hint)
-    try:
-        _demand(key, value, hint)
-    except ConfigError as error:
-        raise ConfigError(f"{source.of(key)}: {error}") from error
-    return value
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Config)
 
 
 def _read(value: Any, hint: Any) -> Any:
+    """A YAML value as the field's type; nothing is guessed beyond int -> float and the text that says a number."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is list and isinstance(value, list):
         return [_read(item, inner[0]) for item in value]
@@ -269,7 +289,7 @@ def _demand(name: str, value: Any, hint: Any, bounds: Mapping[str, Any] | None =
         for key, item in value.items():
             _demand(f"{name}.{key}", item, inner[1], bounds)
     elif origin is Literal:
-        if value not in inner:
+        if (type(value), value) not in [(type(choice), choice) for choice in inner]:  # True is no 1
             raise ConfigError(f"{name} must be one of {', '.join(map(str, inner))}, got {value!r}")
     elif not _is_a(value, hint):
         raise ConfigError(f"{name} must be {_WANTED.get(origin or hint, hint)}, got {value!r}")
@@ -284,9 +304,8 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _demand_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    wanted = [(words, holds, bounds[key]) for key, (words, holds) in _BOUNDS.items() if key in bounds]
-    if not all(holds(value, bound) for _, holds, bound in wanted):
-        raise ConfigError(f"{name} must be {' and '.join(f'{w} {bound}' for w, _, bound in wanted)}, got {value!r}")
+    if not all(holds(value, bounds[key]) for key, (_, holds) in _BOUNDS.items() if key in bounds):
+        raise ConfigError(f"{name} must be {bounds_in_words(bounds)}, got {value!r}")
 
 
 def _read_scalar(value: Any, hint: Any) -> Any:
@@ -339,5 +358,5 @@ def _dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         yield prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
+        if _is_section(hints[field.name]):
             yield from _dotted_keys(hints[field.name], f"{prefix}{field.name}.")

@@ -84,8 +84,8 @@ def cut_torn_line(path: str | Path) -> None:
 
 
 def expand(path: str | Path) -> Path:
-    """A path as a person writes it: `~` is their home."""
-    return Path(path).expanduser()
+    """A path as a person writes it: `~` is their home, `~name` somebody else's if there is such a person."""
+    return Path(os.path.expanduser(path))
 
 
 def is_hub_id(path: str) -> bool:

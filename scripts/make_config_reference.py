@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from dirl.config import bounds_in_words, marks_of
 from dirl.eval.evaluate import EvalConfig
 from dirl.rl.train import RLConfig
 from dirl.sft.train import SFTConfig
@@ -53,14 +54,15 @@ def reference() -> str:
 
 def table(schema: type[Any], prefix: str = "", default: Any = None) -> Iterator[str]:
     """Rows of one dataclass, without its sections."""
-    hints, comments = typing.get_type_hints(schema), comments_of(schema)
+    hints, comments, marks = typing.get_type_hints(schema), comments_of(schema), marks_of(schema)
     default = default if default is not None else schema()
     yield "| key | type | default | |"
     yield "|---|---|---|---|"
     for field in dataclasses.fields(schema):
         if not dataclasses.is_dataclass(hints[field.name]):
-            value = getattr(default, field.name)
-            cells = (f"`{prefix}{field.name}`", type_name(hints[field.name]), written(value), comments[field.name])
+            kind = ", ".join(filter(None, (type_name(hints[field.name]), bounds_in_words(marks[field.name]))))
+            value = written(getattr(default, field.name))
+            cells = (f"`{prefix}{field.name}`", kind, value, comments.get(field.name, ""))
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -98,7 +100,7 @@ def written(value: Any) -> str:
 
 
 def comments_of(schema: type[Any]) -> dict[str, str]:
-    """Each field's trailing comment, from the class that declares it."""
+    """Each field's comment, from the last class that declares it with one."""
     found: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
         if dataclasses.is_dataclass(owner):
@@ -107,6 +109,7 @@ def comments_of(schema: type[Any]) -> dict[str, str]:
 
 
 def own_comments(schema: type[Any]) -> dict[str, str]:
+    """The comments at the end of a field's lines, or else on the lines above it."""
     source = textwrap.dedent(inspect.getsource(schema))
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -114,11 +117,14 @@ def own_comments(schema: type[Any]) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     (definition,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    found = {}
+    found, end = {}, definition.lineno
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+            above, beside = range(end + 1, node.lineno), range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            texts = [" ".join(comments[line] for line in lines if line in comments) for lines in (beside, above)]
+            if any(texts):
+                found[node.target.id] = texts[0] or texts[1]
+        end = node.end_lineno or node.lineno
     return found
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dirl.data.rows import DataError
 from dirl.errors import one_line
+from dirl.files import expand, is_hub_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,12 +29,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    directory = Path(path).expanduser()
-    is_hub_id = not directory.exists() and not directory.is_absolute() and str(path).count("/") == 1
-    if not is_hub_id and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    directory = expand(path)
+    is_on_hub = is_hub_id(str(path))
+    if not is_on_hub and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"no tokenizer at {path}: expected a directory holding tokenizer.json or tokenizer_config.json")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if is_hub_id else str(directory))
+        return AutoTokenizer.from_pretrained(str(path) if is_on_hub else str(directory))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"cannot load a tokenizer from {path}: {one_line(error, 200)}") from error
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dirl.errors import UserError, one_line
+from dirl.files import expand, is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,15 @@ def read_rows(path: str, *, split: str) -> Iterator[NumberedRow]:
     Raises:
         DataError: the path is missing, unreadable or of an unknown kind.
     """
-    file = Path(path).expanduser()
+    file = expand(path)
+    name, colon, configuration = path.partition(":")
     if file.is_dir():
         raise DataError(f"{path} is a directory; name one file ending in {', '.join(READERS)}")
     if file.is_file():
         return _read_file(file)
-    if file.suffix in READERS or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", path):
+    if not is_hub_id(name) or (colon and not re.fullmatch(r"[\w.-]+", configuration)):
         raise DataError(f"data file {path} does not exist")
-    return _read_hub(path, split=split)
+    return _read_hub(path, name, configuration, split=split)
 
 
 def convert_rows(
@@ -149,10 +151,9 @@ def _read_parquet(file: Path) -> Iterator[NumberedRow]:
     return iter(enumerate(table.to_pylist(), start=1))
 
 
-def _read_hub(path: str, *, split: str) -> Iterator[NumberedRow]:
+def _read_hub(path: str, name: str, configuration: str, *, split: str) -> Iterator[NumberedRow]:
     from datasets import load_dataset
 
-    name, _, configuration = path.partition(":")
     try:
         dataset = load_dataset(name, configuration or None, split=split)
     except (OSError, ValueError) as error:

@@ -15,23 +15,19 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from dirl.config import Config, bounded
+
 NoiseLevel = Literal["block", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
+class NoiseConfig(Config):
     """How much of a completion is masked in SFT."""
 
     noise_level: NoiseLevel = "block"  # one level per block, or one per sequence (DiRL)
-    min_noise: float = 1e-3  # levels are drawn from U(min_noise, 1); bounds the weight 1/t
+    min_noise: float = bounded(1e-3, above=0, below=1)  # levels are drawn from U(min_noise, 1); bounds the weight 1/t
     low_discrepancy: bool = True  # spread the levels of a batch evenly; False: independent draws
     complementary: bool = False  # two views per block that mask complementary sets: every token supervised once a pair
-
-    def __post_init__(self) -> None:
-        if self.noise_level not in ("block", "sequence"):
-            raise ValueError(f"noise_level must be block or sequence, got {self.noise_level!r}")
-        if not 0 < self.min_noise < 1:
-            raise ValueError(f"min_noise must be in (0, 1), got {self.min_noise}")
 
 
 def draw_noise_levels(num_levels: int, config: NoiseConfig, generator: Generator) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import config_to_dict, save_config
+from dirl.config import PATH, Config, bounded, config_to_dict, save_config
 from dirl.data.chat import load_tokenizer, render_prompt
 from dirl.data.problems import TESTS, Problem
 from dirl.errors import UserError
@@ -50,11 +50,12 @@ ModeName = Literal["dynamic", "static", "greedy", "custom"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalDataConfig:
+class EvalDataConfig(Config):
     """What is asked."""
 
-    datasets: list[str] = field(default_factory=lambda: ["task:noisy_sums"])  # benchmark names, paths, task:NAME
-    limit: int = 0  # problems of each data set; 0: all
+    # benchmark names, paths, task:NAME
+    datasets: list[str] = field(default_factory=lambda: ["task:noisy_sums"], metadata=PATH)
+    limit: int = bounded(0, least=0)  # problems of each data set; 0: all
     seed: int = 0  # draws the problems of a task
     system_prompt: str = ""
     suffix: str = ""  # appended to each question; not to those of code, which say what the answer must look like
@@ -62,15 +63,16 @@ class EvalDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Config):
     """Everything of an evaluation."""
 
-    output_dir: str = "outputs/eval"
+    output_dir: str = field(default="outputs/eval", metadata=PATH)
     seed: int = 0
-    num_samples: int = 1  # k completions a problem; greedy decoding needs only one
+    num_samples: int = bounded(1, least=1)  # k completions a problem; greedy decoding needs only one
     modes: list[ModeName] = field(default_factory=lambda: list[ModeName](["dynamic"]))
-    confidence_thresholds: list[float] = field(default_factory=list)  # further dynamic runs, for a sweep
-    chunk_size: int = 512  # completions of each process between two writes of samples.jsonl
+    # further dynamic runs, for a sweep
+    confidence_thresholds: list[float] = field(default_factory=list, metadata={"least": 0, "most": 1})
+    chunk_size: int = bounded(512, least=1)  # completions of each process between two writes of samples.jsonl
     overwrite: bool = False  # start again where samples of another configuration or model are found
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -78,14 +80,9 @@ class EvalConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if Path(self.output_dir).is_file():
             raise UserError(f"output_dir={self.output_dir} is a file; name a directory")
-        for key in ("num_samples", "chunk_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.data.limit < 0:
-            raise UserError(f"data.limit must be >= 0 (0: all), got {self.data.limit}")
         if not set(JUDGES) & set(self.reward.functions):
             raise UserError(f"reward.functions must hold {' or '.join(JUDGES)}: an evaluation counts right answers")
         if not self.decoding_modes:

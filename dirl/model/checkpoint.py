@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
 from dirl.errors import MissingFileError, UserError, one_line
-from dirl.files import write_json
+from dirl.files import is_hub_id, write_json
 from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
@@ -26,19 +27,15 @@ from dirl.training.full_parameters import full_state_dict, named_adapter_paramet
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Config):
     """Where the model comes from and how it is run."""
 
-    path: str = "outputs/tiny/base"  # Hugging Face directory, or a hub id
+    path: str = field(default="outputs/tiny/base", metadata=PATH)  # Hugging Face directory, or a hub id
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     attention: AttentionName = "auto"  # training forward: flex on CUDA, sdpa elsewhere
     kernels: Kernels = "auto"  # RMSNorm, SwiGLU, rotary: liger where a GPU and the package are there, else torch
     gradient_checkpointing: bool = False  # recompute each layer in backward: less memory, a third more time
-    block_length: int = 0  # 0: what the checkpoint says (block_size)
-
-    def __post_init__(self) -> None:
-        if self.block_length < 0:
-            raise UserError(f"block_length must be >= 0 (0: the checkpoint's), got {self.block_length}")
+    block_length: int = bounded(0, least=0)  # 0: what the checkpoint says (block_size)
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
@@ -49,7 +46,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
         UserError: another kind of model, damaged or incomplete files, or a tokenizer that does not fit.
     """
     path = config.path
-    if not Path(path, "config.json").is_file() and (Path(path).exists() or path.count("/") != 1 or path[0] in "./~"):
+    if not Path(path, "config.json").is_file() and not is_hub_id(path):
         raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
     with _damage_named(path):
         model_config = AutoConfig.from_pretrained(path)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dirl.config import Config, bounded
 from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel
 
@@ -23,16 +24,12 @@ _ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Config):
     """What is trained instead of the weights; there is no dropout, since replay must see the policy that sampled."""
 
-    r: int = 0  # rank of the adapters; 0: train the weights themselves
-    lora_alpha: int = 16  # the update is scaled with lora_alpha / r
+    r: int = bounded(0, least=0)  # rank of the adapters; 0: train the weights themselves
+    lora_alpha: int = bounded(16, least=1)  # the update is scaled with lora_alpha / r
     target_modules: list[str] = field(default_factory=lambda: list(_ATTENTION_AND_MLP))  # names of linear layers
-
-    def __post_init__(self) -> None:
-        if self.r < 0 or self.lora_alpha <= 0:
-            raise ValueError(f"r must be >= 0 and lora_alpha > 0, got {self.r} and {self.lora_alpha}")
 
 
 def add_adapters(model: BlockDiffusionModel, config: LoraConfig, seed: int) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl.errors import UserError, one_line
+from dirl.files import is_hub_id
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.logprobs import _LOGITS_PER_CHUNK
 from dirl.model.lora import LoraConfig
@@ -108,7 +109,7 @@ def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:
 
 
 def _shape(config: ModelConfig) -> Any:
-    if not Path(config.path).is_dir() and config.path.count("/") != 1:
+    if not Path(config.path).is_dir() and not is_hub_id(config.path):
         raise UserError(f"model.path={config.path}: no such directory; give a Hugging Face directory or a hub id")
     try:
         return AutoConfig.from_pretrained(config.path)

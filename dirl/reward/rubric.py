@@ -21,7 +21,9 @@ from statistics import fmean, pstdev
 from types import ModuleType
 from typing import Any, Literal
 
+from dirl.config import PATH, Config, bounded
 from dirl.errors import UserError, one_line
+from dirl.files import expand
 from dirl.reward.code_execution import code
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
 from dirl.reward.reasoning_tasks import reasoning_gym
@@ -41,32 +43,28 @@ class RewardError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(Config):
     """What a completion is rewarded for."""
 
-    functions: list[str] = field(default_factory=lambda: ["accuracy"])  # a name, pkg.mod:f, or path/to/file.py:f
+    # a name, pkg.mod:f, or path/to/file.py:f
+    functions: list[str] = field(default_factory=lambda: ["accuracy"], metadata=PATH)
     weights: list[float] = field(default_factory=list)  # one per function; empty: all 1
     parameters: dict[str, dict[str, float]] = field(default_factory=dict)  # by function name, e.g. cosine.longest_right
     combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward gets its own group statistics
     answer_extraction: Literal["boxed", "text"] = "boxed"  # text: math-verify may look for an answer anywhere
-    grader_workers: int = 0  # processes that check answers; 0: one per usable core, at most 4
-    grader_timeout_seconds: float = 3.0  # wall clock per answer; real ones take 0.01
-    grader_memory_limit_mb: int = 1024  # address space per process
-    max_answer_chars: int = 2000  # a longer boxed answer is wrong unread
+    grader_workers: int = bounded(0, least=0)  # processes that check answers; 0: one per usable core, at most 4
+    grader_timeout_seconds: float = bounded(3.0, above=0)  # wall clock per answer; real ones take 0.01
+    grader_memory_limit_mb: int = bounded(1024, least=1)  # address space per process
+    max_answer_chars: int = bounded(2000, least=1)  # a longer boxed answer is wrong unread
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.functions:
-            raise UserError("reward.functions is empty; name at least one, e.g. [accuracy]")
+            raise UserError("functions is empty; name at least one, e.g. [accuracy]")
         if self.weights and len(self.weights) != len(self.functions):
             raise UserError(
-                f"reward.weights needs one number per function, got {len(self.weights)} for {len(self.functions)}: "
+                f"weights needs one number per function, got {len(self.weights)} for {len(self.functions)}: "
                 f"{list(self.weights)} for {list(self.functions)}"
             )
-        if self.grader_workers < 0:
-            raise UserError(f"reward.grader_workers must be >= 0 (0: one per core), got {self.grader_workers}")
-        for name in ("grader_timeout_seconds", "grader_memory_limit_mb", "max_answer_chars"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"reward.{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,7 @@ def _resolve(reference: str) -> RewardFunction:
             raise RewardError(f"unknown reward function {name!r}{hint} Your own: pkg.mod:f or path/to/file.py:f")
         return REWARD_FUNCTIONS[name]
     try:
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        module = _load_file(expand(source)) if source.endswith(".py") else importlib.import_module(source)
     except (ImportError, OSError, SyntaxError) as error:
         raise RewardError(f"reward function {reference!r}: cannot load {source}: {error}") from error
     function = getattr(module, name, None)
@@ -247,7 +245,7 @@ def _resolve(reference: str) -> RewardFunction:
 
 
 def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path.expanduser())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader  # always there for a name that ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

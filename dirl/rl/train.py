@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import Config, bounded
+from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.problems import Problem, load_problems
 from dirl.diffusion.likelihood import ScoringRule
@@ -55,7 +55,7 @@ _OBJECTIVE_KEYS = (
 class RLDataConfig(Config):
     """The problems that are practised on."""
 
-    path: str = "task:noisy_sums"  # .json/.jsonl/.parquet, hub id, or task:NAME
+    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
     limit: int = bounded(0, least=0)  # rows read; 0: all
     max_prompt_length: int = bounded(1024, least=1)  # tokens; longer prompts are left out and counted
     system_prompt: str = ""
@@ -67,7 +67,7 @@ class RLDataConfig(Config):
 class RLEvalConfig(Config):
     """The evaluation during training: the sampling of the rollouts on held-out problems."""
 
-    path: str = ""  # as data.path; empty: no evaluation
+    path: str = field(default="", metadata=PATH)  # as data.path; empty: no evaluation
     limit: int = bounded(64, least=0)  # problems; 0: all
     num_samples: int = bounded(4, least=1)  # completions a problem
     greedy: bool = True  # also one greedy completion a problem

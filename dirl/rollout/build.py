@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dirl.config import Config, bounded
 from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import RolloutEngine, SleepLevel
@@ -17,25 +18,20 @@ from dirl.rollout.local.engine import TorchEngine
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Config):
     """Which engine decodes, where, and how much at once."""
 
     engine: Literal["auto", "torch", "lmdeploy"] = "auto"  # auto: lmdeploy on CUDA where it is installed, else torch
     mode: Literal["colocate", "server"] = "colocate"  # colocate: in this process; server: in others (`dirl serve`)
-    max_batch_size: int = 256  # sequences decoded at once; each takes a slot of the KV cache
+    max_batch_size: int = bounded(256, least=1)  # sequences decoded at once; each takes a slot of the KV cache
     compile: Literal["auto", "always", "never"] = "auto"  # torch: fuse small operations (torch.compile); auto: on CUDA
-    cache_max_entry_count: float = 0.5  # lmdeploy: part of the GPU memory free at start that its KV cache takes
+    # lmdeploy: part of the GPU memory free at start that its KV cache takes
+    cache_max_entry_count: float = bounded(0.5, above=0, below=1)
     sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
     server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
     server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
 
-    def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}")
-        if not 0 < self.cache_max_entry_count < 1:
-            raise ValueError(f"cache_max_entry_count must be between 0 and 1, got {self.cache_max_entry_count}")
-        if self.sleep_level not in (0, 1, 2):
-            raise ValueError(f"sleep_level must be 0, 1 or 2, got {self.sleep_level}")
+    def check(self) -> None:
         if self.mode == "colocate" and (self.server_urls or self.server_devices):
             raise ValueError("server_urls and server_devices are read with mode=server only; set that, or remove them")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from dirl.config import Config, bounded
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
 
@@ -25,35 +26,19 @@ class RolloutError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How tokens are drawn and which of them are revealed in a denoising step."""
 
-    temperature: float = 1.0  # 0: greedy (confidence and logprobs are then those of temperature 1)
-    top_k: int = 0  # 0: off. The exact default: what is sampled is what is scored
-    top_p: float = 1.0  # 1: off
-    max_completion_length: int = 256  # tokens; generation ends at the last block that fits
+    temperature: float = bounded(1.0, least=0)  # 0: greedy (confidence and logprobs are then those of temperature 1)
+    top_k: int = bounded(0, least=0)  # 0: off. The exact default: what is sampled is what is scored
+    top_p: float = bounded(1.0, above=0, most=1)  # 1: off
+    max_completion_length: int = bounded(256, least=1)  # tokens; generation ends at the last block that fits
     unmasking_strategy: UnmaskingStrategy = "low_confidence_dynamic"
-    confidence_threshold: float = (
-        0.9  # low_confidence_dynamic: reveal every token sampled with at least this probability
-    )
-    denoising_steps: int = 0  # low_confidence_static, sequential, random: steps per block; 0: one per position
-    entropy_bound: float = 0.1  # entropy_bounded: nats of joint-dependence error allowed per step
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 turns it off), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] (1 turns it off), got {self.top_p}")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"confidence_threshold must be in [0, 1], got {self.confidence_threshold}")
-        if self.denoising_steps < 0:
-            raise ValueError(f"denoising_steps must be >= 0 (0: one per position), got {self.denoising_steps}")
-        if self.entropy_bound < 0:
-            raise ValueError(f"entropy_bound must be >= 0 nats, got {self.entropy_bound}")
+    # low_confidence_dynamic: reveal every token sampled with at least this probability
+    confidence_threshold: float = bounded(0.9, least=0, most=1)
+    # low_confidence_static, sequential, random: steps per block; 0: one per position
+    denoising_steps: int = bounded(0, least=0)
+    entropy_bound: float = bounded(0.1, least=0)  # entropy_bounded: nats of joint-dependence error allowed per step
 
     @property
     def distribution(self) -> TokenDistribution:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import Config, bounded
+from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document, load_documents
 from dirl.data.prompt_stream import PromptStream, fingerprint
@@ -45,7 +45,7 @@ from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
 class SFTDataConfig(Config):
     """What is imitated."""
 
-    path: str = "task:noisy_sums"  # .json/.jsonl/.parquet, hub id, or task:NAME
+    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
     limit: int = bounded(0, least=0)  # rows read; 0: all
     num_heldout: int = bounded(128, least=0)  # rows set aside for the held-out loss
     max_length: int = bounded(4096, least=1)  # tokens of prompt + completion; longer documents are left out and counted

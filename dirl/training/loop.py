@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dirl.config import config_to_dict
+from dirl.config import bounded, config_to_dict
 from dirl.errors import UserError
 from dirl.files import append_json_lines
 from dirl.show.model_card import Stage, finish_model
@@ -30,7 +30,7 @@ from dirl.training.run_state import RunConfig
 class TrainingConfig(RunConfig, OptimizerConfig):
     """What every stage that trains is told."""
 
-    eval_steps: int = 0  # optimizer steps between evaluations; 0: only at the end
+    eval_steps: int = bounded(0, least=0)  # optimizer steps between evaluations; 0: only at the end
 
 
 class NothingToLearn(UserError):

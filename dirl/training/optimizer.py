@@ -14,36 +14,32 @@ import torch
 from torch import Tensor, nn
 from transformers import SchedulerType, get_scheduler
 
+from dirl.config import Config, bounded
 from dirl.errors import UserError
 from dirl.training.distributed import Distributed
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """AdamW and its schedule, under the names of transformers."""
 
-    max_steps: int = 100  # optimizer steps
-    learning_rate: float = 1e-5
+    max_steps: int = bounded(100, least=1)  # optimizer steps
+    learning_rate: float = bounded(1e-5, least=0)
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch"  # 8 bit: needs bitsandbytes
     offload_optimizer: bool = False  # keep optimizer states in main memory; DeepSpeed ZeRO only
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, float] = field(default_factory=dict)  # such as min_lr_rate for cosine_with_min_lr
-    warmup_steps: int = 0
-    weight_decay: float = 0.0  # on matrices only, not on norms
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0  # 0: no clipping
+    warmup_steps: int = bounded(0, least=0)
+    weight_decay: float = bounded(0.0, least=0)  # on matrices only, not on norms
+    adam_beta1: float = bounded(0.9, least=0, below=1)
+    adam_beta2: float = bounded(0.999, least=0, below=1)
+    adam_epsilon: float = bounded(1e-8, least=0)
+    max_grad_norm: float = bounded(1.0, least=0)  # 0: no clipping
     bf16: bool = False  # autocast the forward pass to bfloat16; logits and losses stay float32
-    max_tokens_per_micro_batch: int = 8192  # packed tokens (clean + views) of one forward pass: the memory knob
+    # packed tokens (clean + views) of one forward pass: the memory knob
+    max_tokens_per_micro_batch: int = bounded(8192, least=1)
 
-    def __post_init__(self) -> None:
-        for key, least in (("max_steps", 1), ("warmup_steps", 0), ("max_tokens_per_micro_batch", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
-        for key in ("learning_rate", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"{key} must be a finite number >= 0, got {getattr(self, key)}")
+    def check(self) -> None:
         schedules = [kind.value for kind in SchedulerType]
         if self.lr_scheduler_type not in schedules:
             raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {self.lr_scheduler_type!r}")

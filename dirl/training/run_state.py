@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from dirl.config import PATH, Config, bounded
 from dirl.errors import UserError
 from dirl.files import force_to_disk, write_json, write_whole
 from dirl.training.metrics import check_tracker_names
@@ -39,32 +40,29 @@ SECRET_VALUE = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+(?=@)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Config):
     """Where a run writes and how it can be repeated and continued."""
 
-    output_dir: str
-    seed: int = 0
-    save_steps: int = 0  # optimizer steps between checkpoints; 0: only at the end
-    save_total_limit: int = 2  # checkpoints kept; 0: all
-    resume_from_checkpoint: str = "auto"  # "auto": newest complete one in output_dir; "none"; or a checkpoint directory
+    output_dir: str = field(metadata=PATH)
+    seed: int = bounded(0, least=0, below=2**32)  # of all that is drawn; the range is numpy's
+    save_steps: int = bounded(0, least=0)  # optimizer steps between checkpoints; 0: only at the end
+    save_total_limit: int = bounded(2, least=0)  # checkpoints kept; 0: all
+    # "auto": newest complete one in output_dir; "none"; or a checkpoint directory
+    resume_from_checkpoint: str = field(default="auto", metadata=PATH)
     report_to: list[str] = field(default_factory=list)  # wandb, tensorboard; metrics.jsonl is always written
     metric_for_best_model: str = ""  # such as eval/accuracy: its best checkpoint is kept beside the newest; empty: none
     greater_is_better: bool = True  # what best means for metric_for_best_model; false for a loss
-    phase_timeout: int = 7200  # seconds a phase of a step (rollout, train, ...) may take before the run ends
+    # seconds a phase of a step (rollout, train, ...) may take before the run ends
+    phase_timeout: int = bounded(7200, least=0)
     run_name: str = ""  # what trackers show; empty: they invent one
-    logging_steps: int = 1  # optimizer steps between lines of metrics.jsonl
+    logging_steps: int = bounded(1, least=1)  # optimizer steps between lines of metrics.jsonl
     push_to_hub: str = ""  # hub id owner/name that final/ is uploaded to at the end; a failure is a warning
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not self.output_dir:
             raise UserError("output_dir must name a directory, got ''")
         if Path(self.output_dir).is_file():
             raise UserError(f"output_dir={self.output_dir} is a file; name a directory")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must be in 0..2**32-1 (numpy's range), got {self.seed}")
-        for key, least in (("save_steps", 0), ("save_total_limit", 0), ("logging_steps", 1), ("phase_timeout", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key} must be at least {least}, got {getattr(self, key)}")
         if not self.resume_from_checkpoint:
             raise UserError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
         check_tracker_names(self.report_to)

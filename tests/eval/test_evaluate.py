@@ -208,9 +208,8 @@ def test_static_is_one_token_per_step_whatever_the_configuration() -> None:
     [
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"modes": []}, "modes is empty"),
-        ({"confidence_thresholds": [1.5]}, r"confidence_threshold must be in \[0, 1\], got 1.5"),
+        ({"confidence_thresholds": [1.5]}, r"confidence_thresholds\[0\] must be at least 0 and at most 1, got 1.5"),
         ({"reward": RewardConfig(functions=["boxed"])}, "reward.functions must hold accuracy or code or reasoning_gym"),
-        ({"data": EvalDataConfig(limit=-1)}, "data.limit must be >= 0"),
         ({"sampling": SamplingConfig(unmasking_strategy="random")}, "sampling.unmasking_strategy=random is read by"),
         ({"sampling": SamplingConfig(denoising_steps=2)}, "sampling.denoising_steps=2 is read by the mode custom"),
     ],

@@ -200,5 +200,5 @@ def test_a_tokenizer_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 
 def test_a_negative_block_length_is_named() -> None:
-    with pytest.raises(ValueError, match="block_length must be >= 0"):
+    with pytest.raises(ValueError, match="block_length must be at least 0"):
         ModelConfig(block_length=-4)

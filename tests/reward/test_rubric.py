@@ -216,10 +216,10 @@ def test_bad_columns_are_errors(columns: dict[str, list[Any]], message: str) -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"functions": []}, "reward.functions is empty"),
-        ({"weights": [1.0, 2.0]}, "reward.weights needs one number per function, got 2 for 1"),
-        ({"grader_workers": -1}, "reward.grader_workers must be >= 0"),
-        ({"grader_timeout_seconds": 0.0}, "reward.grader_timeout_seconds must be positive, got 0.0"),
+        ({"functions": []}, "functions is empty"),
+        ({"weights": [1.0, 2.0]}, "weights needs one number per function, got 2 for 1"),
+        ({"grader_workers": -1}, "grader_workers must be at least 0"),
+        ({"grader_timeout_seconds": 0.0}, "grader_timeout_seconds must be above 0, got 0.0"),
     ],
 )
 def test_a_bad_config_is_an_error(fields: dict[str, Any], message: str) -> None:

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load as read_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.errors import UserError, one_line
 from dirl.files import write_whole
@@ -43,19 +44,17 @@ _MIN_KEY_LENGTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(Config):
     """What `dirl serve` decodes with, and where it listens."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     host: str = "127.0.0.1"
-    port: int = 8100  # 0: any free one
+    port: int = bounded(8100, least=0, most=65535)  # 0: any free one
     empty: bool = False  # start from config.json alone; a trainer pushes the weights
-    ready_file: str = ""  # written with the address once the server listens
+    ready_file: str = field(default="", metadata=PATH)  # written with the address once the server listens
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"port must be in 0..65535, got {self.port}")
+    def check(self) -> None:
         if self.engine.mode != "colocate":
             raise ValueError("engine.mode must be colocate in a server: it is the one that decodes")
 
