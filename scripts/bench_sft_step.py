@@ -30,7 +30,7 @@ from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, view_document
 from dirl.sft.loss import nelbo_loss
-from dirl.training.optimizer import split_by_budget
+from dirl.training.balance import split_by_budget
 
 BLOCK = 4
 

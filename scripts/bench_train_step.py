@@ -35,7 +35,7 @@ from dirl.diffusion.views import Branch, PackedViews, ViewedDocument, pack, repl
 from dirl.model.attention import padded_for_flex, tile_reads
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.training.optimizer import split_by_budget
+from dirl.training.balance import split_by_budget
 
 BLOCK = 4
 

@@ -20,8 +20,8 @@ from dirl.rl.policy_loss import LossType, completion_coefficients
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rollout.engine import Completion
 from dirl.rollout.replay import completion_branch
+from dirl.training.balance import split_by_budget
 from dirl.training.distributed import Distributed
-from dirl.training.optimizer import split_by_budget
 
 
 @dataclass(frozen=True)

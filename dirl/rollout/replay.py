@@ -16,7 +16,7 @@ from dirl.diffusion.views import Branch, ViewedDocument, pack, replay_views
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig
-from dirl.training.optimizer import split_by_budget
+from dirl.training.balance import split_by_budget
 
 _TOKENS_PER_PACK = 8192
 

@@ -37,10 +37,10 @@ from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.show.model_card import finish_model
 from dirl.show.pictures import plot_run
-from dirl.training.balance import balanced_owners, packed_cost
+from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
 from dirl.training.distributed import Distributed
 from dirl.training.loop import Run, record_skipped
-from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig, split_by_budget
+from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
 from dirl.training.run_state import RunConfig
 
 logger = logging.getLogger(__name__)

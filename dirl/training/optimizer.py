@@ -193,39 +193,3 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> Iterable[dict[st
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def split_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of items in as few bins of at most `budget` tokens as first-fit decreasing finds.
-
-    Raises:
-        ValueError: an item is longer than the budget.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > budget:
-            raise UserError(
-                f"a document takes {length} packed tokens, max_tokens_per_micro_batch is {budget}; raise it, or "
-                "shorten documents (data.max_length, rollout.max_completion_length)"
-            )
-        place = next((i for i, free in enumerate(room) if free >= length), None)
-        if place is None:
-            bins.append([])
-            room.append(budget)
-            place = -1
-        bins[place].append(index)
-        room[place] -= length
-    return _evened_bins(lengths, budget, bins)
-
-
-def _evened_bins(lengths: Sequence[int], budget: int, bins: list[list[int]]) -> list[list[int]]:
-    """As many bins, about equally full, where that fits: the fullest sets the memory and the time of all."""
-    evened: list[list[int]] = [[] for _ in bins]
-    filled = [0] * len(bins)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = filled.index(min(filled))
-        evened[place].append(index)
-        filled[place] += lengths[index]
-    return evened if max(filled, default=0) <= budget else bins
