@@ -38,10 +38,11 @@ from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
 from dirl.rollout.build import EngineConfig, build_engine
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
-from dirl.rollout.scoring import reward_columns, stable_seed
+from dirl.rollout.scoring import reward_columns
 from dirl.rollout.watch import EvaluationProgress, watch
 from dirl.training.distributed import Distributed
 from dirl.training.run_state import write_run_json
+from dirl.training.seeds import stable_seed
 
 logger = logging.getLogger(__name__)
 

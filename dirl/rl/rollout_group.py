@@ -25,10 +25,11 @@ from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
 from dirl.rollout.build import EngineConfig
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
-from dirl.rollout.scoring import reward_columns, stable_seed
+from dirl.rollout.scoring import reward_columns
 from dirl.training.balance import balanced_owners, packed_cost
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
+from dirl.training.seeds import stable_seed
 
 
 @dataclass(frozen=True, kw_only=True)

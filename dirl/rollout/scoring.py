@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from dirl.data.problems import Problem
@@ -26,9 +25,3 @@ def reward_columns(
         "finish_reason": [completion.finish_reason for completion in completions],
         "max_completion_length": [max_completion_length] * len(completions),
     }
-
-
-def stable_seed(*parts: int) -> int:
-    """A 63-bit seed that is the same in every process and for every number of ranks."""
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
