@@ -52,7 +52,7 @@ class Run:
         self._saved_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
         self._signals = SignalWatch()
-        self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, self.timings.current)
+        self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, self.timings.standing)
         tracker_id = self._restore()
         self.metrics = MetricsLogger(
             config.output_dir,
