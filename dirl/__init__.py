@@ -26,7 +26,7 @@ _HOMES = {
     "with_texts": "dirl.rollout.completions",
     "plot_run": "dirl.show.pictures",
     "plot_trajectory": "dirl.show.trajectory_picture",
-    "plot_thresholds": "dirl.eval.plots",
+    "plot_thresholds": "dirl.eval.accuracy_picture",
     "write_report": "dirl.show.report.write",
     "SamplingConfig": "dirl.rollout.engine",
     "RolloutConfig": "dirl.rl.rollout_group",
@@ -67,7 +67,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dirl import reward as rewards
-    from dirl.eval.plots import plot_thresholds
+    from dirl.eval.accuracy_picture import plot_thresholds
     from dirl.model.checkpoint import ModelConfig, load
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dirl.console.report import report_runs
+from dirl.console.report_runs import report_runs
 from dirl.model.tiny import tiny
 from dirl.rollout.generate import generate
 from dirl.show import completions
