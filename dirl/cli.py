@@ -107,7 +107,7 @@ def _add_talk(commands: Any) -> None:
 def _run_report(options: argparse.Namespace) -> None:
     if options.runs[0] == "compare":
         return _compare_evaluations(options.runs[1:])
-    from dirl.console.report import report_runs
+    from dirl.console.report_runs import report_runs
 
     return _say(f"report: {report_runs(options.runs, options.output)}")
 
