@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dirl.errors import UserError
-from dirl.training.balance import split_by_budget
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Learner, OptimizerConfig, TrainingDiverged, parameter_groups
 
