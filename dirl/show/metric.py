@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,13 +56,13 @@ class MetricTable:
         """What is known of a metric: the first row that has its name."""
         return next((row for row in self.rows if row.pattern.fullmatch(name)), None)
 
-    def choose(self, names: Iterable[str], is_wanted: Callable[[Metric], object]) -> Iterator[tuple[str, Metric]]:
+    def choose(self, names: Collection[str], is_wanted: Callable[[Metric], object]) -> Iterator[tuple[str, Metric]]:
         """Those of some names whose row is wanted, each with its row, in the order of the rows."""
         known = {name: self.row(name) for name in names}
         for row in filter(is_wanted, self.rows):
             yield from ((name, row) for name, found in known.items() if found is row)
 
-    def drawn(self, names: Iterable[str], is_wanted: Callable[[Metric], object]) -> list[tuple[str, Metric]]:
+    def drawn(self, names: Collection[str], is_wanted: Callable[[Metric], object]) -> list[tuple[str, Metric]]:
         """The same, without sums whose parts are there too."""
         known = set(names)
         return [(name, row) for name, row in self.choose(names, is_wanted) if row.part not in known]
