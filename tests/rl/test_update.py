@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
-from dirl.diffusion.packing import TokenTable
+from dirl.diffusion.packing import PackedViews, TokenTable
 from dirl.errors import UserError
-from dirl.model.attention import AttentionPlan
+from dirl.model.attention import AttentionPlan, DensePlan
 from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan
+from dirl.model.logprobs import PackedScorer
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.advantage import advantages_of
@@ -22,6 +28,7 @@ from dirl.rl.objective import ImportanceSampling, LossType, ObjectiveConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
 from dirl.rl.update_metrics import EngineMismatch
+from dirl.rollout.engine import Completion
 
 CONFIG = RLConfig(
     output_dir="unused",
@@ -288,3 +295,120 @@ def test_the_engine_sleeps_while_the_trainer_works(monkeypatch: pytest.MonkeyPat
     trained.step()
     assert [name for name in calls if name != "generate"] == ["sleep", "update", "update_weights", "wake"]
     assert calls[0] == "generate" and calls[-1] == "wake"
+
+
+class HostReads(TorchFunctionMode):
+    """Every call that makes the host wait for the device, and where it came from."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    SIZES = ("nonzero", "unique", "unique_consecutive", "masked_select", "is_nonzero", "equal", "allclose")
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        picks_rows = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.READS or name in self.SIZES or picks_rows:
+            place = next(f for f in inspect.stack()[1:] if "/torch/overrides" not in f.filename)
+            if "/torch/optim/" not in place.filename:  # AdamW counts its steps on the host
+                self.found.append(f"{name} at {place.filename}:{place.lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted between the first forward pass of a step and its end, in which packs and tables are on the device."""
+    objective = ObjectiveConfig(likelihood="trajectory", beta=0.1, importance_sampling_correction="sequence_truncate")
+    trained = trainer(replace(CONFIG, objective=objective, num_iterations=2, max_tokens_per_micro_batch=256))
+    groups = rolled_out(trained)
+    # The plan of tiles is the CPU's own; FlexAttention, a GPU's, needs no look at the device either.
+    monkeypatch.setattr("dirl.model.logprobs.training_plan", lambda tokens, _: DensePlan.packed(tokens))
+    counts, passes = [], []
+    learn, score = trained.learner.update, trained.updater._policy
+
+    def counted(*arguments: Any) -> Any:
+        with HostReads() as reads:
+            result = learn(*arguments)
+        counts.append(reads.found)
+        return result
+
+    def scored(packed: PackedViews) -> Tensor:
+        with HostReads() as reads:
+            result = score(packed)
+        passes.append(reads.found)
+        return result
+
+    monkeypatch.setattr(trained.learner, "update", counted)
+    monkeypatch.setattr(trained.updater, "_policy", scored)
+    assert len(trained.updater._packed(groups)) > 1
+    update(trained, groups)
+    assert [len(found) for found in counts] == [1, 1], counts
+    assert passes and not any(passes), passes
+
+
+def test_the_reference_scores_a_batch_of_rollouts_once() -> None:
+    config = replace(CONFIG, objective=ObjectiveConfig(beta=0.1), max_steps=6)
+    trained = trainer(replace(config, num_iterations=3, steps_per_generation=2))
+    reference = trained.updater.reference
+    assert isinstance(reference, PackedScorer)
+    calls: list[int] = []
+    reference.register_forward_hook(lambda *_: calls.append(1))
+    groups = rolled_out(trained)
+    update(trained, groups)
+    assert len(calls) == 2  # one pack a part, whatever the number of passes over it
+
+
+CARRYING = replace(
+    CONFIG,
+    max_steps=8,
+    max_logp_difference=0.0,
+    objective=ObjectiveConfig(likelihood="trajectory"),
+    rollout=replace(CONFIG.rollout, oversampling=2.0, confidence_threshold=0.02, max_sampling_rounds=3),
+)
+
+
+@pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])
+def test_groups_that_waited_keep_what_their_own_weights_gave_them(likelihood: Likelihood) -> None:
+    """Reveals and holds alike: against a copy of the weights of every step."""
+    trained = trainer(replace(CARRYING, objective=ObjectiveConfig(likelihood=likelihood)))
+    copies, num_checked, num_holds = [], 0, 0
+    for now in range(4):
+        copies.append(copy.deepcopy(trained.model).eval())
+        collected = trained.collector.collect(now)
+        (old := [g for g in collected.groups if g.sampled_at < now])
+        for group in old:
+            for batch in trained.updater._packed([group]):
+                with torch.no_grad():
+                    expected_T = PackedScorer(copies[group.sampled_at])(batch.packed, trained.updater.rule).logprob_T
+                torch.testing.assert_close(batch.behavior_logprob_T, expected_T, rtol=0, atol=1e-5)
+                num_checked += len(batch.packed.actions)
+                num_holds += int((~batch.packed.actions.is_reveal_T).sum())
+        update(trained, collected.groups, now)
+    assert num_checked > 0 and (num_holds > 0) == (likelihood == "trajectory")
+
+
+def test_metrics_and_the_guard_stay_on_where_groups_were_carried_over() -> None:
+    trained = trainer(CARRYING)
+    seen = [trained.step() for _ in range(4)]
+    assert any(metrics["groups/carried_over"] for metrics in seen[:-1])
+    assert all(metrics["sampling/logp_difference/max"] < 1e-3 for metrics in seen)
+
+
+def test_an_engine_that_goes_wrong_later_ends_the_run_although_groups_are_carried_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = trainer(replace(CARRYING, max_logp_difference=0.5))
+    trained.step()
+    assert trained.collector.waiting
+    generate = trained.engine.generate
+
+    def wrong(*arguments: Any) -> list[Completion]:
+        return [replace(c, logprobs=[x - 3 for x in c.logprobs or []]) for c in generate(*arguments)]
+
+    monkeypatch.setattr(trained.engine, "generate", wrong)
+    with pytest.raises(EngineMismatch):
+        for _ in range(3):
+            trained.step()
