@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from dirl.rl.group_state import CollectorState
 
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
-from dirl.rl.group_state import CollectorState
 from dirl.rl.rollout_group import Collector, RolloutConfig, StopAsked, render_prompts
 from dirl.rollout.engine import SamplingConfig
 from dirl.training.distributed import Distributed
