@@ -27,7 +27,7 @@ from dirl.data.problems import Problem
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.rollout.engine import RolloutEngine, SamplingConfig
 from dirl.rollout.lmdeploy.engine import LMDeployEngine

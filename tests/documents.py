@@ -1,4 +1,4 @@
-"""Random documents with the views of their replay, as a decoder would have left them."""
+"""Random documents with the views of their replay, as a decoder would have left them; and tables of actions by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from dirl.diffusion.packing import ViewedDocument
+from dirl.diffusion.packing import Actions, ViewedDocument
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import replay_views
+
+
+def action_table(target_T: Tensor, is_reveal_T: Tensor, view_T: Tensor, **columns: Tensor) -> Actions:
+    """A table of these actions, all of one block of one completion unless other columns say otherwise."""
+    zeros_T, place_T = torch.zeros_like(target_T), torch.arange(len(target_T))
+    neutral = {
+        "index_T": place_T,
+        "is_visited_T": torch.ones_like(is_reveal_T),
+        "weight_T": is_reveal_T.float(),
+        "block_T": zeros_T,
+        "branch_T": zeros_T,
+        "completion_index_T": place_T,
+    }
+    return Actions.of(**{**neutral, "target_T": target_T, "is_reveal_T": is_reveal_T, "view_T": view_T, **columns})
 
 
 def random_trajectory(prompt_length: int, num_blocks: int, block_length: int) -> Trajectory:

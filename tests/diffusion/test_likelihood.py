@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule, action_logprobs
 from dirl.diffusion.packing import Actions
 from dirl.diffusion.unmasking import UnmaskingRule
+from tests.documents import action_table
 from tests.oracle import sorted_and_cut
 
 VOCABULARY = 7
@@ -29,7 +31,7 @@ STEPS = [
 def actions() -> Actions:
     flat = [(view, *action) for view, step in zip((1, 2, 5, 6, 9), STEPS, strict=True) for action in step]
     view_T, is_reveal_T, target_T = torch.tensor(flat, dtype=torch.int64).unbind(1)
-    return Actions(target_T, is_reveal_T.bool(), view_T)
+    return action_table(target_T, is_reveal_T.bool(), view_T)
 
 
 def scored(logits_TV: Tensor, unmasking: UnmaskingRule, distribution: TokenDistribution | None = None) -> Tensor:
@@ -93,7 +95,7 @@ def test_a_token_drawn_at_the_edge_of_the_kept_set_stays_finite(distribution: To
     # The engine kept tokens 0 and 2; here rounding, or a newer policy, ranks token 1 above 2.
     logits_TV = torch.tensor([[2.0, 1.0, 1.0 - 1e-6, 0.0]], requires_grad=True)
     rule = ScoringRule(distribution, UnmaskingRule(), torch.zeros(4, dtype=torch.bool))
-    drawn = Actions(torch.tensor([2]), torch.tensor([True]), torch.tensor([1]))
+    drawn = action_table(torch.tensor([2]), torch.tensor([True]), torch.tensor([1]))
     logprob_T, _ = action_logprobs(logits_TV, drawn, rule)
     kept = [0, 1, 2] if distribution.top_k else [0, 2]
     expected = 1.0 - math.log(sum(math.exp(logits_TV[0, v].item()) for v in kept))
@@ -136,7 +138,7 @@ def test_a_token_at_the_threshold_is_revealed_and_so_cannot_be_held() -> None:
     # Two tokens of probability one half each, and a threshold of one half.
     suppressed_V = torch.arange(VOCABULARY) > 1
     rule = ScoringRule(TokenDistribution(), UnmaskingRule(confidence_threshold=0.5), suppressed_V)
-    held = Actions(torch.tensor([0, 0]), torch.tensor([True, False]), torch.tensor([1, 1]))
+    held = action_table(torch.tensor([0, 0]), torch.tensor([True, False]), torch.tensor([1, 1]))
     logprob_T, _ = action_logprobs(torch.zeros(2, VOCABULARY), held, rule)
     assert logprob_T.tolist() == pytest.approx([math.log(0.5), -30.0])
 
@@ -155,20 +157,22 @@ def test_entropy_is_that_of_the_sampling_distribution_everywhere() -> None:
     distribution = TokenDistribution(0.7, 3, 1.0)
     drawn = (torch.randn(14, VOCABULARY) for _ in range(1000))
     logits_TV = next(logits for logits in drawn if targets_can_be_drawn(logits, distribution)).requires_grad_()
-    _, entropy_T = action_logprobs(logits_TV, actions(), ScoringRule(distribution, RULES[0], SUPPRESSED_V))
+    rule = ScoringRule(distribution, RULES[0], SUPPRESSED_V, wants_entropy=True)
+    _, entropy_T = action_logprobs(logits_TV, actions(), rule)
     probs_TV = (logits_TV.detach() / 0.7).masked_fill(SUPPRESSED_V, -torch.inf).softmax(-1)
     expected = [-sum(p * math.log(p) for p in sorted_and_cut(row, 3, 1.0).tolist() if p) for row in probs_TV]
     assert entropy_T.tolist() == pytest.approx(expected, abs=1e-5)
     assert not entropy_T.requires_grad
+    assert not action_logprobs(logits_TV, actions(), replace(rule, wants_entropy=False))[1].any()
 
 
 def test_slices_keep_whole_steps() -> None:
     logits_TV = torch.randn(14, VOCABULARY)
     rule = ScoringRule(TokenDistribution(), RULES[1], SUPPRESSED_V)
     whole, cut = actions(), [slice(0, 5), slice(5, 9), slice(9, 14)]
-    parts = [action_logprobs(logits_TV[rows], whole[rows], rule)[0] for rows in cut]
+    parts = [action_logprobs(logits_TV[rows], whole.rows(rows), rule)[0] for rows in cut]
     torch.testing.assert_close(torch.cat(parts), action_logprobs(logits_TV, whole, rule)[0], atol=0, rtol=0)
-    assert [len(whole[rows]) for rows in cut] == [5, 4, 5]
+    assert [len(whole.rows(rows)) for rows in cut] == [5, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_equally_certain_positions_are_held_right_of_the_revealed_one(rule: Unma
     logits_TV.requires_grad_()
     scoring = ScoringRule(TokenDistribution(), rule, SUPPRESSED_V)
     place = 1
-    step = Actions(torch.full((4,), 2), torch.arange(4) == place, torch.ones(4, dtype=torch.int64))
+    step = action_table(torch.full((4,), 2), torch.arange(4) == place, torch.ones(4, dtype=torch.int64))
     logprob_T, _ = action_logprobs(logits_TV, step, scoring)
     assert logprob_T[place:].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
     assert logprob_T[0] < -20

@@ -19,7 +19,7 @@ MASK = 99
 @pytest.mark.parametrize("prompt_length", [0, 1, 3, 4, 11])
 def test_replay_has_one_view_per_step_in_the_state_the_decoder_saw(prompt_length: int, block_length: int) -> None:
     trajectory = random_trajectory(prompt_length, 3, block_length)
-    views = replay_views(trajectory, block_length, MASK)
+    views = replay_views(trajectory, MASK)
     clean = trajectory.prompt_ids.tolist() + trajectory.completion_ids.tolist()
     steps = [0] * prompt_length + trajectory.step_map.tolist()
     expected = []
@@ -30,19 +30,69 @@ def test_replay_has_one_view_per_step_in_the_state_the_decoder_saw(prompt_length
             expected.append((block, noisy, [steps[p] == step for p in here], [steps[p] > step for p in here]))
     found = [x.tolist() for x in (views.block_V, views.token_ids_VB, views.revealed_VB, views.held_VB)]
     assert list(zip(*found, strict=True)) == expected
+    assert views.visited_VB.equal(views.revealed_VB | views.held_VB)
     assert int(views.revealed_VB.sum()) == len(trajectory.completion_ids)
     assert (views.target_ids_VB[views.revealed_VB]).sort().values.equal(trajectory.completion_ids.sort().values)
+
+
+State = tuple[int, list[int], list[bool], list[bool], list[bool]]  # block; then noisy, revealed, held, visited by lane
+
+
+def merged_states(trajectory: Trajectory, shrink: int) -> list[State]:
+    """The states that are scored when `shrink` neighbouring steps are merged, token by token."""
+    block_length, prompt_length = trajectory.block_length, len(trajectory.prompt_ids)
+    clean = trajectory.prompt_ids.tolist() + trajectory.completion_ids.tolist()
+    steps = [0] * prompt_length + trajectory.step_map.tolist()
+    states: list[State] = []
+    for block in range(prompt_length // block_length, len(clean) // block_length):
+        here = range(block * block_length, (block + 1) * block_length)
+        for first in range(1, max(steps[p] for p in here) + 1, shrink):
+            noisy, revealed, held, visited = [], [], [], []
+            for p in here:
+                is_masked = steps[p] >= first  # as before the first of the merged steps
+                noisy.append(MASK if is_masked else clean[p])
+                revealed.append(is_masked and steps[p] < first + shrink)
+                held.append(is_masked and not revealed[-1])
+                # In this very state the decoder took the first step: its tokens were revealed, those of the other
+                # merged steps held, which is not what is scored here; later ones were held, as they are here.
+                visited.append(steps[p] == first or held[-1])
+            states.append((block, noisy, revealed, held, visited))
+    return states
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("block_length", [1, 2, 4, 8])
+@pytest.mark.parametrize("prompt_length", [0, 1, 3, 4, 11])
+def test_merged_steps_are_scored_in_the_state_before_the_first(
+    prompt_length: int, block_length: int, shrink: int
+) -> None:
+    trajectory = random_trajectory(prompt_length, 5, block_length)
+    views = replay_views(trajectory, MASK, shrink=shrink)
+    columns = (views.block_V, views.token_ids_VB, views.revealed_VB, views.held_VB, views.visited_VB)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == merged_states(trajectory, shrink)
+    assert views.target_ids_VB.equal(trajectory.token_ids_KB[views.block_V - trajectory.first_block])
+    assert int(views.revealed_VB.sum()) == len(trajectory.completion_ids)  # each token once, whatever is merged
+    assert (views.weight_VB == 1).all()
+
+
+def test_merging_all_steps_leaves_one_fully_masked_view_a_block() -> None:
+    trajectory = random_trajectory(5, 4, 4)
+    views = replay_views(trajectory, MASK, shrink=4)
+    assert views.block_V.tolist() == [1, 2, 3, 4]
+    assert views.token_ids_VB.equal(torch.where(trajectory.steps_KB > 0, MASK, trajectory.token_ids_KB))
+    assert views.visited_VB.equal(trajectory.steps_KB == 1) and not views.held_VB.any()
 
 
 def sft_views(noise: NoiseConfig, levels_K: Tensor, *, unscored: int = 0) -> tuple[Views, Tensor, Tensor]:
     """Views of 6 prompt tokens and 26 of completion, the maskable positions and the clean tokens; (8, 4) each."""
     clean = torch.arange(32)
-    blocks = Trajectory(clean[:6], clean[6:], torch.ones(26, dtype=torch.int64)).blocks(4)
+    trajectory = Trajectory(clean[:6], clean[6:], torch.ones(26, dtype=torch.int64), 4)
     scored_KB = torch.ones(7, 4, dtype=torch.bool)
     if unscored:
         scored_KB.view(-1)[-unscored:] = False
-    views = noisy_views(blocks, scored_KB, levels_K, MASK, noise=noise, generator=torch.Generator().manual_seed(0))
-    return views, scored_KB & (blocks.steps_KB > 0), blocks.token_ids_KB
+    generator = torch.Generator().manual_seed(0)
+    views = noisy_views(trajectory, scored_KB, levels_K, MASK, noise=noise, generator=generator)
+    return views, scored_KB & (trajectory.steps_KB > 0), trajectory.token_ids_KB
 
 
 def test_sft_masks_only_scored_completion_tokens() -> None:
@@ -50,7 +100,7 @@ def test_sft_masks_only_scored_completion_tokens() -> None:
     assert views.block_V.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert views.revealed_VB.equal(maskable_KB)  # level 1 masks all that may be masked
     assert views.token_ids_VB.equal(torch.where(maskable_KB, MASK, clean_KB))
-    assert not views.held_VB.any()
+    assert not views.held_VB.any() and not views.visited_VB.any()  # no decoder was in these states
 
 
 def test_sft_weights_are_those_of_the_block_level() -> None:
@@ -81,7 +131,8 @@ def documents(block_length: int) -> list[ViewedDocument]:
 
 
 Row = tuple[int, int, int, int, int]  # token, position, document, branch (0: trunk), view (0: clean)
-Action = tuple[int, int, bool, float, int, int]  # place, target, is reveal, weight, branch, completion index
+# Place, target, is reveal, is visited, weight, view, block, branch, completion index.
+Action = tuple[int, int, bool, bool, float, int, int, int, int]
 
 
 def layout(docs: list[ViewedDocument], block_length: int) -> tuple[list[Row], list[Action]]:
@@ -93,37 +144,50 @@ def layout(docs: list[ViewedDocument], block_length: int) -> tuple[list[Row], li
         prompt = document.prompt_ids.tolist()
         trunk = len(prompt) // block_length * block_length
         rows += [(prompt[p], p, index, 0, 0) for p in range(trunk)]
-        for one in document.branches:
+        for views in document.branches:
             branch += 1
-            clean = prompt + one.completion_ids.tolist()
+            clean = prompt + views.completion_ids.tolist()
             rows += [(clean[p], p, index, branch, 0) for p in range(trunk, len(clean))]
-            for v, block in enumerate(one.views.block_V.tolist()):
+            for v, block in enumerate(views.block_V.tolist()):
                 view += 1
                 for lane in range(block_length):
-                    position, is_reveal = block * block_length + lane, bool(one.views.revealed_VB[v, lane])
-                    if is_reveal or bool(one.views.held_VB[v, lane]):
-                        weight = float(one.views.weight_VB[v, lane]) if is_reveal else 0.0
-                        where = (branch - 1, position - len(prompt))
-                        actions.append((len(rows), clean[position], is_reveal, weight, *where))
-                    rows.append((int(one.views.token_ids_VB[v, lane]), position, index, branch, view))
+                    position, is_reveal = block * block_length + lane, bool(views.revealed_VB[v, lane])
+                    if is_reveal or bool(views.held_VB[v, lane]):
+                        is_visited = bool(views.visited_VB[v, lane])
+                        weight = float(views.weight_VB[v, lane]) if is_reveal else 0.0
+                        where = (view, block, branch - 1, position - len(prompt))
+                        actions.append((len(rows), clean[position], is_reveal, is_visited, weight, *where))
+                    rows.append((int(views.token_ids_VB[v, lane]), position, index, branch, view))
     return rows, actions
 
 
 def rows_of(packed: PackedViews) -> list[Row]:
-    columns = (packed.token_ids_L, packed.position_L, packed.document_L, packed.branch_L, packed.view_L)
+    tokens = packed.tokens
+    columns = (tokens.token_ids_L, tokens.position_L, tokens.document_L, tokens.branch_L, tokens.view_L)
     return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
 def actions_of(packed: PackedViews) -> list[Action]:
+    actions = packed.actions
     columns = (
-        packed.action_index_T,
-        packed.target_T,
-        packed.is_reveal_T,
-        packed.weight_T,
-        packed.branch_T,
-        packed.completion_index_T,
+        actions.index_T,
+        actions.target_T,
+        actions.is_reveal_T,
+        actions.is_visited_T,
+        actions.weight_T,
+        actions.view_T,
+        actions.block_T,
+        actions.branch_T,
+        actions.completion_index_T,
     )
+    assert len(columns) == len(actions.columns())
     return list(zip(*(c.tolist() for c in columns), strict=True))
+
+
+def view_ends_of(actions: list[Action]) -> tuple[int, ...]:
+    """After which actions another view begins, or the table ends."""
+    views = [action[5] for action in actions]
+    return tuple(i + 1 for i, view in enumerate(views) if i + 1 == len(views) or views[i + 1] != view)
 
 
 @pytest.mark.parametrize("block_length", [2, 4])
@@ -133,10 +197,11 @@ def test_pack_against_a_layout_by_hand(block_length: int) -> None:
     rows, actions = layout(docs, block_length)
     assert rows_of(packed) == rows
     assert actions_of(packed) == actions
-    assert packed.block_L.tolist() == [position // block_length for _, position, *_ in rows]
-    assert packed.view_T.tolist() == [rows[place][-1] for place, *_ in actions]
-    assert packed.num_branches == 7
-    assert len(packed) == sum(document.packed_length(block_length) for document in docs)
+    assert packed.tokens.block_L.tolist() == [position // block_length for _, position, *_ in rows]
+    assert packed.actions.view_T.tolist() == [rows[place][-1] for place, *_ in actions]
+    assert packed.actions.branch_T.unique().tolist() == list(range(7))
+    assert packed.actions.has_holds and packed.actions.view_ends == view_ends_of(actions)
+    assert len(packed) == len(packed.tokens) == sum(document.packed_length(block_length) for document in docs)
 
 
 def test_reveals_only_drops_the_holds_and_nothing_else() -> None:
@@ -145,18 +210,19 @@ def test_reveals_only_drops_the_holds_and_nothing_else() -> None:
     assert rows_of(reveals) == rows_of(packed)
     assert actions_of(reveals) == [action for action in actions_of(packed) if action[2]]
     assert len(actions_of(reveals)) < len(actions_of(packed))
+    assert not reveals.actions.has_holds and reveals.actions.view_ends == view_ends_of(actions_of(reveals))
 
 
-def test_branch_length_is_what_a_branch_adds() -> None:
+def test_packed_length_of_views_is_what_they_add() -> None:
     document = documents(4)[2]
-    for branch in document.branches:
-        alone = ViewedDocument(document.prompt_ids, [branch])
-        assert branch_length(2, branch, 4) == alone.packed_length(4) == len(pack([alone], 4))
+    for views in document.branches:
+        alone = ViewedDocument(document.prompt_ids, [views])
+        assert views.packed_length(2, 4) == alone.packed_length(4) == len(pack([alone], 4))
 
 
 def test_attention_rule_pair_by_pair() -> None:
     packed = pack(documents(2)[1:], 2)
-    ids = (packed.document_L, packed.branch_L, packed.block_L, packed.view_L)
+    ids = packed.tokens.ids
     found = attention_rule(tuple(i[:, None] for i in ids), tuple(i[None, :] for i in ids)).tolist()
     rows = rows_of(packed)
     for q, (_, q_position, q_document, q_branch, q_view) in enumerate(rows):
@@ -169,6 +235,6 @@ def test_attention_rule_pair_by_pair() -> None:
 
 def test_placeholder_is_one_fully_masked_block() -> None:
     packed = placeholder_pack(4, MASK)
-    assert (len(packed), packed.num_branches) == (8, 1)
-    assert packed.token_ids_L[packed.action_index_T].tolist() == [MASK] * 4
-    assert packed.is_reveal_T.all()
+    assert (len(packed), packed.actions.branch_T.tolist()) == (8, [0] * 4)
+    assert packed.tokens.token_ids_L[packed.actions.index_T].tolist() == [MASK] * 4
+    assert packed.actions.is_reveal_T.all()

@@ -15,7 +15,8 @@ from dirl.model.checkpoint import load, save_model
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.rollout.local.engine import TorchEngine
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
@@ -96,7 +97,7 @@ def test_the_reference_of_rl_is_the_model_without_its_adapters(tmp_path: Path) -
         output_dir=str(tmp_path),
         max_steps=2,
         learning_rate=1e-2,
-        beta=0.1,
+        objective=ObjectiveConfig(beta=0.1),
         lora=LORA,
         rollout=RolloutConfig(prompts_per_step=3, num_generations=4, max_completion_length=12),
         reward=RewardConfig(functions=["tests.model.test_lora:prefers_even"]),

@@ -53,8 +53,8 @@ def test_activations_are_near_what_autograd_keeps(config: ModelConfig) -> None:
     documents = []
     for length in range(60, 124, 4):
         ids = torch.arange(length) % 200
-        views = replay_views(Trajectory(ids[:8], ids, torch.ones_like(ids)), 4, model.config.mask_token_id)
-        documents.append(ViewedDocument(ids[:8], [Branch(ids, views)]))
+        trajectory = Trajectory(ids[:8], ids, torch.ones_like(ids), 4)
+        documents.append(ViewedDocument(ids[:8], [replay_views(trajectory, model.config.mask_token_id)]))
     packed = pack(documents, 4)
     rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
     kept: dict[int, int] = {}

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
+from dirl.diffusion.views import replay_views
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
-from dirl.rollout.replay import completion_branch
+from dirl.rollout.replay import trajectory_of
 from tests.oracle import make_extreme, sharp_tiny_model
 
 
@@ -36,7 +37,8 @@ def packed(groups: Sequence[Sequence[Completion]], model: BlockDiffusionModel, *
     block_length, mask_token_id = model.config.block_size, model.config.mask_token_id
     documents = [
         ViewedDocument(
-            torch.tensor(part[0].prompt_ids), [completion_branch(c, block_length, mask_token_id) for c in part]
+            torch.tensor(part[0].prompt_ids),
+            [replay_views(trajectory_of(completion, block_length), mask_token_id) for completion in part],
         )
         for group in groups
         for part in ([group] if shared else [[completion] for completion in group])

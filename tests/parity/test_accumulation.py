@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.policy_loss import LossType
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import LossType, ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
-from dirl.training.optimizer import Learner
+from dirl.training.optimizer import Learner, Loss, StepOutcome
 
 # With so large an epsilon AdamW's first update is nearly the gradient: Adam's own scale would hide a wrong denominator.
 LEARNING_RATE = ADAM_EPSILON = 1e3
@@ -40,7 +39,7 @@ RL = RLConfig(
     adam_epsilon=ADAM_EPSILON,
     lr_scheduler_type="constant",
     max_grad_norm=0.0,
-    beta=0.1,
+    objective=ObjectiveConfig(beta=0.1),
     rollout=RolloutConfig(prompts_per_step=4, num_generations=2, dynamic_sampling=False, max_completion_length=20),
 )
 
@@ -49,7 +48,7 @@ def count_micro_batches(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> li
     counts: list[int] = []
     update = learner.update
 
-    def counted(losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
+    def counted(losses: Sequence[Callable[[], Loss]], empty_loss: Callable[[], Loss]) -> StepOutcome:
         counts.append(len(losses))
         return update(losses, empty_loss)
 
@@ -100,7 +99,7 @@ def test_rl(loss_type: LossType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         model, tokenizer = tiny()
         config = replace(
             RL,
-            loss_type=loss_type,
+            objective=replace(RL.objective, loss_type=loss_type),
             max_tokens_per_micro_batch=budget,
             reward=RewardConfig(functions=[f"{reward}:first"]),
         )

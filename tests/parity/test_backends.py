@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
 from dirl.model.lora import LoraConfig
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
-from dirl.training.optimizer import Learner
+from dirl.training.optimizer import Learner, Loss, StepOutcome
 from tests.launching import launch_script
 
 # Micro-batches a rank makes of eight documents, or of four groups of two: 8 documents at once, 4 and 4, one by one.
@@ -70,8 +70,7 @@ def rl_trainer(output_dir: Path, budget: int, lora: LoraConfig | None = None) ->
     model, tokenizer = tiny()
     config = RLConfig(
         output_dir=str(output_dir),
-        likelihood="trajectory",
-        beta=0.1,
+        objective=ObjectiveConfig(likelihood="trajectory", beta=0.1),
         lora=lora or LoraConfig(),
         max_tokens_per_micro_batch=budget,
         rollout=RolloutConfig(prompts_per_step=4, num_generations=2, dynamic_sampling=False, max_completion_length=20),
@@ -86,7 +85,7 @@ def count_micro_batches(learner: Learner) -> list[int]:
     counts: list[int] = []
     update = learner.update
 
-    def counted(losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
+    def counted(losses: Sequence[Callable[[], Loss]], empty_loss: Callable[[], Loss]) -> StepOutcome:
         counts.append(len(losses))
         return update(losses, empty_loss)
 

@@ -9,7 +9,7 @@ formula is in them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import permutations, product
 from math import comb, prod
@@ -21,9 +21,14 @@ from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import Likelihood, ScoringRule, action_logprobs
-from dirl.diffusion.packing import Actions
+from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
-from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
+from dirl.diffusion.views import placeholder_pack
+from dirl.model.logprobs import ActionScores
+from dirl.rl.actions import PolicyBatch
+from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.policy_loss import policy_loss
+from tests.documents import action_table
 from tests.oracle import reference_reveal, sorted_and_cut
 
 MASK = -1
@@ -123,7 +128,7 @@ class Table:
         if likelihood == "reveal":
             kept = [i for i, lane in enumerate(lanes) if lane in revealed]
             lanes, logits_MV = [lanes[i] for i in kept], logits_MV[kept]
-        actions = Actions(
+        actions = action_table(
             target_T=torch.tensor([revealed.get(lane, 0) for lane in lanes]),
             is_reveal_T=torch.tensor([lane in revealed for lane in lanes]),
             view_T=torch.ones(len(lanes), dtype=torch.int64),
@@ -209,8 +214,15 @@ def dipo_gradient(table: Table, paths: list[Path], advantages: list[float], like
     with torch.no_grad():
         probability_T = torch.stack([probability(path) for path in paths])[path_T]
     logprob_T = torch.cat(logprobs)
-    loss = policy_loss(logprob_T, logprob_T.detach(), advantage_T, probability_T, PolicyLossConfig()).loss
-    return -torch.autograd.grad(loss, table.logits)[0]
+    actions = action_table(torch.zeros_like(path_T), torch.ones_like(path_T, dtype=torch.bool), path_T)
+    batch = replace(
+        PolicyBatch.blank(PackedViews(placeholder_pack(1, 0).tokens, actions)),
+        behavior_logprob_T=logprob_T.detach(),
+        advantage_T=advantage_T,
+        coefficient_T=probability_T,
+    )
+    loss = policy_loss(ActionScores(logprob_T, torch.zeros_like(advantage_T)), batch, ObjectiveConfig())
+    return -torch.autograd.grad(loss.value, table.logits)[0]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

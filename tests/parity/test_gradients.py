@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import noisy_views
-from dirl.model.logprobs import PackedScorer, suppressed_by
+from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rl.policy_loss import PolicyLossConfig, policy_loss
+from dirl.rl.actions import PolicyBatch
+from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.policy_loss import policy_loss
 from dirl.rollout.engine import SamplingConfig
 from dirl.sft.loss import nelbo_loss
 from tests.oracle import brute_force_actions, brute_force_logprobs, sharp_tiny_model, state_logits
@@ -58,7 +61,7 @@ def test_sum_of_logprobs(block_length: int, shared: bool) -> None:
 
 @pytest.mark.parametrize("strategy", SAMPLING)
 def test_policy_loss_with_holds_clipping_and_reference(strategy: str) -> None:
-    sampling, config = SAMPLING[strategy], PolicyLossConfig(epsilon=0.1, epsilon_high=0.2, beta=0.05)
+    sampling, objective = SAMPLING[strategy], ObjectiveConfig(epsilon=0.1, epsilon_high=0.2, beta=0.05)
     model, groups = group_of_completions(sampling, 4)
     completions = [completion for group in groups for completion in group]
     pack_ = packed(groups, model, shared=True)
@@ -66,13 +69,19 @@ def test_policy_loss_with_holds_clipping_and_reference(strategy: str) -> None:
     logprob_T = replayed(pack_, model, sampling)
     behavior_T = (logprob_T + 0.3 * torch.randn(len(logprob_T))).detach()
     ref_T = (logprob_T + 0.5 * torch.randn(len(logprob_T))).detach()
-    result = policy_loss(
-        logprob_T, behavior_T, advantage_N[pack_.branch_T], coefficient_N[pack_.branch_T], config, ref_T
+    branch_T = pack_.actions.branch_T
+    batch = replace(
+        PolicyBatch.blank(pack_),
+        behavior_logprob_T=behavior_T,
+        ref_logprob_T=ref_T,
+        advantage_T=advantage_N[branch_T],
+        coefficient_T=coefficient_N[branch_T],
     )
-    assert int(result.clipped_low) and int(result.clipped_high) and not bool(pack_.is_reveal_T.all())
+    result = policy_loss(ActionScores(logprob_T, torch.zeros_like(behavior_T)), batch, objective)
+    assert int(result.sums["clipped_low"]) and int(result.sums["clipped_high"]) and pack_.actions.has_holds
     expected, loss_sum = torch.zeros(()), 0.0
     for branch, completion in enumerate(completions):
-        mine_T = pack_.branch_T == branch
+        mine_T = branch_T == branch
         actions = zip(brute_force_actions(model, completion, sampling), behavior_T[mine_T], ref_T[mine_T], strict=True)
         loss = torch.zeros(())
         for logprob, behavior, ref in actions:
@@ -81,8 +90,8 @@ def test_policy_loss_with_holds_clipping_and_reference(strategy: str) -> None:
             kl = (ref - logprob).exp() - (ref - logprob) - 1
             loss = loss - coefficient_N[branch] * (surrogate - 0.05 * kl)
         expected, loss_sum = expected + gradient(loss, model), loss_sum + loss.item()
-    assert result.loss.item() == pytest.approx(loss_sum, rel=1e-4)
-    assert_same_gradient(gradient(result.loss, model), expected)
+    assert result.value.item() == pytest.approx(loss_sum, rel=1e-4)
+    assert_same_gradient(gradient(result.value, model), expected)
 
 
 @pytest.mark.parametrize("noise", [NoiseConfig(min_noise=0.1), NoiseConfig(complementary=True)], ids=["plain", "pairs"])
@@ -93,7 +102,7 @@ def test_nelbo_of_given_masks(noise: NoiseConfig) -> None:
     ]
     pack_ = pack(viewed, 4)
     rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
-    loss = nelbo_loss(PackedScorer(model, "sdpa")(pack_, rule).logprob_T, pack_.weight_T, denominator=24.0)
+    loss = nelbo_loss(PackedScorer(model, "sdpa")(pack_, rule).logprob_T, pack_.actions.weight_T, denominator=24.0)
     by_hand = sum_over_views(model, viewed) / 24.0
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert_same_gradient(gradient(loss, model), gradient(by_hand, model))
@@ -103,20 +112,20 @@ def noisy_document(prompt_length: int, completion_length: int, noise: NoiseConfi
     """A random document with noisy views; the last token of its completion is context only."""
     generator = torch.Generator().manual_seed(prompt_length)
     prompt_ids, completion_ids = torch.randint(0, 256, (prompt_length,)), torch.randint(0, 256, (completion_length,))
-    blocks = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids)).blocks(4)
-    scored_KB = torch.ones_like(blocks.token_ids_KB, dtype=torch.bool)
+    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), 4)
+    scored_KB = torch.ones_like(trajectory.token_ids_KB, dtype=torch.bool)
     scored_KB[-1, -1] = False
     levels_K = draw_noise_levels(len(scored_KB), noise, generator)
-    views = noisy_views(blocks, scored_KB, levels_K, mask, noise=noise, generator=generator)
-    return ViewedDocument(prompt_ids, [Branch(completion_ids, views)])
+    views = noisy_views(trajectory, scored_KB, levels_K, mask, noise=noise, generator=generator)
+    return ViewedDocument(prompt_ids, [views])
 
 
 def sum_over_views(model: BlockDiffusionModel, documents: Sequence[ViewedDocument]) -> Tensor:
     """The NELBO with one plain forward on [clean prefix | noisy block] for each view."""
     total = torch.zeros(())
     for document in documents:
-        views = document.branches[0].views
-        clean = document.prompt_ids.tolist() + document.branches[0].completion_ids.tolist()
+        views = document.branches[0]
+        clean = document.prompt_ids.tolist() + views.completion_ids.tolist()
         for view, block in enumerate(views.block_V.tolist()):
             noisy = views.token_ids_VB[view].tolist()
             logits_BV = state_logits(model, clean, block, noisy)
@@ -140,7 +149,7 @@ def test_gradient_checkpointing_and_chunked_logits_change_nothing(monkeypatch: p
     sampling = SAMPLING["dynamic"]
     model, groups = group_of_completions(sampling, 4)
     pack_ = packed(groups, model, shared=True)
-    weight_T = torch.randn(len(pack_.target_T))
+    weight_T = torch.randn(len(pack_.actions))
 
     def step() -> Tensor:
         return gradient((weight_T * replayed(pack_, model, sampling)).sum(), model)

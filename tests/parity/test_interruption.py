@@ -12,13 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
@@ -26,12 +26,13 @@ from dirl.errors import RunInterrupted, UserError
 from dirl.model.checkpoint import load
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
-from dirl.training.loop import check_identity
-from dirl.training.optimizer import TrainingDiverged
+from dirl.training.optimizer import Loss, StepOutcome, TrainingDiverged
+from dirl.training.run import check_identity
 from tests.launching import launch_script
 
 STEPS: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "max_tokens_per_micro_batch": 128}
@@ -54,7 +55,7 @@ def rl_trainer(output_dir: Path, **changes: Any) -> RLTrainer:
     model, tokenizer = tiny()
     config = RLConfig(
         output_dir=str(output_dir),
-        likelihood="trajectory",
+        objective=ObjectiveConfig(likelihood="trajectory"),
         rollout=RolloutConfig(
             prompts_per_step=3, num_generations=4, max_completion_length=12, max_sampling_rounds=3, oversampling=1.5
         ),
@@ -106,16 +107,17 @@ def meet_nan(output_dir: Path) -> None:
     update = trainer.learner.update
     plan = ["loss", "gradient", "", "loss", "loss", "loss"]
 
-    def poisoned(losses: Sequence[Callable[[], Tensor]], empty_loss: Callable[[], Tensor]) -> dict[str, float]:
+    def poisoned(losses: Sequence[Callable[[], Loss]], empty_loss: Callable[[], Loss]) -> StepOutcome:
         how = plan.pop(0) if trainer.distributed.rank == 1 else ""
 
-        def spoil(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-            def spoilt() -> Tensor:
+        def spoil(compute: Callable[[], Loss]) -> Callable[[], Loss]:
+            def spoilt() -> Loss:
                 loss = compute()
+                value = loss.value
                 if how == "gradient":  # a finite loss whose gradient is not
-                    loss = loss + (loss - loss.detach()) * 0.0
-                    loss.register_hook(lambda gradient: gradient * poison)
-                return loss * poison if how == "loss" else loss
+                    value = value + (value - value.detach()) * 0.0
+                    value.register_hook(lambda gradient: gradient * poison)
+                return replace(loss, value=value * poison if how == "loss" else value)
 
             return spoilt
 
@@ -147,7 +149,7 @@ def hang(output_dir: Path) -> None:
     trainer = rl_trainer(output_dir / "hang", phase_timeout=4)
     update, rank = trainer.learner.update, trainer.distributed.rank
 
-    def hanging(*arguments: Any) -> dict[str, float]:
+    def hanging(*arguments: Any) -> StepOutcome:
         if rank == 1 and trainer.steps_done == 1:
             time.sleep(600)
         return update(*arguments)

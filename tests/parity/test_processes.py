@@ -19,7 +19,8 @@ from dirl.data.conversations import Document
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
@@ -58,11 +59,9 @@ def train(case: str, output_dir: Path) -> None:
             output_dir=str(output_dir / "rl"),
             max_steps=4,
             num_iterations=2,
-            likelihood="trajectory",
             learning_rate=3e-3,  # at 1e-2 the second step's KL amplifies rounding beyond the bound
             adam_epsilon=1e-2,
-            beta=0.1,
-            scale_rewards="batch",
+            objective=ObjectiveConfig(likelihood="trajectory", beta=0.1, scale_rewards="batch"),
             max_tokens_per_micro_batch=256,
             rollout=RolloutConfig(
                 prompts_per_step=1 if is_idle else 3,

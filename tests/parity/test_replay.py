@@ -42,10 +42,10 @@ DISTRIBUTIONS: dict[str, dict[str, Any]] = {
 
 def in_token_order(logprob_T: Tensor, pack_: PackedViews) -> list[Tensor]:
     """Reveal log-probabilities of each completion, in the order of its tokens."""
-    found = []
-    for branch in range(pack_.num_branches):
-        mine_T = (pack_.branch_T == branch) & pack_.is_reveal_T
-        by_index = dict(zip(pack_.completion_index_T[mine_T].tolist(), logprob_T[mine_T], strict=True))
+    found, actions = [], pack_.actions
+    for branch in range(int(actions.branch_T.max()) + 1):
+        mine_T = (actions.branch_T == branch) & actions.is_reveal_T
+        by_index = dict(zip(actions.completion_index_T[mine_T].tolist(), logprob_T[mine_T], strict=True))
         found.append(torch.stack([by_index[i] for i in range(len(by_index))]))
     return found
 
@@ -96,11 +96,11 @@ def test_holds_of_a_pack_equal_brute_force(strategy: str) -> None:
     pack_ = packed(groups, model, shared=True)
     found_T = replayed(pack_, model, sampling)
     completions = [completion for group in groups for completion in group]
-    held_T = ~pack_.is_reveal_T
+    held_T = ~pack_.actions.is_reveal_T
     assert int(held_T.sum()) > 20
     for branch, completion in enumerate(completions):
         oracle_T = brute_force_actions(model, completion, sampling)
-        torch.testing.assert_close(found_T[pack_.branch_T == branch], oracle_T, atol=2 * TOLERANCE, rtol=0)
+        torch.testing.assert_close(found_T[pack_.actions.branch_T == branch], oracle_T, atol=2 * TOLERANCE, rtol=0)
 
 
 def test_the_states_matter() -> None:

@@ -14,7 +14,8 @@ from dirl.data.problems import Problem
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
@@ -50,7 +51,7 @@ def rl_trainer(output_dir: Path) -> RLTrainer:
         learning_rate=1e-3,
         warmup_steps=1,
         save_steps=2,
-        beta=0.1,
+        objective=ObjectiveConfig(beta=0.1),
         rollout=RolloutConfig(prompts_per_step=3, num_generations=4, max_completion_length=12),
         reward=RewardConfig(functions=[f"{__file__}:even_length"]),
     )
