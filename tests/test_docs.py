@@ -18,7 +18,7 @@ from dirl.data.problems import Problem
 from dirl.eval.evaluate import EvalConfig
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
 from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
