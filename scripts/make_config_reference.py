@@ -36,7 +36,8 @@ YAML file (where `${oc.env:NAME,default}` reads an environment variable), then t
 type or an impossible value is one line that names it, and exit code 2. The resolved configuration is written to
 `output_dir/config.yaml`; running that file again repeats the run.
 
-Lists are written `[a,b]`, and a dictionary's entry as `reward.parameters.cosine.longest_right=0.5`.
+A key that moved keeps working under its old name, and says so. A path may begin with `~`. Lists are written `[a,b]`,
+and a dictionary's entry as `reward.parameters.cosine.longest_right=0.5`.
 """
 
 

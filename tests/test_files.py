@@ -11,7 +11,7 @@ import pytest
 
 from dirl import files
 from dirl.errors import UserError
-from dirl.files import append_json_lines, cut_torn_line, is_hub_id, read_json_lines, write_json, write_whole
+from dirl.files import append_json_lines, cut_torn_line, expand, is_hub_id, read_json_lines, write_json, write_whole
 
 PACKAGE = Path(files.__file__).parent
 # In place, into a directory that is renamed once it is whole.
@@ -73,6 +73,11 @@ def test_a_hub_id_is_what_is_not_here(tmp_path: Path, monkeypatch: pytest.Monkey
     Path("owner/name").mkdir(parents=True)
     for path in ("owner/name", "name", "./owner/name", "~/name", "/owner/name", "a/b/c", "owner/rows.jsonl", "../x"):
         assert not is_hub_id(path), path
+
+
+def test_the_home_of_nobody_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (expand("~/a"), expand("~no_one/a")) == (tmp_path / "a", Path("~no_one/a"))
 
 
 def test_no_other_file_writes_files() -> None:

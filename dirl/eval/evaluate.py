@@ -56,7 +56,7 @@ class EvalDataConfig(Config):
     # benchmark names, paths, task:NAME
     datasets: list[str] = field(default_factory=lambda: ["task:noisy_sums"], metadata=PATH)
     limit: int = bounded(0, least=0)  # problems of each data set; 0: all
-    seed: int = 0  # draws the problems of a task
+    seed: int = bounded(0, least=0, below=2**32)  # draws the problems of a task
     system_prompt: str = ""
     suffix: str = ""  # appended to each question; not to those of code, which say what the answer must look like
     skip_bad_rows: bool = False
@@ -67,7 +67,7 @@ class EvalConfig(Config):
     """Everything of an evaluation."""
 
     output_dir: str = field(default="outputs/eval", metadata=PATH)
-    seed: int = 0
+    seed: int = bounded(0, least=0, below=2**32)
     num_samples: int = bounded(1, least=1)  # k completions a problem; greedy decoding needs only one
     modes: list[ModeName] = field(default_factory=lambda: list[ModeName](["dynamic"]))
     # further dynamic runs, for a sweep

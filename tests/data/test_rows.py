@@ -169,3 +169,11 @@ def test_the_real_benchmarks(name: str, num: int) -> None:
     if not (DATA / name).is_file():
         pytest.skip(f"{name} is not beside the repository")
     assert len(load_problems(str(DATA / name))) == num
+
+
+@pytest.mark.parametrize(
+    "path", ["./owner/rows", "~/rows", "/owner/rows", "owner/rows.json:a", "owner/rows:", "rows:a"]
+)
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(path: str) -> None:
+    with pytest.raises(DataError, match=f"data file {path} does not exist"):
+        load_problems(path, split="train")

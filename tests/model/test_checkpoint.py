@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from dirl.data.chat import save_tokenizer
+from dirl.data.chat import load_tokenizer, save_tokenizer
+from dirl.data.rows import DataError
 from dirl.errors import UserError
+from dirl.files import expand
 from dirl.model.checkpoint import ModelConfig, load, load_model, save_model
+from dirl.model.lora import LoraConfig
+from dirl.model.memory import trained_fraction
 from dirl.model.sdar import SDARForCausalLM, SDARMoeForCausalLM
 from dirl.model.tiny import save_tiny_model, tiny
 
@@ -202,3 +206,37 @@ def test_a_tokenizer_that_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_a_negative_block_length_is_named() -> None:
     with pytest.raises(ValueError, match="block_length must be at least 0"):
         ModelConfig(block_length=-4)
+
+
+@pytest.mark.parametrize("written", ["~/it", "./it", "it", "{here}/it", "owner/it"])
+def test_tokenizer_and_model_are_found_at_one_place(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = written.format(here=tmp_path)
+    write_sdar_directory(expand(path))
+    model, tokenizer = load(path)
+    assert len(tokenizer) == model.config.tokenizer_length
+    assert 0 < trained_fraction(ModelConfig(path=path), LoraConfig(r=2)) < 1
+
+
+@pytest.mark.parametrize(
+    ("path", "is_on_hub"),
+    [
+        *((path, False) for path in ("~/it", "./it", "it", "/no/it", "/it", "a/b/it", "~/owner/it", "owner/it.json")),
+        ("owner/it", True),
+    ],
+)
+def test_tokenizer_and_model_agree_on_what_is_a_hub_id(
+    path: str, is_on_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ModelConfig(path=path)
+    with pytest.raises(DataError, match="cannot load a tokenizer" if is_on_hub else "no tokenizer at"):
+        load_tokenizer(path)
+    with pytest.raises(UserError, match="cannot load 'owner" if is_on_hub else "no config.json in"):
+        load_model(config, TOKENIZER)
+    with pytest.raises(UserError, match="no readable config.json" if is_on_hub else "no such directory"):
+        trained_fraction(config, LoraConfig(r=2))
