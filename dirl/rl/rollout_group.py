@@ -23,9 +23,8 @@ from dirl.data.rows import shorten
 from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import has_spread
-from dirl.rollout.build import EngineConfig
-from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
-from dirl.rollout.scoring import reward_columns, stable_seed
+from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, SamplingConfig
+from dirl.rollout.scoring import score, stable_seed
 from dirl.training.balance import balanced_owners, packed_cost
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
@@ -227,14 +226,8 @@ class Collector:
     ) -> list[RolloutGroup]:
         size = self.config.num_generations
         repeated = [prompt.problem for prompt in prompts for _ in range(size)]
-        scores = self.rubric.score(
-            [problem.question for problem in repeated],
-            [completion.text for completion in completions],
-            completion_ids=[completion.token_ids for completion in completions],
-            step_maps=[completion.step_map for completion in completions],
-            columns=reward_columns(repeated, completions, self.config.max_completion_length),
-            group_size=size,
-        )
+        limit = self.config.max_completion_length
+        scores = score(self.rubric, repeated, completions, max_completion_length=limit, group_size=size)
         for name, count in scores.counters.items():
             counters[name] = counters.get(name, 0) + count
         return [

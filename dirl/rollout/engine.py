@@ -8,7 +8,7 @@ reward functions, and never goes back in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import nn
@@ -64,6 +64,33 @@ class SamplingConfig:
         return UnmaskingRule(
             self.unmasking_strategy, self.confidence_threshold, self.denoising_steps, self.entropy_bound
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Which engine decodes, where, and how much at once."""
+
+    engine: Literal["auto", "torch", "lmdeploy"] = "auto"  # auto: lmdeploy on CUDA where it is installed, else torch
+    mode: Literal["colocate", "server"] = "colocate"  # colocate: in this process; server: in others (`dirl serve`)
+    max_batch_size: int = 256  # sequences decoded at once; each takes a slot of the KV cache
+    max_cached_tokens: int = 0  # torch: tokens its KV cache has room for; 0: half of the memory that is free
+    compile: Literal["auto", "always", "never"] = "auto"  # torch: fuse small operations (torch.compile); auto: on CUDA
+    cache_max_entry_count: float = 0.5  # lmdeploy: part of the GPU memory free at start that its KV cache takes
+    sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
+    server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
+    server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}")
+        if self.max_cached_tokens < 0:
+            raise ValueError(f"max_cached_tokens must be >= 0 (0: by free memory), got {self.max_cached_tokens}")
+        if not 0 < self.cache_max_entry_count < 1:
+            raise ValueError(f"cache_max_entry_count must be between 0 and 1, got {self.cache_max_entry_count}")
+        if self.sleep_level not in (0, 1, 2):
+            raise ValueError(f"sleep_level must be 0, 1 or 2, got {self.sleep_level}")
+        if self.mode == "colocate" and (self.server_urls or self.server_devices):
+            raise ValueError("server_urls and server_devices are read with mode=server only; set that, or remove them")
 
 
 @dataclass(frozen=True, kw_only=True)
