@@ -191,7 +191,8 @@ def _run_eval(options: argparse.Namespace) -> None:
 
 
 def _run_serve(options: argparse.Namespace) -> None:
-    from dirl.rollout.server.serve import ServeConfig, serve
+    from dirl.rollout.server.serve import serve
+    from dirl.rollout.server.wire import ServeConfig
 
     serve(load_config(ServeConfig, options.config, options.overrides))
 

@@ -32,8 +32,8 @@ from dirl.model.checkpoint import default_device
 from dirl.model.flex_attention import AttentionName
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.tiny import tiny
-from dirl.rollout.build import EngineConfig, build_engine
-from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.build import build_engine
+from dirl.rollout.engine import EngineConfig, SamplingConfig
 
 Level = Literal["ok", "note", "problem"]
 _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}

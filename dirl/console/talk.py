@@ -5,8 +5,8 @@ In a terminal drafts are dim and committed tokens plain; elsewhere only the fini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.text import Text
@@ -25,14 +25,21 @@ _HELP = "/reset forgets the conversation, /quit ends; so does Ctrl-D. Ctrl-C sto
 
 
 class Drafts(Observer):
-    """Draws every denoising step of one completion."""
+    """Draws every denoising step of one completion at a time."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, draw: Callable[[Text], None]) -> None:
-        self._tokenizer, self._draw = tokenizer, draw
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+        self._tokenizer, self._console = tokenizer, console
         self._stops = set(stop_token_ids(tokenizer))
+        self._shown = ExitStack()
+
+    def started(self, num_prompts: int) -> None:
+        self._draw = self._shown.enter_context(live_text(self._console))
 
     def stepped(self, frames: Callable[[], list[Frame]]) -> None:
         self._draw(self.text(frames()[0]))
+
+    def ended(self) -> None:
+        self._shown.close()
 
     def text(self, frame: Frame) -> Text:
         """Everything before the first committed end."""
@@ -52,30 +59,18 @@ class Talker:
         self.tokenizer = load_tokenizer(model_path)
         model = load_model(ModelConfig(path=model_path), self.tokenizer).eval()
         model.to(default_device())  # type: ignore[arg-type]
-        self.engine = TorchEngine(model, self.tokenizer)
+        drafts = Drafts(self.tokenizer, console) if console.is_terminal else None
+        self.engine = TorchEngine(model, self.tokenizer, observer=drafts)
         self.sampling, self.seed, self.console = sampling, seed, console
 
     def answer(self, messages: Sequence[Message]) -> Completion:
         """The next message, shown while it comes."""
         ids = render_messages(self.tokenizer, messages, add_generation_prompt=True)
-        with self._watched():
-            (completion,) = self.engine.generate([ids], self.sampling, [self.seed])
+        (completion,) = self.engine.generate([ids], self.sampling, [self.seed])
         self.seed += 1
         if not self.console.is_terminal:
             self.console.print(completion.text, markup=False, highlight=False, soft_wrap=True)
         return completion
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        if not self.console.is_terminal:
-            yield
-            return
-        with live_text(self.console) as draw:
-            self.engine.observer = Drafts(self.tokenizer, draw)
-            try:
-                yield
-            finally:
-                self.engine.observer = Observer()
 
 
 def facts(completion: Completion) -> str:

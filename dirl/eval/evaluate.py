@@ -36,10 +36,10 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.code_execution import extract_code
 from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
-from dirl.rollout.build import EngineConfig, build_engine
-from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
-from dirl.rollout.scoring import reward_columns
-from dirl.rollout.watch import EvaluationProgress, watch
+from dirl.rollout.build import build_engine
+from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, SamplingConfig
+from dirl.rollout.scoring import score
+from dirl.rollout.watch import EvaluationProgress
 from dirl.training.distributed import Distributed
 from dirl.training.run_state import write_run_json
 from dirl.training.seeds import stable_seed
@@ -183,13 +183,8 @@ class Evaluator:
     def _grade(self, asked: Sequence[Problem], completions: Sequence[Completion], mode: Mode) -> list[bool]:
         if not asked:
             return []
-        scores = self.rubric.score(
-            [problem.question for problem in asked],
-            [completion.text for completion in completions],
-            completion_ids=[completion.token_ids for completion in completions],
-            step_maps=[completion.step_map for completion in completions],
-            columns=reward_columns(asked, completions, mode.sampling.max_completion_length),
-        )
+        limit = mode.sampling.max_completion_length
+        scores = score(self.rubric, asked, completions, max_completion_length=limit)
         judges = [scores.parts[name] for name in JUDGES if name in scores.parts]
         if not judges:
             return [total > 0 for total in scores.total]
@@ -209,9 +204,8 @@ def run_evaluation(config: EvalConfig) -> Path:
     chunk_size = config.chunk_size * distributed.world_size
     results = []
     with ExitStack() as stack:
-        engine = stack.enter_context(closing(build_engine(model, tokenizer, config.engine)))
-        if distributed.is_main:
-            watch(engine, EvaluationProgress())
+        progress = EvaluationProgress() if distributed.is_main else None
+        engine = stack.enter_context(closing(build_engine(model, tokenizer, config.engine, observer=progress)))
         for benchmark in benchmarks:
             evaluator = Evaluator(
                 engine,

@@ -6,6 +6,7 @@ formulas below; what they leave out (allocator slack, communication buffers) is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,23 @@ def activation_bytes(shape: Any, config: ModelConfig, compute_bytes: int) -> flo
     if config.gradient_checkpointing:
         return shape.num_hidden_layers * shape.hidden_size * compute_bytes + layer
     return shape.num_hidden_layers * layer
+
+
+def cache_bytes_per_token(shape: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a CUDA device, or main memory, could still take."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(facts["MemAvailable"].removesuffix("kB")) * 1024
+    except (OSError, KeyError):  # no Linux: what there is in all
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe_memory(config: ModelConfig, workload: Workload, world_size: int) -> str:

@@ -23,8 +23,7 @@ from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.data.rows import shorten
 from dirl.reward.rubric import Rubric
 from dirl.rl.rollout_group import Prompt, RolloutGroup
-from dirl.rollout.build import EngineConfig
-from dirl.rollout.engine import RolloutEngine, SamplingConfig
+from dirl.rollout.engine import EngineConfig, RolloutEngine, SamplingConfig
 from dirl.rollout.scoring import score
 from dirl.training.balance import balanced_owners
 from dirl.training.distributed import Distributed

@@ -38,7 +38,7 @@ from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ra
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
-from dirl.rollout.watch import RolloutProgress, watch
+from dirl.rollout.watch import RolloutProgress
 from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner
 from dirl.training.run import Run
@@ -127,8 +127,13 @@ class RLTrainer(Trainer):
             on_micro_batch=self.show_micro_batch,
             on_skip=self.record_skipped,
         )
-        self.engine: RolloutEngine = build_engine(decoded, self.tokenizer, config.rollout)
-        watch(self.engine, RolloutProgress(self.terminal, self.timings))
+        self.engine: RolloutEngine = build_engine(
+            decoded,
+            self.tokenizer,
+            config.rollout,
+            bf16=config.bf16,
+            observer=RolloutProgress(self.terminal, self.timings),
+        )
         self.updater = PolicyUpdater(
             self.learner,
             ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model)),

@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import Config, bounded
 from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rollout.engine import RolloutEngine, SleepLevel
+from dirl.rollout.engine import EngineConfig, RolloutEngine
 from dirl.rollout.lmdeploy.version import check_version
 from dirl.rollout.local.engine import TorchEngine
+from dirl.rollout.watch import Observer
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig(Config):
-    """Which engine decodes, where, and how much at once."""
-
-    engine: Literal["auto", "torch", "lmdeploy"] = "auto"  # auto: lmdeploy on CUDA where it is installed, else torch
-    mode: Literal["colocate", "server"] = "colocate"  # colocate: in this process; server: in others (`dirl serve`)
-    max_batch_size: int = bounded(256, least=1)  # sequences decoded at once; each takes a slot of the KV cache
-    compile: Literal["auto", "always", "never"] = "auto"  # torch: fuse small operations (torch.compile); auto: on CUDA
-    # lmdeploy: part of the GPU memory free at start that its KV cache takes
-    cache_max_entry_count: float = bounded(0.5, above=0, below=1)
-    sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
-    server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
-    server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
-
-    def check(self) -> None:
-        if self.mode == "colocate" and (self.server_urls or self.server_devices):
-            raise ValueError("server_urls and server_devices are read with mode=server only; set that, or remove them")
-
-
-def build_engine(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> RolloutEngine:
+def build_engine(
+    model: BlockDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EngineConfig,
+    *,
+    bf16: bool = False,
+    observer: Observer | None = None,
+) -> RolloutEngine:
     """The engine of `config`, holding the weights of `model`.
 
+    Args:
+        bf16: decode under autocast to bfloat16, as a trainer with `bf16: true` scores. LMDeploy always decodes so.
+        observer: looks on; only TorchEngine in this process can be watched.
     Raises:
         UserError: the engine that was asked for cannot run here.
     """
     if config.mode == "server":
         from dirl.rollout.server.engine import connect
 
-        return connect(model, tokenizer, config)
+        return connect(model, tokenizer, config, bf16=bf16)
     if chosen_engine(config) == "torch":
         compiled = config.compile == "always" or (config.compile == "auto" and torch.cuda.is_available())
-        return TorchEngine(model, tokenizer, max_batch_size=config.max_batch_size, compiled=compiled)
+        return TorchEngine(
+            model,
+            tokenizer,
+            max_batch_size=config.max_batch_size,
+            max_cached_tokens=config.max_cached_tokens,
+            compiled=compiled,
+            autocast=torch.bfloat16 if bf16 else None,
+            observer=observer,
+        )
     from dirl.rollout.lmdeploy.engine import LMDeployEngine
 
     return LMDeployEngine(

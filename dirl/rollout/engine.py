@@ -8,7 +8,7 @@ reward functions, and never goes back in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import nn
@@ -49,6 +49,27 @@ class SamplingConfig(Config):
         return UnmaskingRule(
             self.unmasking_strategy, self.confidence_threshold, self.denoising_steps, self.entropy_bound
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Config):
+    """Which engine decodes, where, and how much at once."""
+
+    engine: Literal["auto", "torch", "lmdeploy"] = "auto"  # auto: lmdeploy on CUDA where it is installed, else torch
+    mode: Literal["colocate", "server"] = "colocate"  # colocate: in this process; server: in others (`dirl serve`)
+    max_batch_size: int = bounded(256, least=1)  # sequences decoded at once; each takes a slot of the KV cache
+    # torch: tokens its KV cache has room for; 0: half of the memory that is free
+    max_cached_tokens: int = bounded(0, least=0)
+    compile: Literal["auto", "always", "never"] = "auto"  # torch: fuse small operations (torch.compile); auto: on CUDA
+    # lmdeploy: part of the GPU memory free at start that its KV cache takes
+    cache_max_entry_count: float = bounded(0.5, above=0, below=1)
+    sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
+    server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
+    server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
+
+    def check(self) -> None:
+        if self.mode == "colocate" and (self.server_urls or self.server_devices):
+            raise ValueError("server_urls and server_devices are read with mode=server only; set that, or remove them")
 
 
 @dataclass(frozen=True, kw_only=True)

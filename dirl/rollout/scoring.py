@@ -1,4 +1,4 @@
-"""Problems and their completions -> the columns every reward function may ask for."""
+"""Problems and their completions -> rewards."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ from dirl.reward.rubric import Rubric, Scores
 from dirl.rollout.engine import Completion
 
 
-def reward_columns(
-    problems: Sequence[Problem], completions: Sequence[Completion], max_completion_length: int
-) -> dict[str, list[object]]:
-    """The data set's own columns, and what decoding knows; one entry a completion.
+def score(
+    rubric: Rubric,
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    *,
+    max_completion_length: int,
+    group_size: int = 1,
+) -> Scores:
+    """Rewards of completions, with everything a reward function may ask for.
 
     Args:
         problems: the problem of each completion, repeated where it has several.
+        max_completion_length: tokens; what decoding was allowed.
+        group_size: completions of one problem, which stand together.
     """
+    return rubric.score(
+        [problem.question for problem in problems],
+        [completion.text for completion in completions],
+        completion_ids=[completion.token_ids for completion in completions],
+        step_maps=[completion.step_map for completion in completions],
+        columns=_reward_columns(problems, completions, max_completion_length),
+        group_size=group_size,
+    )
+
+
+def _reward_columns(
+    problems: Sequence[Problem], completions: Sequence[Completion], max_completion_length: int
+) -> dict[str, list[object]]:
+    """The data set's own columns, and what decoding knows; one entry a completion."""
     names = sorted({name for problem in problems for name in problem.columns})
     columns: dict[str, list[object]] = {name: [p.columns.get(name) for p in problems] for name in names}
     return columns | {
@@ -26,27 +47,3 @@ def reward_columns(
         "finish_reason": [completion.finish_reason for completion in completions],
         "max_completion_length": [max_completion_length] * len(completions),
     }
-
-
-def score(
-    rubric: Rubric,
-    problems: Sequence[Problem],
-    completions: Sequence[Completion],
-    *,
-    max_completion_length: int,
-    group_size: int = 1,
-) -> Scores:
-    """What a rubric gives completions.
-
-    Args:
-        problems: the problem of each completion, repeated where it has several.
-        group_size: completions of one problem, which stand together.
-    """
-    return rubric.score(
-        [problem.question for problem in problems],
-        [completion.text for completion in completions],
-        completion_ids=[completion.token_ids for completion in completions],
-        step_maps=[completion.step_map for completion in completions],
-        columns=reward_columns(problems, completions, max_completion_length),
-        group_size=group_size,
-    )

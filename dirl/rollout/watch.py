@@ -1,19 +1,11 @@
-"""Looking on while an engine decodes: an observer it tells what happens.
-
-Shapes: A active slots, B block length, C tokens a completion can touch at most.
-"""
+"""Looking on while an engine decodes: an observer it tells what happens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from dirl.rollout.block_step import Step
 from dirl.rollout.engine import Completion, RolloutEngine
-from dirl.rollout.local.slots import Slots
 from dirl.show.terminal import Terminal
 from dirl.training.metrics import Timings
 
@@ -80,20 +72,3 @@ def watch(engine: RolloutEngine, observer: Observer) -> None:
     """Let an observer look on; an engine that cannot be watched is left as it is."""
     if hasattr(engine, "observer"):
         engine.observer = observer
-
-
-def frames_of(slots: Slots, slot_A: Tensor, step: Step) -> list[Frame]:
-    """The active slots after `slots.apply(step)`, before their blocks are filed."""
-    shown_AB = torch.where(slots.masked_SB[slot_A], step.token_ids_NB, slots.token_ids_SB[slot_A]).tolist()
-    committed_AB = (~slots.masked_SB[slot_A]).tolist()
-    frames = []
-    for row, slot in enumerate(slot_A.tolist()):
-        request = slots.requests[slot]
-        assert request is not None
-        done = slots.done(slot)
-        filed = slots.done_ids_SKB[slot].flatten()[done].tolist()
-        tail = max(done.start - done.stop, 0)  # tokens of the prompt in this block
-        frames.append(
-            Frame(request.index, filed + shown_AB[row][tail:], [True] * len(filed) + committed_AB[row][tail:])
-        )
-    return frames

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -14,7 +14,7 @@ from dirl.console import talk
 from dirl.data.chat import render_messages
 from dirl.model.tiny import save_tiny_model, tiny
 from dirl.rollout.engine import SamplingConfig
-from dirl.rollout.watch import Frame, Observer
+from dirl.rollout.watch import Frame
 
 SAMPLING = SamplingConfig(max_completion_length=12)
 
@@ -64,7 +64,7 @@ def test_a_terminal_sees_drafts(model_path: str) -> None:
 def test_drafts_end_at_a_committed_end() -> None:
     _, tokenizer = tiny()
     end, letters = tokenizer.eos_token_id, tokenizer.encode("abc")
-    drafts = talk.Drafts(tokenizer, lambda text: None)
+    drafts = talk.Drafts(tokenizer, Console(file=io.StringIO()))
     committed = drafts.text(Frame(0, [letters[0], end, letters[1]], [True, True, True]))
     assert committed.plain == "a"
     drafted = drafts.text(Frame(0, [letters[0], end, letters[1]], [True, False, True]))
@@ -105,14 +105,9 @@ def test_a_chat_remembers_and_forgets(model_path: str) -> None:
 
 
 def test_ctrl_c_stops_an_answer_only(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    talker = talk.Talker(model_path, SAMPLING, seed=0, console=Console(file=io.StringIO()))
+    talker = talk.Talker(model_path, SAMPLING, seed=0, console=Console(file=io.StringIO(), force_terminal=True))
     messages: list[talk.Message] = [{"role": "user", "content": "1"}]
-
-    class Interrupting(Observer):
-        def stepped(self, frames: Callable[[], list[Frame]]) -> None:
-            raise KeyboardInterrupt
-
-    talker.engine.observer = Interrupting()
-    assert talk._turn(talker, messages) == []
-    talker.engine.observer = Observer()
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.Drafts, "stepped", Mock(side_effect=KeyboardInterrupt))
+        assert talk._turn(talker, messages) == []
     assert [message["role"] for message in talk._turn(talker, messages)] == ["user", "assistant"]

@@ -13,7 +13,7 @@ from dirl.rollout import block_step
 from dirl.rollout.block_step import Blocks, Sampler, Step
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
-from tests.rollout.engine_contract import DYNAMIC, likely_to_stop, random_prompts
+from tests.oracle import sharp_tiny_model
 
 SIZE, VOCAB, BLOCK, SEQUENCES = 6, 40, 4, 13
 SAMPLINGS = [
@@ -73,9 +73,10 @@ def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
 
 def test_an_engines_logits_are_bounded_whatever_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     """48 blocks of 4 masked positions at once, and never more than 10 rows of logits."""
-    model, tokenizer = likely_to_stop()
-    prompts, seeds = random_prompts([8] * 48), range(48)
-    expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    model, tokenizer = sharp_tiny_model()
+    sampling = SamplingConfig(confidence_threshold=0.1, max_completion_length=12)
+    prompts, seeds = torch.randint(0, 256, (48, 8), generator=torch.manual_seed(7)).tolist(), range(48)
+    expected = TorchEngine(model, tokenizer).generate(prompts, sampling, seeds)
     rows: list[int] = []
 
     def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -83,6 +84,6 @@ def test_an_engines_logits_are_bounded_whatever_is_masked(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(block_step, "_LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
     model.lm_head.register_forward_pre_hook(count)
-    found = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
+    found = TorchEngine(model, tokenizer).generate(prompts, sampling, seeds)
     assert max(rows) == 10
     assert [(c.token_ids, c.step_map) for c in found] == [(c.token_ids, c.step_map) for c in expected]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dirl.rollout import build
-from dirl.rollout.build import EngineConfig, build_engine, chosen_engine
+from dirl.rollout.build import build_engine, chosen_engine
+from dirl.rollout.engine import EngineConfig
 from dirl.rollout.local.engine import TorchEngine
 from tests.oracle import sharp_tiny_model
 
@@ -65,7 +66,13 @@ def test_the_torch_engine_is_compiled_on_cuda(machine: pytest.MonkeyPatch, compi
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_batch_size", 0), ("cache_max_entry_count", 1.0), ("sleep_level", 3), ("server_urls", ["http://a:1"])],
+    [
+        ("max_batch_size", 0),
+        ("max_cached_tokens", -1),
+        ("cache_max_entry_count", 1.0),
+        ("sleep_level", 3),
+        ("server_urls", ["http://a:1"]),
+    ],
 )
 def test_bad_settings_are_named(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=key):

@@ -1,21 +1,21 @@
-"""What an observer of the engine sees, and that looking on changes nothing."""
+"""An observer sees what an engine does, changes nothing, and may stop it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from dirl.data.chat import render_prompt
 from dirl.model.tiny import tiny
-from dirl.rollout.completions import with_texts
-from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.build import build_engine
+from dirl.rollout.engine import Completion, EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
-from dirl.rollout.watch import Frame, Observer, watch
-from dirl.show.completions import frames
+from dirl.rollout.watch import Frame, Observer
 
-SAMPLING = SamplingConfig(max_completion_length=24)
+SAMPLING = SamplingConfig(max_completion_length=16, confidence_threshold=0.2)
 
 
 class Recorder(Observer):
@@ -37,22 +37,31 @@ class Recorder(Observer):
         self.told.append("ended")
 
 
+def committed_by_step(completion: Completion) -> list[list[bool]]:
+    """After each denoising step, which tokens up to the current block's end are final: from the step map."""
+    rows: list[list[bool]] = []
+    first = 4 - len(completion.prompt_ids) % 4
+    ends = range(first, len(completion.token_ids) + 1, 4)
+    for start, end in pairwise([0, *ends]):
+        steps = completion.step_map[start:end]
+        rows += [[True] * start + [mine <= now for mine in steps] for now in range(1, max(steps) + 1)]
+    return rows
+
+
 def test_an_observer_sees_every_step() -> None:
-    """The committed tokens of the frames are the step map's, step by step, and looking changes nothing."""
     model, tokenizer = tiny()
-    engine, recorder = TorchEngine(model, tokenizer, max_batch_size=2), Recorder()
+    recorder = Recorder()
     prompts = [render_prompt(tokenizer, "1" * length) for length in (2, 3, 5)]
-    unwatched = engine.generate(prompts, SAMPLING, [0, 1, 2])
-    watch(engine, recorder)
-    watched = engine.generate(prompts, SAMPLING, [0, 1, 2])
+    config = EngineConfig(engine="torch", max_batch_size=2)
+    unwatched = build_engine(model, tokenizer, config).generate(prompts, SAMPLING, [0, 1, 2])
+    watched = build_engine(model, tokenizer, config, observer=recorder).generate(prompts, SAMPLING, [0, 1, 2])
     assert watched == unwatched
     assert recorder.told[0] == ("started", 3) and recorder.told[-1] == "ended"
     assert sorted(c.prompt_ids for c in recorder.told if isinstance(c, Completion)) == sorted(prompts)
     seen = [frame for told in recorder.told if isinstance(told, list) for frame in told]
-    for index, completion in enumerate(with_texts(watched, tokenizer, 4)):
+    for index, completion in enumerate(watched):
         mine = [frame for frame in seen if frame.index == index]
-        expected = [committed for _, committed in frames(completion)]
-        assert [frame.is_committed for frame in mine] == expected
+        assert [frame.is_committed for frame in mine] == committed_by_step(completion)
         for frame in mine:
             for token, done, final in zip(frame.token_ids, frame.is_committed, completion.token_ids, strict=False):
                 assert token == final or not done
@@ -61,28 +70,17 @@ def test_an_observer_sees_every_step() -> None:
 
 
 def test_ctrl_c_leaves_the_engine_usable() -> None:
-    model, tokenizer = tiny()
-    engine = TorchEngine(model, tokenizer)
-    prompt = [render_prompt(tokenizer, "1+1=")]
-    expected = engine.generate(prompt, SAMPLING, [0])
-
-    class Interrupting(Observer):
+    class Interrupting(Recorder):
         def stepped(self, frames: Callable[[], list[Frame]]) -> None:
-            raise KeyboardInterrupt
+            if self.told == [("started", 1)]:
+                raise KeyboardInterrupt
 
+    model, tokenizer = tiny()
+    prompt, observer = [render_prompt(tokenizer, "1+1=")], Interrupting()
+    engine = TorchEngine(model, tokenizer, observer=observer)
     model.train()
-    watch(engine, Interrupting())
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompt, SAMPLING, [0])
     assert model.training  # as it was
-    watch(engine, Observer())
-    assert engine.generate(prompt, SAMPLING, [0]) == expected
-
-
-def test_an_engine_that_cannot_be_watched_is_left_alone() -> None:
-    class Deaf:
-        pass
-
-    deaf: Any = Deaf()
-    watch(deaf, Recorder())
-    assert not hasattr(deaf, "observer")
+    assert observer.told == [("started", 1), "ended"]
+    assert engine.generate(prompt, SAMPLING, [0]) == TorchEngine(model, tokenizer).generate(prompt, SAMPLING, [0])

@@ -46,7 +46,7 @@ class LayerCache(NamedTuple):
             new = new_TGD.flatten(1)  # a token's heads in one row: copied in one piece
             if entries.token_E is not None:
                 new = new.index_select(0, entries.token_E)
-            tensor.flatten(0, 1).flatten(1)[entries.place_E] = new
+            tensor.flatten(0, 1).flatten(1)[entries.place_E] = new.to(tensor.dtype)
 
 
 class Rotary:
@@ -73,14 +73,20 @@ class Rotary:
 
 
 class BlockCache:
-    """Keys and values of every layer, and the rotary embedding of every position."""
+    """Keys and values of every layer, and the rotary embedding of every position.
 
-    def __init__(self, model: BlockDiffusionModel, num_slots: int, length: int) -> None:
+    Args:
+        dtype: of keys and values; None: that of the weights.
+    """
+
+    def __init__(
+        self, model: BlockDiffusionModel, num_slots: int, length: int, dtype: torch.dtype | None = None
+    ) -> None:
         config, like = model.config, next(model.parameters())
         shape = (num_slots, length, config.num_key_value_heads, config.head_dim)
 
         def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+            return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
 
         self.rotary = Rotary.up_to(length, model, like)
         self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
@@ -150,7 +156,7 @@ class BlockRows:
         self.mask_R11L = _reads_up_to(end_R[:, None], keys.dtype)
 
     def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        query_XBHD = query_THD.unflatten(0, (-1, self.block_length))
+        query_XBHD = query_THD.to(keys.dtype).unflatten(0, (-1, self.block_length))
         if self.flash is not None:
             return self.flash(
                 query_XBHD,
@@ -163,7 +169,7 @@ class BlockRows:
             ).flatten(0, 1)
         query_RBHD = query_XBHD
         if self.row_X is not None:
-            query_RBHD = query_THD.new_zeros(len(self.mask_R11L), *query_XBHD.shape[1:])
+            query_RBHD = query_XBHD.new_zeros(len(self.mask_R11L), *query_XBHD.shape[1:])
             query_RBHD[self.row_X] = query_XBHD
         keys, values = _read(keys, values, self.slot_R, self.mask_R11L.shape[-1])
         output_RBHD = masked_attention(query_RBHD.transpose(1, 2), keys, values, self.mask_R11L, scaling).transpose(
@@ -196,8 +202,8 @@ class PromptRows:
 
     def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         num_rows, _, num_lanes, read_length = self.mask_R1WL.shape
-        query_RWHD = query_THD.new_zeros(num_rows, num_lanes, *query_THD.shape[1:])
-        query_RWHD[self.place] = query_THD
+        query_RWHD = keys.new_zeros(num_rows, num_lanes, *query_THD.shape[1:])
+        query_RWHD[self.place] = query_THD.to(keys.dtype)
         keys, values = _read(keys, values, self.slot_R, read_length)
         output_RHWD = masked_attention(query_RWHD.transpose(1, 2), keys, values, self.mask_R1WL, scaling)
         return output_RHWD.transpose(1, 2)[self.place]

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import stop_token_ids
+from dirl.errors import UserError
 from dirl.model.logprobs import suppressed_by
+from dirl.model.memory import cache_bytes_per_token, free_bytes
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.block_step import Sampler
 from dirl.rollout.decoded import make_completion, touched_tokens
@@ -27,7 +29,7 @@ from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
 from dirl.rollout.local.slots import Request, Slots
-from dirl.rollout.watch import Observer, frames_of
+from dirl.rollout.watch import Observer
 from dirl.training.balance import consecutive
 from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
 
@@ -37,7 +39,15 @@ _Part = tuple[Tensor, QueryRows]  # tokens of a pass and how they are laid out
 
 
 class TorchEngine:
-    """Decodes with the module it is given; no copy of the weights where trainer and engine share a process."""
+    """Decodes with the module it is given; no copy of the weights where trainer and engine share a process.
+
+    Args:
+        max_batch_size: sequences decoded at once; fewer where the KV cache has no room for so many.
+        max_cached_tokens: for which the KV cache has room; 0: half of the device's free memory decides.
+        compiled: fuse small operations with torch.compile.
+        autocast: what a trainer autocasts to when it scores, so that decoding rounds likewise; the cache has it too.
+        observer: told of every step and completion.
+    """
 
     def __init__(
         self,
@@ -45,12 +55,16 @@ class TorchEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch_size: int = 256,
+        max_cached_tokens: int = 0,
         compiled: bool = False,
+        autocast: torch.dtype | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch_size, self.max_cached_tokens, self.autocast = max_batch_size, max_cached_tokens, autocast
         self.forward = CachedForward(model, compiled=compiled)
         self.weights_version = 0
-        self.observer = Observer()  # told of every step and completion
+        self.observer = observer or Observer()
         self._is_stale = False
         self.stop_ids = stop_token_ids(tokenizer)
 
@@ -68,7 +82,7 @@ class TorchEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precision():
                 finished = self._watched(requests, sampling) if requests else {}
         finally:
             self.observer.ended()
@@ -115,10 +129,11 @@ class TorchEngine:
     def _decode(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         block_length, queue = self.model.config.block_size, deque(requests)
         device = next(self.model.parameters()).device
-        num_slots = min(self.max_batch_size, len(requests))
+        length = max(r.end_block for r in requests) * block_length
+        num_slots = min(self.max_batch_size, len(requests), self._sequences_that_fit(length))
         num_blocks = max(r.end_block - len(r.prompt_ids) // block_length for r in requests)
         slots = Slots(num_slots, num_blocks, block_length, self.model.config.mask_token_id, device)
-        cache = BlockCache(self.model, num_slots, max(r.end_block for r in requests) * block_length)
+        cache = BlockCache(self.model, num_slots, length, self.autocast)
         sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
@@ -136,9 +151,29 @@ class TorchEngine:
             hidden_MD = self._forward(slots, slot_A, masked_M, prompts, cache)
             step = sampler.step(hidden_MD, blocks, masked_M)
             slots.apply(step, slot_A)
-            self.observer.stepped(partial(frames_of, slots, slot_A, step))
+            self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
                 yield self._completion(*slots.release(slot))
+
+    def _precision(self) -> torch.autocast:
+        device_type = next(self.model.parameters()).device.type
+        return torch.autocast(device_type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    def _sequences_that_fit(self, length: int) -> int:
+        """How many sequences of so many tokens the KV cache may hold, at least one.
+
+        Raises:
+            UserError: not even one fits the bound that was set.
+        """
+        parameter = next(self.model.parameters())
+        if 0 < self.max_cached_tokens < length:
+            raise UserError(
+                f"max_cached_tokens={self.max_cached_tokens} has no room for the longest prompt and completion, "
+                f"{length} tokens; raise it, or lower max_completion_length"
+            )
+        bytes_per_token = cache_bytes_per_token(self.model.config, self.autocast or parameter.dtype)
+        num_tokens = self.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
+        return max(1, num_tokens // length)
 
     def _read_prompts(self, admitted: dict[int, Request], cache: BlockCache) -> Sequence[_Part]:
         """The full blocks of admitted prompts, each distinct one once, as a part of the next pass.

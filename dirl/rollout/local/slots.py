@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dirl.rollout.block_step import Blocks, Step
+from dirl.rollout.watch import Frame
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,20 @@ class Slots:
         self.logprob_SB[slot_A] = torch.where(revealed_AB, step.logprobs_NB, self.logprob_SB[slot_A])
         self.masked_SB[slot_A] &= ~revealed_AB
         self.has_previous_S[slot_A] = False
+
+    def frames(self, step: Step, slot_A: Tensor) -> list[Frame]:
+        """The active slots after `apply`, before their blocks are filed."""
+        shown_AB = torch.where(self.masked_SB[slot_A], step.token_ids_NB, self.token_ids_SB[slot_A]).tolist()
+        committed_AB = (~self.masked_SB[slot_A]).tolist()
+        frames = []
+        for row, slot in enumerate(slot_A.tolist()):
+            request, done = self.requests[slot], self.done(slot)
+            assert request is not None
+            filed = self.done_ids_SKB[slot].flatten()[done].tolist()
+            tail = max(done.start - done.stop, 0)  # tokens of the prompt in this block
+            is_committed = [True] * len(filed) + committed_AB[row][tail:]
+            frames.append(Frame(request.index, filed + shown_AB[row][tail:], is_committed))
+        return frames
 
     def finish_blocks(self, stop_ids: Tensor) -> list[int]:
         """File finished blocks and move their slots on; returns the slots whose sequence ended."""

@@ -16,6 +16,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -27,11 +29,24 @@ from dirl.data.chat import save_tokenizer
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rollout.build import EngineConfig
 from dirl.rollout.decoded import make_completion, touched_tokens
-from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
+from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.server.process import ServerProcess
-from dirl.rollout.server.serve import KEY_VARIABLE, ServeConfig, sampling_fields
+from dirl.rollout.server.wire import (
+    GENERATE,
+    HEALTH,
+    KEY_HEADER,
+    KEY_VARIABLE,
+    CompletionRow,
+    GenerateRequest,
+    Health,
+    PromptRow,
+    ServeConfig,
+    WeightsPart,
+    key_value,
+    read_completions,
+    read_refusal,
+)
 from dirl.rollout.weights import buckets
 from dirl.training.full_parameters import named_full_parameters
 
@@ -73,13 +88,13 @@ class Server:
             pause = min(2 * pause, 5.0)
 
     def _call_once(self, path: str, body: bytes | None) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path, data=body, headers={"Authorization": f"Bearer {self._key}"})
+        request = urllib.request.Request(self.url + path, data=body, headers={KEY_HEADER: key_value(self._key)})
         try:
             with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            reason = _reason(error)
-            if error.code == 409:
+            reason = read_refusal(error.read(), error.code)
+            if error.code == HTTPStatus.CONFLICT:
                 raise BlockingIOError(reason) from error
             if error.code >= 500:
                 raise _Unreachable(reason) from error
@@ -114,26 +129,23 @@ class ServerEngine:
         if self._is_stale:
             raise RolloutError("the last push of weights did not finish; call update_weights before generate")
         touched_tokens(prompts, seeds, sampling, self.block_length)
-        rows = [
-            {"id": i, "prompt_ids": list(prompt), "seed": seed}
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
+        rows = [PromptRow(i, list(prompt), seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
         count = len(self.servers)
         parts = [rows[n::count] for n in range(count)]
         with ThreadPoolExecutor(count) as pool:
             asked = [
                 pool.submit(self._ask, server, part, sampling) for server, part in zip(self.servers, parts, strict=True)
             ]
-            answers = {row["id"]: row for future in asked for row in future.result()}
+            answers = {row.id: row for future in asked for row in future.result()}
         missing = [i for i in range(len(rows)) if i not in answers]
         if missing:
             raise RolloutError(f"{len(missing)} of {len(rows)} completions are missing, the first is {missing[0]}")
         return [
             make_completion(
                 prompt,
-                answers[i]["token_ids"],
-                answers[i]["step_map"],
-                answers[i]["logprobs"],
+                answers[i].token_ids,
+                answers[i].step_map,
+                answers[i].logprobs,
                 tokenizer=self.tokenizer,
                 block_length=self.block_length,
             )
@@ -158,17 +170,16 @@ class ServerEngine:
         for server in self.servers:
             server.close()
 
-    def _ask(self, server: Server, rows: list[dict[str, Any]], sampling: SamplingConfig) -> list[dict[str, Any]]:
+    def _ask(self, server: Server, rows: list[PromptRow], sampling: SamplingConfig) -> list[CompletionRow]:
         if not rows:
             return []
-        request = {"weights_version": self.weights_version, "sampling": sampling_fields(sampling), "requests": rows}
-        body = json.dumps(request).encode()
+        body = GenerateRequest(self.weights_version, sampling, rows).to_json()
         try:
-            return server.call("/generate", body)["completions"]
+            return read_completions(server.call(GENERATE, body))
         except RolloutError:
             if not self._revive(server):
                 raise
-            return server.call("/generate", body)["completions"]
+            return read_completions(server.call(GENERATE, body))
 
     def _revive(self, server: Server) -> bool:
         """Start a crashed server of our own again, once, with the weights it had."""
@@ -196,29 +207,33 @@ class ServerEngine:
         part = 0
         with ThreadPoolExecutor(len(servers)) as pool:
 
-            def send(bucket: list[tuple[str, Tensor]], *, last: int) -> None:
+            def send(bucket: list[tuple[str, Tensor]], *, is_last: bool) -> None:
                 body = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in bucket})
-                path = f"/weights?version={self.weights_version}&part={part}&last={last}"
+                path = WeightsPart(self.weights_version, part, is_last).path()
                 for done in [pool.submit(server.call, path, body) for server in servers]:
                     done.result()
 
             for bucket in buckets(named_full_parameters(model)):
                 if pending is not None:
-                    send(pending, last=0)
+                    send(pending, is_last=False)
                     part += 1
                 pending = bucket
             if pending is not None:
-                send(pending, last=1)
+                send(pending, is_last=True)
 
 
-def connect(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> ServerEngine:
+def connect(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig, *, bf16: bool = False
+) -> ServerEngine:
     """The engine of `mode: server`: over the given servers, or over one that is started here.
 
+    Args:
+        bf16: of a server that is started here; others were told when they were started.
     Raises:
         UserError: servers are given without their key.
     """
     if not config.server_urls:
-        return ServerEngine([_start(model, tokenizer, config)], model, tokenizer, pushes=True)
+        return ServerEngine([_start(model, tokenizer, config, bf16=bf16)], model, tokenizer, pushes=True)
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
         raise UserError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
@@ -226,7 +241,9 @@ def connect(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, conf
     return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0)
 
 
-def _start(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> Server:
+def _start(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, config: EngineConfig, *, bf16: bool
+) -> Server:
     """A server of our own with the model's configuration and a random key, on this local rank's server device."""
     local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), config.server_devices
     if devices and local_rank >= len(devices):
@@ -234,25 +251,21 @@ def _start(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, confi
     directory = tempfile.TemporaryDirectory(prefix="dirl-serve-")
     model.config.save_pretrained(directory.name)
     save_tokenizer(tokenizer, directory.name)
-    settings = ServeConfig(
+    settings = {f.name: getattr(config, f.name) for f in fields(EngineConfig)}
+    served = ServeConfig(
         model=ModelConfig(path=directory.name, dtype="float32" if model.dtype == torch.float32 else "bfloat16"),
-        engine=EngineConfig(
-            engine=config.engine,
-            max_batch_size=config.max_batch_size,
-            compile=config.compile,
-            cache_max_entry_count=config.cache_max_entry_count,
-            sleep_level=0,
-        ),
+        engine=EngineConfig(**{**settings, "mode": "colocate", "sleep_level": 0, "server_devices": []}),
+        bf16=bf16,
         empty=True,
     )
     key = secrets.token_hex(32)
-    process = ServerProcess(settings, key, directory, device=devices[local_rank] if devices else "")
+    process = ServerProcess(served, key, directory, device=devices[local_rank] if devices else "")
     return Server(process.url, key, process)
 
 
 def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
     try:
-        health = server.call("/health")
+        health = Health(**server.call(HEALTH))
     except RolloutError as error:
         if server.process is not None:
             raise
@@ -263,12 +276,5 @@ def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
         ("mask_token_id", config.mask_token_id),
         ("vocab_size", config.vocab_size),
     ):
-        if health[name] != ours:
-            raise UserError(f"server {server.url} has {name} {health[name]}, the trainer {ours}; serve the same model")
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["error"])
-    except (ValueError, KeyError):
-        return f"HTTP {error.code}"
+        if (theirs := getattr(health, name)) != ours:
+            raise UserError(f"server {server.url} has {name} {theirs}, the trainer {ours}; serve the same model")

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from dirl.config import save_config
 from dirl.rollout.engine import RolloutError
-from dirl.rollout.server.serve import KEY_VARIABLE, PARENT_VARIABLE, ServeConfig
+from dirl.rollout.server.wire import KEY_VARIABLE, PARENT_VARIABLE, ServeConfig
 
 _LOG_LINES = 20
 
@@ -34,7 +35,7 @@ class ServerProcess:
     ) -> None:
         self._directory, folder = directory, Path(directory.name)
         self._log, self._ready = folder / "log.txt", folder / "address"
-        config = ServeConfig(**{**vars(config), "port": 0, "ready_file": str(self._ready)})
+        config = replace(config, port=0, ready_file=str(self._ready))
         save_config(config, folder / "serve.yaml")
         self._command = [sys.executable, "-m", "dirl.cli", "serve", str(folder / "serve.yaml")]
         self._environment = os.environ | {KEY_VARIABLE: key, PARENT_VARIABLE: "1"}

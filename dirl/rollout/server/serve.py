@@ -3,11 +3,7 @@
 The process holds a module on the host, into which pushed weights are written, and the engine that decodes with them.
 LMDeploy's own HTTP server is not used: its /update_weights ends in Engine.update_params, which raises
 NotImplementedError under the executor of one GPU, and it unpickles what it is sent. Here requests and answers are JSON,
-weights are safetensors, every call carries the key of the run, and no byte of a request is ever code.
-
-    GET  /health     what is served, and the version of its weights
-    POST /generate   {weights_version, sampling, requests: [{id, prompt_ids, seed}]} -> {completions: [{id, ...}]}
-    POST /weights?version=V&part=I&last=0|1   safetensors, in order; the engine changes over at the last
+weights are safetensors, every call carries the key of the run, and no byte of a request is ever code (see `wire`).
 """
 
 from __future__ import annotations
@@ -18,45 +14,44 @@ import logging
 import os
 import sys
 import threading
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load as read_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.errors import UserError, one_line
 from dirl.files import write_whole
-from dirl.model.checkpoint import ModelConfig, default_device, load_model
+from dirl.model.checkpoint import default_device, load_model
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rollout.build import EngineConfig, build_engine, chosen_engine
-from dirl.rollout.engine import RolloutEngine, RolloutError, SamplingConfig
+from dirl.rollout.build import build_engine, chosen_engine
+from dirl.rollout.engine import RolloutEngine, RolloutError
+from dirl.rollout.server.wire import (
+    GENERATE,
+    HEALTH,
+    KEY_HEADER,
+    KEY_VARIABLE,
+    PARENT_VARIABLE,
+    WEIGHTS,
+    CompletionRow,
+    GenerateRequest,
+    Health,
+    ServeConfig,
+    WeightsPart,
+    completions_answer,
+    key_value,
+    refusal,
+)
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "DIRL_SERVER_KEY"
-PARENT_VARIABLE = "DIRL_SERVER_HAS_PARENT"  # set: standard input is a pipe that closes when the parent dies
 _MIN_KEY_LENGTH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig(Config):
-    """What `dirl serve` decodes with, and where it listens."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    host: str = "127.0.0.1"
-    port: int = bounded(8100, least=0, most=65535)  # 0: any free one
-    empty: bool = False  # start from config.json alone; a trainer pushes the weights
-    ready_file: str = field(default="", metadata=PATH)  # written with the address once the server listens
-
-    def check(self) -> None:
-        if self.engine.mode != "colocate":
-            raise ValueError("engine.mode must be colocate in a server: it is the one that decodes")
 
 
 class Conflict(Exception):
@@ -73,47 +68,46 @@ class RolloutServer:
         self._lock = threading.Lock()
         self._parameters = dict(model.named_parameters())
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> Health:
         config = self.model.config
-        return {
-            "weights_version": self.weights_version,
-            "block_length": config.block_size,
-            "mask_token_id": config.mask_token_id,
-            "vocab_size": config.vocab_size,
-            "num_parameters": sum(parameter.numel() for parameter in self._parameters.values()),
-        }
+        return Health(
+            weights_version=self.weights_version,
+            block_length=config.block_size,
+            mask_token_id=config.mask_token_id,
+            vocab_size=config.vocab_size,
+            num_parameters=sum(parameter.numel() for parameter in self._parameters.values()),
+        )
 
-    def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+    def generate(self, request: GenerateRequest) -> list[CompletionRow]:
         """Completions with the ids of their requests."""
         with self._lock:
-            if self.weights_version != request["weights_version"]:
-                raise Conflict(f"weights {request['weights_version']} are asked for, {self.weights_version} are here")
-            rows = request["requests"]
+            if self.weights_version != request.weights_version:
+                raise Conflict(f"weights {request.weights_version} are asked for, {self.weights_version} are here")
+            rows = request.requests
             completions = self.engine.generate(
-                [row["prompt_ids"] for row in rows], SamplingConfig(**request["sampling"]), [r["seed"] for r in rows]
+                [row.prompt_ids for row in rows], request.sampling, [row.seed for row in rows]
             )
-        kept = ("token_ids", "step_map", "logprobs")
-        return {
-            "completions": [
-                {"id": row["id"], **{name: getattr(completion, name) for name in kept}}
-                for row, completion in zip(rows, completions, strict=True)
-            ]
-        }
+        return [
+            CompletionRow(row.id, completion.token_ids, completion.step_map, completion.logprobs)
+            for row, completion in zip(rows, completions, strict=True)
+        ]
 
-    def take_weights(self, body: bytes, *, version: int, part: int, is_last: bool) -> dict[str, Any]:
+    def take_weights(self, body: bytes, sent: WeightsPart) -> dict[str, Any]:
         """Write one bucket; a part that arrives twice, because its answer was lost, is written twice."""
         with self._lock:
-            if part == 0:
+            if sent.part == 0:
                 self.weights_version, self._next_part = None, 0
-            if part not in (self._next_part, self._next_part - 1):
-                raise Conflict(f"part {part} of a push while part {self._next_part} is awaited; start again with 0")
+            if sent.part not in (self._next_part, self._next_part - 1):
+                raise Conflict(
+                    f"part {sent.part} of a push while part {self._next_part} is awaited; start again with 0"
+                )
             with torch.no_grad():
                 for name, tensor in read_safetensors(body).items():
                     self._write(name, tensor)
-            self._next_part = part + 1
-            if is_last and self.weights_version != version:
+            self._next_part = sent.part + 1
+            if sent.is_last and self.weights_version != sent.version:
                 self.engine.update_weights(self.model)
-                self.weights_version = version
+                self.weights_version = sent.version
         return {"weights_version": self.weights_version}
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
@@ -160,7 +154,7 @@ def _load(config: ServeConfig) -> RolloutServer:
         model = load_model(config.model, tokenizer).eval()
     if chosen_engine(config.engine) == "torch":
         model.to(default_device())  # it decodes with the module itself
-    engine = build_engine(model, tokenizer, config.engine)
+    engine = build_engine(model, tokenizer, config.engine, bf16=config.bf16)
     return RolloutServer(model, engine, has_weights=not config.empty)
 
 
@@ -180,38 +174,36 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # one packet for head and body
 
     def do_GET(self) -> None:
-        self._answer(lambda path, query: self.rollouts.health() if path == "/health" else None)
+        self._answer(lambda path, query: asdict(self.rollouts.health()) if path == HEALTH else None)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))) if self._is_trusted() else b""
         self._answer(lambda path, query: self._post(path, query, body))
 
-    def _post(self, path: str, query: dict[str, list[str]], body: bytes) -> dict[str, Any] | None:
-        if path == "/generate":
-            return self.rollouts.generate(json.loads(body))
-        if path == "/weights":
-            version, part, last = (int(query[name][0]) for name in ("version", "part", "last"))
-            return self.rollouts.take_weights(body, version=version, part=part, is_last=bool(last))
+    def _post(self, path: str, query: str, body: bytes) -> dict[str, Any] | None:
+        if path == GENERATE:
+            return completions_answer(self.rollouts.generate(GenerateRequest.from_json(body)))
+        if path == WEIGHTS:
+            return self.rollouts.take_weights(body, WeightsPart.from_query(query))
         return None
 
     def _is_trusted(self) -> bool:
-        sent = self.headers.get("Authorization", "").encode()
-        return hmac.compare_digest(sent, f"Bearer {self.key}".encode())
+        return hmac.compare_digest(self.headers.get(KEY_HEADER, "").encode(), key_value(self.key).encode())
 
-    def _answer(self, call: Any) -> None:
+    def _answer(self, call: Callable[[str, str], dict[str, Any] | None]) -> None:
         if not self._is_trusted():
-            return self._send(401, {"error": f"wrong key: set {KEY_VARIABLE} to that of the server"})
+            return self._send(401, refusal(f"wrong key: set {KEY_VARIABLE} to that of the server"))
         url = urlsplit(self.path)
         try:
-            answer = call(url.path, parse_qs(url.query))
+            answer = call(url.path, url.query)
         except Conflict as error:
-            return self._send(409, {"error": str(error)})
+            return self._send(HTTPStatus.CONFLICT, refusal(str(error)))
         except (ValueError, KeyError, TypeError) as error:
-            return self._send(400, {"error": one_line(error)})
+            return self._send(400, refusal(one_line(error)))
         except (RolloutError, RuntimeError) as error:
             logger.exception("%s failed", url.path)
-            return self._send(500, {"error": str(error)})
-        return self._send(200, answer) if answer is not None else self._send(404, {"error": f"no {url.path} here"})
+            return self._send(500, refusal(str(error)))
+        return self._send(200, answer) if answer is not None else self._send(404, refusal(f"no {url.path} here"))
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()
@@ -223,9 +215,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
-
-
-def sampling_fields(sampling: SamplingConfig) -> dict[str, Any]:
-    """The fields of SamplingConfig alone, whatever larger configuration holds them."""
-    names = SamplingConfig.__dataclass_fields__
-    return {name: value for name, value in asdict(sampling).items() if name in names}

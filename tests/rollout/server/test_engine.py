@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from dirl.cli import main  # noqa: E402
 from dirl.errors import UserError  # noqa: E402
 from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
-from dirl.rollout.build import EngineConfig  # noqa: E402
-from dirl.rollout.engine import Completion, RolloutError  # noqa: E402
+from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
 from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
-from dirl.rollout.server.serve import KEY_VARIABLE, RolloutServer, ServeConfig, _listen, serve  # noqa: E402
+from dirl.rollout.server.serve import RolloutServer, _listen, serve  # noqa: E402
+from dirl.rollout.server.wire import KEY_VARIABLE, GenerateRequest, PromptRow, ServeConfig, WeightsPart  # noqa: E402
 from dirl.rollout.weights import buckets  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
     DYNAMIC,
@@ -244,9 +244,13 @@ def test_a_server_of_ones_own_decodes_with_the_same_settings(monkeypatch: pytest
             started.append(settings)
 
     monkeypatch.setattr(server_engine, "ServerProcess", NotStarted)
-    asked = EngineConfig(mode="server", engine="torch", max_batch_size=7, compile="never", cache_max_entry_count=0.3)
-    server_engine._start(*likely_to_stop(), asked)
-    assert started[0].engine == replace(asked, mode="colocate", sleep_level=0)
+    asked = EngineConfig(
+        mode="server", engine="torch", max_batch_size=7, max_cached_tokens=99, compile="never", server_devices=["1"]
+    )
+    for bf16 in (False, True):
+        server_engine._start(*likely_to_stop(), asked, bf16=bf16)
+    assert started[0].engine == replace(asked, mode="colocate", sleep_level=0, server_devices=[])
+    assert [settings.bf16 for settings in started] == [False, True]
 
 
 def test_a_server_that_cannot_start_shows_its_log() -> None:
@@ -262,7 +266,8 @@ def test_no_orphan(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from dirl.model.checkpoint import load\n"
-        "from dirl.rollout.build import EngineConfig, build_engine\n"
+        "from dirl.rollout.build import build_engine\n"
+        "from dirl.rollout.engine import EngineConfig\n"
         f"engine = build_engine(*load({str(tmp_path / 'model')!r}), EngineConfig(mode='server', engine='torch'))\n"
         "print(engine.servers[0].url, flush=True)\n"
         "time.sleep(600)\n"
@@ -281,12 +286,29 @@ def test_no_orphan(tmp_path: Path) -> None:
     pytest.fail("the server outlived its trainer by 30 s")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LargerConfig(SamplingConfig):
+    num_generations: int = 8
+
+
+def test_what_is_sent_is_what_is_read() -> None:
+    sampling = LargerConfig(temperature=0.7, top_k=9, unmasking_strategy="entropy_bounded")
+    sent = GenerateRequest(5, sampling, [PromptRow(0, [], 1), PromptRow(1, [7, 8], (1 << 63) - 1)])
+    read = GenerateRequest.from_json(sent.to_json())
+    assert (read.weights_version, read.requests) == (5, sent.requests)
+    assert read.sampling == SamplingConfig(temperature=0.7, top_k=9, unmasking_strategy="entropy_bounded")
+    for part in (WeightsPart(3, 0, is_last=False), WeightsPart(4, 11, is_last=True)):
+        path, _, query = part.path().partition("?")
+        assert (path, WeightsPart.from_query(query)) == ("/weights", part)
+
+
 def test_answers_are_plain_json() -> None:
     engine = over_threads(*likely_to_stop())
-    body = json.dumps(
-        {"weights_version": 0, "sampling": server_engine.sampling_fields(DYNAMIC), "requests": [{"id": "a"}]}
-    ).encode()
-    with pytest.raises(RolloutError, match="KeyError: 'prompt_ids'"):
-        engine.servers[0].call("/generate", body)
+    whole = json.loads(GenerateRequest(0, DYNAMIC, [PromptRow(3, [1, 2], seed=4)]).to_json())
+    answer = engine.servers[0].call("/generate", json.dumps(whole).encode())
+    assert [row.keys() for row in answer["completions"]] == [{"id", "token_ids", "step_map", "logprobs"}]
+    for broken, words in (([{"id": 3, "seed": 4}], "TypeError: .*'prompt_ids'"), ([{"idd": 3}], "TypeError: .*'idd'")):
+        with pytest.raises(RolloutError, match=words):
+            engine.servers[0].call("/generate", json.dumps({**whole, "requests": broken}).encode())
     with pytest.raises(RolloutError, match="no /nothing here"):
         engine.servers[0].call("/nothing")
