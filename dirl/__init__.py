@@ -25,8 +25,8 @@ _HOMES = {
     "Completions": "dirl.rollout.completions",
     "with_texts": "dirl.rollout.completions",
     "plot_run": "dirl.show.pictures",
-    "plot_trajectory": "dirl.rollout.plots",
-    "plot_thresholds": "dirl.eval.plots",
+    "plot_trajectory": "dirl.show.trajectory_picture",
+    "plot_thresholds": "dirl.eval.accuracy_picture",
     "write_report": "dirl.show.report.write",
     "SamplingConfig": "dirl.rollout.engine",
     "RolloutConfig": "dirl.rl.collector",
@@ -67,7 +67,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dirl import reward as rewards
-    from dirl.eval.plots import plot_thresholds
+    from dirl.eval.accuracy_picture import plot_thresholds
     from dirl.model.checkpoint import ModelConfig, load
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
@@ -76,11 +76,11 @@ if TYPE_CHECKING:
     from dirl.rollout.completions import Completions, with_texts
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import generate
-    from dirl.rollout.plots import plot_trajectory
     from dirl.rollout.replay import logprobs
     from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
     from dirl.show.pictures import plot_run
     from dirl.show.report.write import write_report
+    from dirl.show.trajectory_picture import plot_trajectory
 
 
 def __getattr__(name: str) -> Any:

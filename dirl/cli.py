@@ -107,7 +107,7 @@ def _add_talk(commands: Any) -> None:
 def _run_report(options: argparse.Namespace) -> None:
     if options.runs[0] == "compare":
         return _compare_evaluations(options.runs[1:])
-    from dirl.console.report import report_runs
+    from dirl.console.report_runs import report_runs
 
     return _say(f"report: {report_runs(options.runs, options.output)}")
 
@@ -153,7 +153,7 @@ def _run_sft(options: argparse.Namespace) -> None:
 
         _say_memory(config.model, sft_workload(config))
         return
-    _say(f"model: {SFTTrainer(config).train()}")
+    _train(SFTTrainer(config))
 
 
 def _run_rl(options: argparse.Namespace) -> None:
@@ -165,7 +165,17 @@ def _run_rl(options: argparse.Namespace) -> None:
 
         _say_memory(config.model, rl_workload(config))
         return
-    _say(f"model: {RLTrainer(config).train()}")
+    _train(RLTrainer(config))
+
+
+def _train(trainer: Any) -> None:
+    """Train to the end, or to a signal that all ranks heed together; then no rank waits for another."""
+    try:
+        _say(f"model: {trainer.train()}")
+    except RunInterrupted:
+        trainer.distributed.close()
+        raise
+    trainer.distributed.close()
 
 
 def _say_memory(model: Any, workload: Any) -> None:

@@ -12,17 +12,18 @@ from typing import Any
 from dirl.errors import UserError
 
 
-def write_whole(path: str | Path, text: str) -> Path:
-    """The whole text under this name or, whatever happens in between, what stood there before.
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """The whole content under this name or, whatever happens in between, what stood there before.
 
     Written beside its name, forced to disk, renamed; missing folders are made.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         return temporary.replace(target)

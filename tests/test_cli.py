@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from dirl import __version__
 from dirl.cli import main
 from dirl.data.problems import load_problems
+from dirl.errors import RunInterrupted
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
@@ -34,12 +37,17 @@ class StandInConfig:
 
 
 class StandIn:
+    left: ClassVar[list[str]] = []  # how the runs ended whose ranks took their leave of each other
+
     def __init__(self, config: StandInConfig) -> None:
         self.config = config
+        self.distributed = SimpleNamespace(close=lambda: self.left.append(config.act))
 
     def train(self) -> str:
         if self.config.act == "interrupt":
             raise KeyboardInterrupt
+        if self.config.act == "stop":
+            raise RunInterrupted(signal.SIGTERM, step=3)
         if self.config.act == "read":
             load_problems(self.config.path)
         if self.config.act == "misuse":
@@ -116,6 +124,17 @@ def test_interruption(command: str, config_file: str, capsys: pytest.CaptureFixt
     assert main([command, config_file, "act=interrupt"]) == 130
     captured = capsys.readouterr()
     assert (captured.out + captured.err).splitlines() == ["dirl: interrupted"]
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"], indirect=True)
+def test_ranks_take_their_leave_when_all_of_them_end(
+    command: str, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never after an error of one of them, which would wait for the others."""
+    monkeypatch.setattr(StandIn, "left", [])
+    assert [main([command, config_file, f"act={act}"]) for act in ("finish", "stop", "read")] == [0, 0, 2]
+    assert StandIn.left == ["finish", "stop"]
+    assert "stopped by SIGTERM at step 3" in capsys.readouterr().out
 
 
 def test_a_bug_keeps_its_traceback(command: str, config_file: str) -> None:

@@ -227,6 +227,7 @@ def run_evaluation(config: EvalConfig) -> Path:
     if distributed.is_main:
         write_report(directory, config.model.path, results, directory / "run.json")
     distributed.barrier()
+    distributed.close()
     return directory / "report.md"
 
 

@@ -1,25 +1,21 @@
-"""Results -> results.json, report.md in the layout of the paper's Table 1, and pictures of accuracy against speed."""
+"""Results -> results.json and report.md in the layout of the paper's Table 1; two evaluations -> their comparison."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from dirl.errors import MissingFileError, UserError
+from dirl.eval.accuracy_picture import plot_accuracy, sweep_points, throughput_points
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
 from dirl.eval.statistics import Difference, paired_bootstrap
-from dirl.show.pictures import STYLE
-
-Point = tuple[float, float, float, str]  # speed, accuracy in %, its standard error, label
+from dirl.files import write_json, write_whole
 
 _DEFINITIONS = """\
 - **accuracy**: avg@k, the mean over problems of the share of right samples, in percent; a program is right when it
@@ -50,7 +46,7 @@ def write_report(directory: Path, model: str, results: Sequence[ModeResult], run
     run = json.loads(run_json.read_text(encoding="utf-8"))
     record = {key: run[key] for key in ("config", "versions", "git_commit", "git_dirty", "hardware")}
     payload = {"model": model, **record, "results": [asdict(result) for result in results]}
-    _write(directory / "results.json", json.dumps(payload, indent=2, allow_nan=False) + "\n")
+    write_json(directory / "results.json", payload)
     pictures = {}
     if any(result.tokens_per_s > 0 for result in results):
         pictures["plots/throughput.png"] = "accuracy against throughput"
@@ -58,7 +54,7 @@ def write_report(directory: Path, model: str, results: Sequence[ModeResult], run
     if any(result.mode.startswith("dynamic@") for result in results):
         pictures["plots/thresholds.png"] = "accuracy against tokens per step"
         plot_accuracy(results, directory / "plots/thresholds.png", sweep_points, "tokens per denoising step")
-    return _write(directory / "report.md", report_text(model, results, run=run, pictures=pictures))
+    return write_whole(directory / "report.md", report_text(model, results, run=run, pictures=pictures))
 
 
 def report_text(
@@ -95,57 +91,6 @@ def _provenance(run: Mapping[str, Any]) -> str:
     hardware = run["hardware"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu_cores']} CPU cores ({hardware['machine']})"
     return f"Commit {commit}{changed}; PyTorch {run['versions']['torch']} on {machine}."
-
-
-def plot_accuracy(
-    results: Sequence[ModeResult],
-    path: Path,
-    points_of: Callable[[Sequence[ModeResult], str], list[Point]],
-    quantity: str,
-) -> None:
-    """Accuracy against a speed: one line a data set, one labelled point a decoding mode."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-        axes = figure.subplots()
-        for dataset in dict.fromkeys(result.dataset for result in results):
-            points = points_of(results, dataset)
-            if not points:
-                continue
-            speeds, accuracies, errors, labels = zip(*points, strict=True)
-            axes.errorbar(speeds, accuracies, yerr=errors, marker="o", capsize=3, label=dataset)
-            for i, (label, x, y) in enumerate(zip(labels, speeds, accuracies, strict=True)):
-                offset = (5, 4 if i % 2 else -12)  # by turns above and below: neighbours may be close
-                axes.annotate(label, (x, y), textcoords="offset points", xytext=offset, fontsize=8)
-        axes.set(title="Accuracy against speed", xlabel=quantity, ylabel="accuracy (%)")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        figure.savefig(path)
-
-
-def sweep_points(results: Sequence[ModeResult], dataset: str) -> list[Point]:
-    """Tokens per step of each threshold and of static, slowest first. Source: DiRL (arXiv 2512.22234), Fig. 8."""
-    return sorted(
-        _point(
-            result,
-            result.tokens_per_step,
-            "static" if result.mode == "static" else f"{result.confidence_threshold:g}",
-        )
-        for result in results
-        if result.dataset == dataset and result.mode.split("@")[0] in ("static", "dynamic")
-    )
-
-
-def throughput_points(results: Sequence[ModeResult], dataset: str) -> list[Point]:
-    """Tokens per second of each mode, slowest first. Source: DiRL (arXiv 2512.22234), Fig. 1."""
-    return sorted(
-        _point(result, result.tokens_per_s, result.mode)
-        for result in results
-        if result.dataset == dataset and result.tokens_per_s > 0
-    )
-
-
-def _point(result: ModeResult, speed: float, label: str) -> Point:
-    return speed, 100 * result.avg_at_k, 100 * result.standard_error, label
 
 
 @dataclass(frozen=True)
@@ -261,10 +206,3 @@ def _percent(share: float) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _write(path: Path, text: str) -> Path:
-    """The whole file or none of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)

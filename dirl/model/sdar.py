@@ -109,7 +109,7 @@ class _BlockDiffusion:
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             attention_plan = DensePlan.block_causal(position_ids, is_token.bool(), self.config.block_size)
-        kwargs["use_cache"] = False  # decoding keeps its cache in the attention plan
+        kwargs["use_cache"] = False  # decoding has its own forward pass and cache
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, position_ids=position_ids, attention_plan=attention_plan, **kwargs
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -63,8 +63,6 @@ class Completion:
     finish_reason: Literal["stop", "length"]  # stop: an EOS was revealed
     num_denoising_steps: int  # forward passes that revealed something, over all blocks
     text: str  # of the tokens before the first EOS
-    block_length: int = 0  # tokens per block; 0: not recorded (see with_texts, which adds it and the next)
-    token_texts: list[str] | None = None  # (R,) what each token reads, for people
 
     @property
     def tokens_per_step(self) -> float:
@@ -74,24 +72,6 @@ class Completion:
     @property
     def is_truncated(self) -> bool:
         return self.finish_reason == "length"
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the tokens, coloured by the step they were revealed at."""
-        from dirl.rollout.completions import completion_html
-
-        return completion_html(self)
-
-    def show(self) -> None:
-        """Play the denoising: with a slider in a notebook, step by step in a terminal."""
-        from dirl.rollout.completions import play
-
-        play([self])
-
-    def to_pandas(self) -> Any:
-        """One row per token; needs pandas."""
-        from dirl.rollout.completions import tokens_table
-
-        return tokens_table(self)
 
 
 class RolloutEngine(Protocol):

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from dirl.training.balance import consecutive
+
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 BUCKET_BYTES = 512 << 20
@@ -35,16 +37,8 @@ def buckets(named: NamedTensors, max_bytes: int = BUCKET_BYTES) -> Iterator[list
 
     Copies, because a parameter that was gathered from shards is gone when the next one is.
     """
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in named:
-        if bucket and size + tensor.nbytes > max_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor.clone()))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+    copies = ((name, tensor.clone()) for name, tensor in named)
+    return consecutive(copies, lambda item: item[1].nbytes, max_bytes)
 
 
 class ShapeCheck:

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import yaml
 
 from dirl.errors import one_line
-from dirl.show.metric_table import read_metrics
+from dirl.files import is_hub_id, write_whole
+from dirl.show.metric import MetricTable
+from dirl.show.metric_table import TABLE, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,6 @@ _KEYS = (
     *("likelihood", "loss_type", "scale_rewards", "epsilon", "epsilon_high", "beta", "num_iterations"),
 )
 _SECTIONS = ("noise", "rollout", "reward")
-_METRICS = (
-    *("loss", "eval/loss", "reward", "eval/accuracy", "eval/standard_error", "eval/greedy/accuracy"),
-    *("eval/tokens_per_step", "completions/tokens_per_step", "completions/mean_length", "entropy", "kl"),
-)
 
 
 def finish_model(final: Path, output_dir: Path, stage: Stage, push_to_hub: str) -> None:
@@ -45,7 +43,7 @@ def finish_model(final: Path, output_dir: Path, stage: Stage, push_to_hub: str) 
         push_model(final, push_to_hub)
 
 
-def write_model_card(final: Path, output_dir: Path, stage: Stage) -> Path | None:
+def write_model_card(final: Path, output_dir: Path, stage: Stage, table: MetricTable = TABLE) -> Path | None:
     """README.md of the model in `final`; None where one is that dirl did not write."""
     path = final / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
@@ -54,11 +52,10 @@ def write_model_card(final: Path, output_dir: Path, stage: Stage) -> Path | None
     record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     source = output_dir / "metrics.jsonl"
     rows = read_metrics(source) if source.is_file() else []
-    path.write_text(card_text(record, rows, stage), encoding="utf-8")
-    return path
+    return write_whole(path, card_text(record, rows, stage, table))
 
 
-def card_text(record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stage) -> str:
+def card_text(record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stage, table: MetricTable = TABLE) -> str:
     """The card as Markdown with the Hub's front matter."""
     config = record["config"]
     steps = rows[-1]["step"] if rows else 0
@@ -68,7 +65,7 @@ def card_text(record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stag
         f"# {_inline(name)}",
         f"A block-diffusion language model after {_TITLES[stage]}, {steps} optimizer steps, trained with dirl.",
         _list("Trained from and on", _origins(config)),
-        _table("Last numbers of the training run", _last_numbers(rows)),
+        _table("Last numbers of the training run", _last_numbers(rows, table)),
         _table("Settings", _settings(config)),
         _list("Environment", _environment(record)),
         "## Use\n\n```python\nimport dirl\n\nmodel, tokenizer = dirl.load(PATH)\n"
@@ -98,15 +95,11 @@ def _front_matter(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     """What the Hub reads; it knows hub ids only, so local paths are not named here."""
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     matter["tags"] = ["dirl", "block-diffusion", "sdar", stage]
-    if _is_hub_id(base := str(config.get("model", {}).get("path", ""))):
+    if is_hub_id(base := str(config.get("model", {}).get("path", ""))):
         matter["base_model"] = base
-    if _is_hub_id(data := str(config.get("data", {}).get("path", ""))):
-        matter["datasets"] = [data.split(":")[0]]
+    if is_hub_id(data := str(config.get("data", {}).get("path", "")).split(":")[0]):  # what follows is a subset
+        matter["datasets"] = [data]
     return matter
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and path[0] not in "./~" and not Path(path).exists() and not Path(path).suffix
 
 
 def _origins(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
@@ -116,8 +109,8 @@ def _origins(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "rewards", " ".join(config["reward"]["functions"])
 
 
-def _last_numbers(rows: list[dict[str, Any]]) -> Iterator[tuple[str, object]]:
-    for name in _METRICS:
+def _last_numbers(rows: list[dict[str, Any]], table: MetricTable) -> Iterator[tuple[str, object]]:
+    for name in (metric.name for metric in table.headlines()):
         known = next((row for row in reversed(rows) if row.get(name) is not None), None)
         if known is not None:
             yield name, f"{known[name]:.4g} (step {known['step']})"

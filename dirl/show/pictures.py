@@ -1,15 +1,13 @@
 """metrics.jsonl of a run -> one picture per question a reader has about it, in plots/*.png.
 
-A panel whose numbers the run did not log is skipped, so SFT and RL share one table of panels.
+A picture whose numbers the run did not log is skipped, so SFT and RL share one list of them.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dirl.errors import MissingFileError
-from dirl.show.metric_table import read_metrics
+from dirl.files import write_whole
+from dirl.show.charts import Picture, short_names
+from dirl.show.metric import MetricTable
+from dirl.show.metric_table import TABLE, read_metrics
 
 Series = dict[str, tuple[list[int], list[float]]]  # metric name -> steps, values
 
@@ -44,6 +45,10 @@ class Drawing(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+    def write(self, path: str | Path) -> Path:
+        """The picture as PNG under this name, whole; missing folders are made."""
+        return write_whole(path, self._repr_png_())
 
 
 class Pictures(list[Path]):
@@ -75,15 +80,14 @@ def draw_curves(axes: Axes, series: Series) -> None:
             axes.plot(steps, smooth(values), color=line.get_color(), linewidth=2, label=name)
 
 
-def draw_phases(axes: Axes, series: Series) -> None:
-    """Seconds per phase, stacked; a phase that a step did not log took no time there."""
-    phases = {name: dict(zip(*points, strict=True)) for name, points in series.items() if name != "timing_s/step"}
-    steps = sorted({step for points in phases.values() for step in points})
-    heights = [[points.get(step, 0.0) for step in steps] for points in phases.values()]
-    labels = [name.removeprefix("timing_s/") for name in phases]
+def draw_layers(axes: Axes, series: Series) -> None:
+    """Layers on top of each other, such as the seconds of phases; one that a step did not log is nothing there."""
+    layers = [dict(zip(*points, strict=True)) for points in series.values()]
+    steps = sorted({step for points in layers for step in points})
     width = min((later - step for step, later in pairwise(steps)), default=1)
     bottoms = [0.0] * len(steps)
-    for label, height in zip(labels, heights, strict=True):
+    for label, points in zip(short_names(list(series)), layers, strict=True):
+        height = [points.get(step, 0.0) for step in steps]
         axes.bar(steps, height, bottom=bottoms, width=width, label=label)
         bottoms = [bottom + part for bottom, part in zip(bottoms, height, strict=True)]
 
@@ -101,92 +105,44 @@ def draw_deciles(axes: Axes, series: Series) -> None:
         axes.plot(levels, [deciles[decile][step] for decile in known], marker="o", color=color, label=label)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One picture: which metrics it shows and how."""
-
-    file_name: str
-    title: str
-    pattern: str  # regular expression a metric's whole name must match
-    y_label: str
-    x_label: str = "optimizer step"
-    draw: Callable[[Axes, Series], None] = draw_curves
+_DRAW: dict[str, Callable[[Axes, Series], None]] = {
+    "lines": draw_curves,
+    "stacked": draw_layers,
+    "levels": draw_deciles,
+}
 
 
-PANELS = (
-    Panel(file_name="loss", title="Loss", pattern=r"loss|eval/loss", y_label="nats per token"),
-    Panel(
-        file_name="loss_by_noise",
-        title="Held-out loss by noise level",
-        pattern=r"eval/loss_noise_decile_\d+",
-        y_label="nats per token",
-        x_label="masked share of a block",
-        draw=draw_deciles,
-    ),
-    Panel(
-        file_name="reward", title="Reward and accuracy", pattern=r"reward|(completions|eval)/accuracy", y_label="mean"
-    ),
-    Panel(
-        file_name="tokens_per_step",
-        title="Decoding speed",
-        pattern=r"(completions|eval)/tokens_per_step",
-        y_label="tokens per denoising step",
-    ),
-    Panel(
-        file_name="completion_length",
-        title="Completion length",
-        pattern=r"completions/(mean|max)_length",
-        y_label="tokens",
-    ),
-    Panel(file_name="entropy", title="Entropy of the policy", pattern=r"entropy", y_label="nats per token"),
-    Panel(file_name="kl", title="Distance from the reference policy", pattern=r"kl", y_label="nats per token"),
-    Panel(file_name="grad_norm", title="Gradient norm", pattern=r"grad_norm", y_label="L2 norm"),
-    Panel(file_name="learning_rate", title="Learning rate", pattern=r"learning_rate", y_label="learning rate"),
-    Panel(
-        file_name="phases",
-        title="Time per step",
-        pattern=r"timing_s/\w+",
-        y_label="seconds",
-        draw=draw_phases,
-    ),
-)
-
-
-def collect_series(rows: Sequence[dict[str, Any]], pattern: str) -> Series:
-    """The curves of the metrics whose name matches; numbers that were not finite (null) are left out."""
+def collect_series(rows: Sequence[dict[str, Any]], picture: Picture, table: MetricTable = TABLE) -> Series:
+    """The curves of a picture; numbers that were not finite (null) are left out."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     series: Series = {}
-    for row in rows:
-        for name, value in row.items():
-            if value is not None and re.fullmatch(pattern, name):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(row["step"])
-                values.append(value)
+    for name, _ in table.drawn(names, lambda metric: metric.picture == picture.file_name):
+        if known := [row for row in rows if row.get(name) is not None]:
+            series[name] = [row["step"] for row in known], [row[name] for row in known]
     return series
 
 
-def draw_panel(panel: Panel, series: Series, path: Path) -> None:
+def draw_picture(picture: Picture, series: Series, path: Path) -> None:
     """Write one picture."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+        figure = Drawing(figsize=(8, 4), dpi=120, layout="constrained")
         axes = figure.subplots()
-        panel.draw(axes, series)
-        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        _DRAW[picture.kind](axes, series)
+        axes.set(title=picture.title, xlabel=picture.x_label, ylabel=picture.y_label)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        figure.savefig(path)
+        figure.write(path)
 
 
-def plot_run(run_dir: str | Path) -> Pictures:
-    """Draw every panel the run has numbers for; returns the files written, in the order of the panels."""
+def plot_run(run_dir: str | Path, table: MetricTable = TABLE) -> Pictures:
+    """Draw every picture the run has numbers for; returns the files written, in the order of the pictures."""
     source = Path(run_dir) / "metrics.jsonl"
     if not source.is_file():
         raise MissingFileError(f"{source}: no metrics to plot; give the output_dir of a training run")
     rows = read_metrics(source)
-    folder = Path(run_dir) / "plots"
-    folder.mkdir(exist_ok=True)
     written = Pictures()
-    for panel in PANELS:
-        if series := collect_series(rows, panel.pattern):
-            written.append(folder / f"{panel.file_name}.png")
-            draw_panel(panel, series, written[-1])
+    for picture in table.pictures:
+        if series := collect_series(rows, picture, table):
+            written.append(Path(run_dir) / "plots" / f"{picture.file_name}.png")
+            draw_picture(picture, series, written[-1])
     return written

@@ -18,27 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from dirl.show.metric import MetricTable
+from dirl.show.metric_table import TABLE
+
 logger = logging.getLogger(__name__)
 
 _MASKED = "░"
-# Columns of the table of a step: metric -> head. What a run does not log has no column.
-_COLUMNS = {
-    "loss": "loss",
-    "eval/loss": "held-out loss",
-    "reward": "reward",
-    "reward_std": "± in group",
-    "eval/accuracy": "held-out acc.",
-    "completions/mean_length": "length",
-    "completions/tokens_per_step": "tokens/step",
-    "entropy": "entropy",
-    "kl": "KL",
-    "clip_ratio/region_mean": "clipped",
-    "grad_norm": "grad norm",
-    "learning_rate": "lr",
-    "timing_s/step": "seconds",
-    "perf/rollout_tokens_per_s": "rollout tok/s",
-    "perf/train_tokens_per_s": "train tok/s",
-}
 
 
 def is_quiet() -> bool:
@@ -121,10 +106,10 @@ class Terminal:
             logger.info("step %d/%d  %s", step, total, headline)
 
 
-def step_table(step: int, total: int, metrics: Mapping[str, float]) -> Table:
-    """One row under its heads, as wide as it must be."""
+def step_table(step: int, total: int, metrics: Mapping[str, float], metric_table: MetricTable = TABLE) -> Table:
+    """One row under its heads, as wide as it must be; what a run does not log has no column."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    known = {head: metrics[name] for name, head in _COLUMNS.items() if name in metrics}
+    known = {row.column: metrics[name] for name, row in metric_table.choose(metrics, lambda row: row.column)}
     for head in ("step", *known):
         table.add_column(head, justify="right", header_style="dim", overflow="fold")
     table.add_row(f"{step}/{total}", *(f"{value:.4g}" for value in known.values()))

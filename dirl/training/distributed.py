@@ -151,13 +151,15 @@ class Distributed:
 
     def sum(self, *values: float) -> list[float]:
         """Each number summed over ranks."""
-        return self._reduce(values, "sum").tolist()
+        if self.world_size == 1:  # nobody to ask, and no device to wait for
+            return [float(value) for value in values]
+        return self.accelerator.reduce(self._numbers(*values), reduction="sum").tolist()
 
     def max(self, value: float) -> float:
-        return float(self._each(value).max())
+        return max(self._of_each(value))
 
     def min(self, value: float) -> float:
-        return float(self._each(value).min())
+        return min(self._of_each(value))
 
     def gather(self, items: list[Item]) -> list[Item]:
         """The lists of all ranks, one after another, on every rank."""
@@ -263,11 +265,11 @@ class Distributed:
         if self._uses_deepspeed and not self.backend.startswith("zero"):
             raise RuntimeError("a DeepSpeed configuration was launched as DDP; unset ACCELERATE_USE_CPU")
 
-    def _each(self, value: float) -> Tensor:
-        return self.accelerator.gather(torch.tensor([value], dtype=torch.float64, device=self.device))
+    def _of_each(self, value: float) -> list[float]:
+        return [float(value)] if self.world_size == 1 else self.accelerator.gather(self._numbers(value)).tolist()
 
-    def _reduce(self, values: Sequence[float], how: str) -> Tensor:
-        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), reduction=how)
+    def _numbers(self, *values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
 
 def _is_set(name: str) -> bool:

@@ -59,15 +59,15 @@ class SignalWatch:
 
 
 class PhaseClock:
-    """Ends the process when one phase of a step takes longer than `limit` seconds (0: never).
+    """Ends the process when no phase of the loop began or ended for `limit` seconds (0: never).
 
     A collective that waits for a rank that died or hangs cannot be interrupted from Python; a thread beside it can end
     the process, after saying which rank stood where.
     """
 
-    def __init__(self, limit: float, rank: int, current: Callable[[], tuple[str, float] | None]) -> None:
-        """`current` returns the innermost phase and the seconds since it began; None between phases."""
-        self.limit, self.rank, self.current = limit, rank, current
+    def __init__(self, limit: float, rank: int, standing: Callable[[], tuple[str, float]]) -> None:
+        """`standing` says where the run stands, and for how many seconds it has stood there."""
+        self.limit, self.rank, self.standing = limit, rank, standing
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="phase clock", daemon=True)
 
@@ -81,11 +81,10 @@ class PhaseClock:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.limit / 4)):
-            phase = self.current()
-            if phase is not None and phase[1] > self.limit:
-                name, seconds = phase
+            where, seconds = self.standing()
+            if seconds > self.limit:
                 print(
-                    f"dirl: error: rank {self.rank} has been in phase {name!r} for {seconds:.0f} s (phase_timeout="
+                    f"dirl: error: rank {self.rank} has been {where} for {seconds:.0f} s (phase_timeout="
                     f"{self.limit:g}): another rank is stuck or gone, or the phase needs longer; raise phase_timeout "
                     "or look at the other ranks' logs. The newest checkpoint is complete; the same command continues",
                     file=sys.stderr,

@@ -188,29 +188,32 @@ class Timings:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._seconds: dict[str, float] = defaultdict(float)
-        self._open: list[tuple[str, float]] = []
+        self._open: list[str] = []
+        self._latest = ("before the first phase", clock())  # where a phase last began or ended, and when
 
-    def current(self) -> tuple[str, float] | None:
-        """The innermost phase that is going on and the seconds since it began."""
-        if not self._open:
-            return None
-        name, start = self._open[-1]
-        return name, self._clock() - start
+    def standing(self) -> tuple[str, float]:
+        """Where the run stands, in words, and the seconds since a phase last began or ended: either is progress."""
+        where, since = self._latest
+        return where, self._clock() - since
 
     def is_in(self, name: str) -> bool:
         """Whether this is the innermost phase that is going on."""
-        return bool(self._open) and self._open[-1][0] == name
+        return bool(self._open) and self._open[-1] == name
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside the `with` block to `name`."""
         start = self._clock()
-        self._open.append((name, start))
+        self._open.append(name)
+        self._latest = (f"in phase {name!r}", start)
         try:
             yield
         finally:
             self._open.pop()
-            self._seconds[name] += self._clock() - start
+            end = self._clock()
+            around = f"in phase {self._open[-1]!r}" if self._open else "between phases"
+            self._latest = (f"{around}, after {name!r}", end)
+            self._seconds[name] += end - start
 
     def drain(self) -> dict[str, float]:
         """The sums as metrics, `timing_s/{phase}`; starts again from zero."""

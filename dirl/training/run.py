@@ -58,7 +58,7 @@ class Run:
         self.step = self._previous_step = 0
         self._saved_step = self._reported_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
-        self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, timings.current)
+        self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, timings.standing)
         tracker_id = self._restore()
         self.metrics = MetricsLogger(
             config.output_dir,

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -198,28 +197,6 @@ def resolve_resume(config: RunConfig) -> Path | None:
         )
     checkpoint_step(Path(choice))
     return Path(choice)
-
-
-def rng_state() -> dict[str, Any]:
-    """The random number generators of this process, in types that torch.load(weights_only=True) accepts."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (name, [int(key) for key in keys], *rest)
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()  # of this rank's device
-    return state
-
-
-def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators back where `rng_state` found them."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    if "numpy" in state:
-        importlib.import_module("numpy").random.set_state(tuple(state["numpy"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def write_run_json(output_dir: str | Path, config: Mapping[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Numbers that name a piece of work -> its seed, the same in every process and for every number of ranks."""
+"""Numbers that say what a random draw is for -> its seed: the only mixer of seeds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def stable_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on these numbers and on nothing else."""
+    """A 63-bit seed that is the same in every process and for every number of ranks."""
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -15,6 +15,7 @@ from dirl.data.chat import (
     render_prompt,
     save_tokenizer,
     stop_token_ids,
+    token_texts,
 )
 from dirl.data.rows import DataError
 from dirl.data.tasks import tiny_tokenizer
@@ -99,3 +100,11 @@ def test_a_vocabulary_without_the_tokens_of_diffusion() -> None:
         mask_token_id(tokenizer)
     with pytest.raises(DataError, match="no eos token"):
         stop_token_ids(tokenizer)
+
+
+def test_a_character_of_several_tokens_stands_at_the_last() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("aé→b😀")
+    texts = token_texts(tokenizer, [ids])[0]
+    assert texts == ["a", "", "é", "", "", "→", "b", "", "", "", "😀"]
+    assert token_texts(tokenizer, [ids[:2]])[0] == ["a", "\ufffd"]

@@ -45,7 +45,13 @@ def evaluate(num_processes: int, model: Path, out: Path, modes: str) -> None:
         return
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, "-m", "dirl.cli", *arguments]
+    script = out.with_name("evaluate.py")
+    script.write_text(
+        "import sys; from dirl import cli; import torch; code = cli.main()\n"
+        "assert not torch.distributed.is_initialized(), 'ranks that did not take leave'\n"
+        "sys.exit(code)\n"
+    )
+    command = [sys.executable, *launcher, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("report: ") == 1

@@ -1,4 +1,4 @@
-"""Results -> report, plot, and the comparison of two runs."""
+"""Results -> report, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dirl.cli import main
-from dirl.eval.report import compare_runs, plot_accuracy, report_text, sweep_points, throughput_points
+from dirl.eval.report import compare_runs, report_text
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SampleStore
 from dirl.eval.statistics import paired_bootstrap
@@ -102,32 +102,6 @@ def test_rows_of_a_table_are_equally_wide() -> None:
 def test_no_paper_rows_for_other_data_sets() -> None:
     text = report_text("my model", [replace(RESULT, dataset="task:noisy_sums")], run=RUN, pictures={})
     assert "(paper)" not in text
-
-
-def test_sweep(tmp_path: Path) -> None:
-    sweep = [
-        replace(RESULT, mode="dynamic@0.5", confidence_threshold=0.5, tokens_per_step=3.0, avg_at_k=0.7),
-        RESULT,
-        replace(RESULT, mode="static", confidence_threshold=None, tokens_per_step=1.0, avg_at_k=0.85),
-        replace(RESULT, mode="greedy", temperature=0.0),
-        replace(RESULT, mode="dynamic@0.5", dataset="GSM8K", confidence_threshold=0.5),
-    ]
-    points = sweep_points(sweep, "MATH500")
-    assert [label for *_, label in points] == ["static", "0.9", "0.5"]
-    assert points[2] == pytest.approx((3.0, 70.0, 1.23, "0.5"))
-    path = tmp_path / "plots" / "thresholds.png"
-    plot_accuracy(sweep, path, sweep_points, "tokens per step")
-    both = path.read_bytes()
-    plot_accuracy(sweep[:3], path, sweep_points, "tokens per step")
-    assert both.startswith(b"\x89PNG")
-    assert path.read_bytes() != both
-
-
-def test_throughput() -> None:
-    results = [RESULT, replace(RESULT, mode="static", tokens_per_s=700.0), replace(RESULT, mode="greedy", dataset="B")]
-    points = throughput_points(results, "MATH500")
-    assert [(speed, label) for speed, *_, label in points] == [(700.0, "static"), (1234.5, "dynamic")]
-    assert throughput_points([replace(RESULT, tokens_per_s=0.0)], "MATH500") == []  # nothing was timed
 
 
 def write_run(directory: Path, correct: dict[int, list[bool]], *, mode: str = "dynamic", digest: str = "a") -> Path:

@@ -4,50 +4,82 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dirl.model.checkpoint import default_device
 from dirl.model.kernels import use_fused_kernels
 from dirl.model.tiny import tiny
+from tests.oracle import tiny_moe
+
+
+def liger_for(kind: str, ran: Counter[str]) -> Callable[..., None]:
+    """As liger_kernel 0.5 patches a model, with kernels that count instead of being faster."""
+
+    def counted(module: nn.Module, name: str) -> None:
+        plain = module.forward
+        module.forward = lambda *given, **named: ran.update([name]) or plain(*given, **named)  # type: ignore[method-assign]
+
+    def apply(
+        rope: bool = True,
+        cross_entropy: bool = False,
+        fused_linear_cross_entropy: bool = True,
+        rms_norm: bool = True,
+        swiglu: bool = True,
+        model: nn.Module | None = None,
+    ) -> None:
+        assert model is not None, "all models of the process would be patched"
+        assert rope and not cross_entropy and model.config.model_type == kind  # type: ignore[union-attr]
+        if fused_linear_cross_entropy:
+            counted(model, "lm_head")
+        for name, module in model.named_modules():
+            if (rms_norm and name.endswith("norm")) or (swiglu and name.endswith("mlp")):
+                counted(module, name.rpartition(".")[2])
+
+    return apply
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A machine with a GPU and a liger_kernel that records how it is called."""
-    made: list[dict[str, Any]] = []
+def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """A machine with a GPU and liger_kernel; how often each of its kernels ran."""
+    counts: Counter[str] = Counter()
     module = SimpleNamespace(
-        apply_liger_kernel_to_qwen3=lambda **options: made.append(options),
-        apply_liger_kernel_to_qwen3_moe=lambda **options: pytest.fail("a dense model"),
+        apply_liger_kernel_to_qwen3=liger_for("sdar", counts),
+        apply_liger_kernel_to_qwen3_moe=liger_for("sdar_moe", counts),
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=module))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
-    return made
+    return counts
 
 
+@pytest.mark.parametrize("make", [tiny, tiny_moe])
 @pytest.mark.parametrize("kernels", ["auto", "liger"])
-def test_the_model_is_patched_but_not_its_lm_head(kernels: Any, calls: list[dict[str, Any]]) -> None:
-    model, _ = tiny()
+def test_norms_and_mlps_are_fused_and_lm_head_is_not(
+    kernels: Any, make: Callable[[], tuple[Any, Any]], ran: Counter[str]
+) -> None:
+    model, _ = make()
+    layers = model.config.num_hidden_layers
+    ids = torch.randint(5, 200, (2, 8))
+    expected = model(ids).logits
     use_fused_kernels(model, kernels)
-    (options,) = calls
-    assert options.pop("model") is model
-    assert options == {
-        "rope": True,
-        "rms_norm": True,
-        "swiglu": True,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
+    assert torch.equal(model(ids).logits, expected)
+    per_layer = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "mlp")
+    assert ran == {**dict.fromkeys(per_layer, layers), "norm": 1}
 
 
-def test_torch_means_no_patch(calls: list[dict[str, Any]]) -> None:
-    use_fused_kernels(tiny()[0], "torch")
-    assert calls == []
+def test_torch_means_no_patch(ran: Counter[str]) -> None:
+    model, _ = tiny()
+    use_fused_kernels(model, "torch")
+    model(torch.randint(5, 200, (2, 8)))
+    assert not ran
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")

@@ -143,8 +143,8 @@ def meet_nan(output_dir: Path) -> None:
 
 
 def hang(output_dir: Path) -> None:
-    """Rank 1 never comes back from its second step."""
-    trainer = sft_trainer(output_dir / "hang", phase_timeout=4)
+    """Rank 1 never comes back from the update of its second step."""
+    trainer = rl_trainer(output_dir / "hang", phase_timeout=4)
     update, rank = trainer.learner.update, trainer.distributed.rank
 
     def hanging(*arguments: Any) -> dict[str, float]:
@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(backend: str, tmp_path
 def test_a_stuck_rank_ends_the_run_and_names_rank_and_phase(tmp_path: Path) -> None:
     done = launch("ddp", "hang", tmp_path / "hang")
     assert done.returncode != 0
-    assert "dirl: error: rank 0 has been in phase 'step' for" in done.stderr
+    assert "dirl: error: rank 0 has been in phase 'train' for" in done.stderr  # not 'step', which began before it
 
 
 def test_another_model_is_an_error_that_says_so(tmp_path: Path) -> None:

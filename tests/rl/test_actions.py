@@ -9,8 +9,8 @@ import torch
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
-from dirl.rl.actions import PolicyBatch, build_policy_batches, pack_policy_batches
-from dirl.rl.policy_loss import LossType
+from dirl.rl.actions import PolicyBatch, pack_groups, with_advantages, with_coefficients
+from dirl.rl.objective import LossType, ObjectiveConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rollout.engine import Completion
 from dirl.training.distributed import Distributed
@@ -43,15 +43,25 @@ def make_groups() -> list[RolloutGroup]:
     for index, (prompt_length, sizes) in enumerate([(3, (1, 4)), (4, (2, 2)), (6, (3, 1))]):
         prompt = list(range(1000, 1000 + prompt_length))
         completions = [make_completion(2 * index + i + 1, prompt, size) for i, size in enumerate(sizes)]
-        groups.append(RolloutGroup(Prompt(Problem("?", "", {}), prompt), completions, [0.0, 1.0], {}))
+        groups.append(
+            RolloutGroup(
+                prompt=Prompt(Problem("?", "", {}), prompt),
+                completions=completions,
+                rewards=[0.0, 1.0],
+                reward_parts={},
+                draw=index,
+                sampled_at=10 + index,
+            )
+        )
     return groups
 
 
-def batches(loss_type: LossType, likelihood: Likelihood, budget: int) -> list[PolicyBatch]:
+def batches(objective: ObjectiveConfig, budget: int) -> list[PolicyBatch]:
     groups = make_groups()
     advantages = [torch.tensor([2.0 * i + 1, 2.0 * i + 2]) for i in range(len(groups))]
-    scored = build_policy_batches(groups, advantages, Distributed(), loss_type=loss_type, max_completion_length=16)
-    return pack_policy_batches(scored, block_length=BLOCK, mask_token_id=MASK, likelihood=likelihood, budget=budget)
+    packs = pack_groups(groups, objective, block_length=BLOCK, mask_token_id=MASK, budget=budget)
+    packs = with_coefficients(packs, groups, Distributed(), loss_type=objective.loss_type, max_completion_length=16)
+    return with_advantages(packs, advantages)
 
 
 @pytest.mark.parametrize("budget", [60, 4096])
@@ -66,23 +76,25 @@ def test_actions_belong_to_their_completions(loss_type: LossType, likelihood: Li
         "dr_grpo": [1 / (16 * 6)] * 6,
         "grpo": [1 / (6 * length) for length in lengths],
     }[loss_type]
-    packs = batches(loss_type, likelihood, budget)
+    packs = batches(ObjectiveConfig(loss_type=loss_type, likelihood=likelihood), budget)
     assert len(packs) > 1 if budget == 60 else len(packs) == 1
     seen: list[int] = []
     for batch in packs:
         assert len(batch.packed) <= budget
-        packed = batch.packed
         rows = zip(
-            packed.target_T.tolist(),
-            packed.is_reveal_T.tolist(),
+            batch.packed.actions.target_T.tolist(),
+            batch.packed.actions.is_reveal_T.tolist(),
             batch.advantage_T.tolist(),
             batch.coefficient_T.tolist(),
-            batch.recorded_logprob_T.tolist(),
+            batch.engine_logprob_T.tolist(),
+            batch.completion_T.tolist(),
+            batch.sampled_at_T.tolist(),
             strict=True,
         )
-        for target, is_reveal, advantage, coefficient, recorded in rows:
+        assert batch.behavior_logprob_T.isnan().all() and batch.ref_logprob_T.isnan().all()
+        for target, is_reveal, advantage, coefficient, recorded, completion, sampled_at in rows:
             number, place = divmod(target, 100)
-            assert advantage == number
+            assert (advantage, completion, sampled_at) == (number, number - 1, 10 + (number - 1) // 2)
             assert coefficient == pytest.approx(expected[number - 1])
             if is_reveal:
                 assert recorded == pytest.approx(-(number + place / 100))
@@ -93,6 +105,19 @@ def test_actions_belong_to_their_completions(loss_type: LossType, likelihood: Li
     assert sorted(seen) == sorted(token for completion in completions for token in completion.token_ids)
 
 
+def test_merged_steps_know_the_engine_at_their_first_step_only() -> None:
+    """The others of its tokens were drawn in states that are not scored."""
+    (batch,) = batches(ObjectiveConfig(shrink=2), 4096)
+    actions = batch.packed.actions
+    steps = {
+        c.token_ids[i]: c.step_map[i] for g in make_groups() for c in g.completions for i in range(len(c.token_ids))
+    }
+    for target, recorded in zip(actions.target_T.tolist(), batch.engine_logprob_T.tolist(), strict=True):
+        assert (recorded == recorded) == (steps[target] % 2 == 1)
+    assert actions.is_visited_T.sum() < len(actions)
+    assert len(batch.packed) < len(batches(ObjectiveConfig(), 4096)[0].packed)
+
+
 def test_a_completion_over_the_budget_is_an_error() -> None:
     with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 40"):
-        batches("dapo", "reveal", 40)
+        batches(ObjectiveConfig(), 40)

@@ -7,7 +7,10 @@ import statistics
 import pytest
 import torch
 
-from dirl.rl.advantage import ScaleRewards, group_advantages, has_spread
+from dirl.data.problems import Problem
+from dirl.rl.advantage import group_advantages
+from dirl.rl.objective import ScaleRewards
+from dirl.rl.rollout_group import Prompt, RolloutGroup
 
 GROUPS = [[1.0, 0.0, 0.0, 1.0], [0.5, 2.0, -1.0, 0.0]]
 
@@ -27,8 +30,10 @@ def test_half_precision_rewards_are_scaled_in_float32() -> None:
     assert group_advantages(torch.tensor(GROUPS, dtype=torch.bfloat16), "group").dtype == torch.float32
 
 
-def test_spread_is_judged_exactly() -> None:
-    equal = torch.full((8,), 0.3)
-    assert not has_spread(equal)
-    equal[3] += 1e-6
-    assert has_spread(equal)
+def test_spread_is_judged_on_the_rewards_exactly() -> None:
+    def is_informative(rewards: list[float]) -> bool:
+        prompt = Prompt(Problem("?", "", {}), [1])
+        return RolloutGroup(prompt=prompt, completions=[], rewards=rewards, reward_parts={}).is_informative
+
+    assert not is_informative([0.3] * 8)
+    assert is_informative([0.3] * 7 + [0.3 + 1e-6])

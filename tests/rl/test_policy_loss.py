@@ -1,22 +1,19 @@
-"""The clipped surrogate against loops over its formula, and its KL estimators against the KL."""
+"""The clipped surrogate against loops over its formula, at every level, and its KL estimators against the KL."""
 
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 
-from dirl.rl.policy_loss import (
-    ImportanceSampling,
-    KLEstimator,
-    LossType,
-    PolicyLossConfig,
-    completion_coefficients,
-    importance_weights,
-    policy_loss,
-)
+from dirl.rl.actions import completion_coefficients
+from dirl.rl.objective import ImportanceSampling, KLEstimator, Level, LossType, ObjectiveConfig
+from dirl.rl.policy_loss import importance_weights
+from tests.rl.tables import loss_of, table
 
 LENGTHS = [3, 1, 6]
 MAX_LENGTH = 8
@@ -48,14 +45,18 @@ def test_loss_types_are_their_sums(loss_type: LossType) -> None:
         max_completion_length=MAX_LENGTH,
     )
     owner_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
-    config = PolicyLossConfig(epsilon=0.2, epsilon_high=0.28, loss_type=loss_type)
-    result = policy_loss(
-        torch.cat(logprobs), torch.cat(behaviors), torch.tensor(advantages)[owner_T], coefficient_N[owner_T], config
+    batch = table(
+        10,
+        behavior_logprob_T=torch.cat(behaviors),
+        advantage_T=torch.tensor(advantages)[owner_T],
+        coefficient_T=coefficient_N[owner_T],
     )
-    assert float(result.loss) == pytest.approx(-expected_objective(ratios, advantages, loss_type), rel=1e-5)
+    objective = ObjectiveConfig(epsilon=0.2, epsilon_high=0.28, loss_type=loss_type)
+    result = loss_of(torch.cat(logprobs), batch, objective)
+    assert float(result.value) == pytest.approx(-expected_objective(ratios, advantages, loss_type), rel=1e-5)
     flat = [(r, a) for row, a in zip(ratios, advantages, strict=True) for r in row]
-    assert int(result.clipped_low) == sum(r < 0.8 and a < 0 for r, a in flat)
-    assert int(result.clipped_high) == sum(r > 1.28 and a > 0 for r, a in flat)
+    assert int(result.sums["clipped_low"]) == sum(r < 0.8 and a < 0 for r, a in flat)
+    assert int(result.sums["clipped_high"]) == sum(r > 1.28 and a > 0 for r, a in flat)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +72,73 @@ def test_loss_types_are_their_sums(loss_type: LossType) -> None:
 )
 def test_gradient_stops_where_the_clip_holds(ratio: float, advantage: float, has_gradient: bool) -> None:
     logprob_T = torch.tensor([math.log(ratio)], requires_grad=True)
-    one_T = torch.ones(1)
-    config = PolicyLossConfig(epsilon=0.2, epsilon_high=0.28)
-    policy_loss(logprob_T, torch.zeros(1), one_T * advantage, one_T, config).loss.backward()
+    batch = table(1, behavior_logprob_T=torch.zeros(1), advantage_T=torch.tensor([advantage]))
+    loss_of(logprob_T, batch, ObjectiveConfig(epsilon=0.2, epsilon_high=0.28)).value.backward()
     assert logprob_T.grad is not None
     assert float(logprob_T.grad) == pytest.approx(-ratio * advantage if has_gradient else 0.0, rel=1e-5)
 
 
-def test_on_policy_gradient_is_reinforce() -> None:
-    logprob_T = torch.randn(5, requires_grad=True)
-    advantage_T, coefficient_T = torch.randn(5), torch.rand(5)
-    result = policy_loss(logprob_T, logprob_T.detach(), advantage_T, coefficient_T, PolicyLossConfig())
-    result.loss.backward()
+# Two completions: (completion, token, view, block) of each action; views of one block share its number.
+ACTIONS = [
+    *((0, 0, 1, 0), (0, 1, 1, 0), (0, 1, 2, 0), (0, 2, 3, 1), (0, 3, 3, 1)),
+    *((1, 0, 4, 0), (1, 1, 5, 1), (1, 1, 6, 1)),
+]
+SHARED = {
+    "action": lambda i: i,
+    "token": lambda i: ACTIONS[i][:2],
+    "step": lambda i: ACTIONS[i][2],
+    "block": lambda i: (ACTIONS[i][0], ACTIONS[i][3]),
+    "sequence": lambda i: ACTIONS[i][0],
+}
+
+
+def leveled(behavior_T: Tensor, advantage_T: Tensor, coefficient_T: Tensor):  # type: ignore[no-untyped-def]
+    completion, token, view, block = (list(column) for column in zip(*ACTIONS, strict=True))
+    return table(
+        len(ACTIONS),
+        completion=completion,
+        token=token,
+        view=view,
+        block=block,
+        behavior_logprob_T=behavior_T,
+        advantage_T=advantage_T,
+        coefficient_T=coefficient_T,
+    )
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_a_ratio_is_taken_over_its_level(level: Level) -> None:
+    """Loss and gradient against one clipped term for each set of actions that share a ratio."""
+    logprob_T = (torch.randn(len(ACTIONS)) * 0.2).requires_grad_()
+    behavior_T = torch.randn(len(ACTIONS)) * 0.2
+    completion_T = torch.tensor([action[0] for action in ACTIONS])
+    advantage_T, coefficient_T = torch.tensor([1.3, -0.6])[completion_T], torch.tensor([0.2, 0.7])[completion_T]
+    expected = torch.zeros(())
+    for _, members in groupby(sorted(range(len(ACTIONS)), key=SHARED[level]), key=SHARED[level]):
+        rows = list(members)
+        ratio = sum((logprob_T[i] - behavior_T[i] for i in rows), torch.zeros(())).exp()
+        advantage = float(advantage_T[rows[0]])
+        term = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
+        expected = expected - float(coefficient_T[rows[0]]) * term
+    objective = ObjectiveConfig(epsilon=0.1, epsilon_high=0.1, importance_sampling_level=level)
+    found = loss_of(logprob_T, leveled(behavior_T, advantage_T, coefficient_T), objective)
+    torch.testing.assert_close(found.value, expected)
+    (gradient,) = torch.autograd.grad(found.value, logprob_T, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logprob_T)[0])
+    assert float(found.sums["clipped_low"] + found.sums["clipped_high"]) > 0
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_on_policy_every_level_has_the_gradient_of_reinforce(level: Level) -> None:
+    """NaN as behaviour is the policy's own."""
+    logprob_T = torch.randn(len(ACTIONS), requires_grad=True)
+    completion_T = torch.tensor([action[0] for action in ACTIONS])
+    advantage_T, coefficient_T = torch.randn(2)[completion_T], torch.rand(2)[completion_T]
+    batch = leveled(torch.full((len(ACTIONS),), torch.nan), advantage_T, coefficient_T)
+    result = loss_of(logprob_T, batch, ObjectiveConfig(importance_sampling_level=level))
+    result.value.backward()
     torch.testing.assert_close(logprob_T.grad, -coefficient_T * advantage_T)
-    assert int(result.clipped_low + result.clipped_high) == 0
+    assert int(result.sums["clipped_low"] + result.sums["clipped_high"]) == 0
 
 
 @pytest.mark.parametrize("estimator", get_args(KLEstimator))
@@ -95,36 +149,47 @@ def test_kl_estimators(estimator: KLEstimator) -> None:
     probability_V = policy_V.detach().exp()
     true_kl = (policy_V.exp() * (policy_V - reference_V)).sum()
     (true_gradient,) = torch.autograd.grad(true_kl, logits_V, retain_graph=True)
-    config = PolicyLossConfig(beta=0.5, kl_estimator=estimator)
     # One action of each token, weighted by its probability: the sum is the expectation. Zero advantage: only the KL.
-    result = policy_loss(policy_V, policy_V.detach(), torch.zeros(7), probability_V, config, reference_V)
-    expected_kl = float(result.loss.detach()) / 0.5
+    batch = table(7, advantage_T=torch.zeros(7), coefficient_T=probability_V, ref_logprob_T=reference_V)
+    result = loss_of(policy_V, batch, ObjectiveConfig(beta=0.5, kl_estimator=estimator))
+    expected_kl = float(result.value.detach()) / 0.5
     if estimator == "k2":
         assert expected_kl == pytest.approx(
             float((probability_V * (policy_V - reference_V).detach().square()).sum()) / 2, rel=1e-5
         )
-        result.loss.backward()
+        result.value.backward()
         torch.testing.assert_close(logits_V.grad, 0.5 * true_gradient, rtol=1e-4, atol=1e-6)
     else:
         assert expected_kl == pytest.approx(float(true_kl.detach()), rel=1e-4)
 
 
+def kl_of(logprob_T: Tensor, ref_logprob_T: Tensor, objective: ObjectiveConfig) -> float:
+    return float(loss_of(logprob_T, table(len(logprob_T), ref_logprob_T=ref_logprob_T), objective).sums["kl"])
+
+
 def test_k3_is_never_negative_and_kl_to_itself_is_zero() -> None:
-    logprob_T, one_T = torch.randn(1000), torch.ones(1000)
+    logprob_T = torch.randn(1000)
     for estimator in get_args(KLEstimator):
-        config = PolicyLossConfig(beta=1.0, kl_estimator=estimator)
-        assert float(policy_loss(logprob_T, logprob_T, one_T, one_T, config, logprob_T).kl) == 0
-    each = [
-        float(policy_loss(one_T[:1], one_T[:1], one_T[:1], one_T[:1], PolicyLossConfig(beta=1.0), ref[None]).kl)
-        for ref in torch.randn(50)
-    ]
+        assert kl_of(logprob_T, logprob_T, ObjectiveConfig(beta=1.0, kl_estimator=estimator)) == 0
+    each = [kl_of(torch.ones(1), ref[None], ObjectiveConfig(beta=1.0)) for ref in torch.randn(50)]
     assert min(each) >= 0 < max(each)
 
 
-@pytest.mark.parametrize(("epsilon", "beta"), [(-0.1, 0.0), (1.0, 0.0), (0.2, -1.0)])
-def test_impossible_settings_are_errors(epsilon: float, beta: float) -> None:
-    with pytest.raises(ValueError, match="epsilon"):
-        PolicyLossConfig(epsilon=epsilon, beta=beta)
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"epsilon": -0.1}, "epsilon must be at least 0"),
+        ({"epsilon": 1.0}, "epsilon must be .*below 1"),
+        ({"beta": -1.0}, "beta must be at least 0"),
+        ({"importance_sampling_clip_max": 0.0}, "importance_sampling_clip_max must be above 0, got 0"),
+        ({"loss_type": "gspo"}, "loss_type must be one of dapo, grpo, dr_grpo, bnpo, got 'gspo'"),
+        ({"views": "visions"}, "views must be one of replay.*got 'visions'"),
+        ({"shrink": 2, "likelihood": "trajectory"}, "shrink=2 needs likelihood=reveal"),
+    ],
+)
+def test_impossible_objectives_are_errors(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ObjectiveConfig(**settings)  # type: ignore[arg-type]
 
 
 TRAINER = [[-1.0, -2.0, -0.5], [-1.0], [-3.0, -0.1]]
@@ -157,13 +222,30 @@ def test_importance_weights_are_cut_ratios(correction: ImportanceSampling, clip_
 
 
 def test_importance_multiplies_the_surrogate_and_not_the_kl() -> None:
-    logprob_T, ref_T, advantage_T, weight_T, one_T = (*torch.randn(4, 6), torch.ones(6))
-    config = PolicyLossConfig(beta=0.3, kl_estimator="k1")
-    loss = policy_loss(logprob_T, logprob_T, advantage_T, one_T, config, ref_T, weight_T).loss
+    logprob_T, engine_T, ref_T, advantage_T = torch.randn(4, 6)
+    batch = table(6, engine_logprob_T=engine_T, ref_logprob_T=ref_T, advantage_T=advantage_T)
+    objective = ObjectiveConfig(beta=0.3, kl_estimator="k1", importance_sampling_correction="token_truncate")
+    weight_T = (logprob_T - engine_T).exp().clamp(max=3.0)
     expected = -(weight_T * advantage_T).sum() + 0.3 * (logprob_T - ref_T).sum()
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss_of(logprob_T, batch, objective).value, expected)
 
 
-def test_a_clip_at_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match="importance_sampling_clip_max must be above 0, got 0"):
-        PolicyLossConfig(importance_sampling_clip_max=0.0)
+def test_the_gauge_sees_ratios_before_they_are_cut() -> None:
+    """Fresh actions are compared with what the policy gives now, older ones with what was remembered of them."""
+    engine_T = torch.tensor([-1.0, -1.0, -1.0, math.nan])
+    batch = table(
+        4,
+        engine_logprob_T=engine_T,
+        sampled_at_T=torch.tensor([5, 5, 3, 5]),
+        behavior_logprob_T=torch.tensor([math.nan, math.nan, -1.5, math.nan]),
+    )
+    logprob_T = torch.tensor([-1.0, 1.0, 7.0, 0.0])
+    objective = ObjectiveConfig(importance_sampling_correction="token_truncate", importance_sampling_clip_max=2.0)
+    result = loss_of(logprob_T, batch, objective, fresh_since=5)
+    assert int(result.sums["compared"]) == 3
+    assert float(result.sums["difference"]) == pytest.approx(0.0 + 2.0 + 0.5)
+    assert float(result.largest["difference"]) == pytest.approx(2.0)
+    assert float(result.largest["ratio"]) == pytest.approx(math.exp(2.0))
+    assert -float(result.largest["minus_ratio"]) == pytest.approx(math.exp(-0.5))
+    assert int(result.sums["cut"]) == 1
+    assert int(loss_of(logprob_T, batch, objective).sums["compared"]) == 0, "later it tells nothing"

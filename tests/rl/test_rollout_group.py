@@ -7,7 +7,8 @@ import pytest
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
-from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, render_prompts
+from dirl.rl.collector import Collected, Collector, NoSignal, RolloutConfig, Rollouts
+from dirl.rl.rollout_group import render_prompts
 from dirl.rl.rollout_metrics import rollout_metrics, summarise
 from dirl.rollout.engine import SamplingConfig
 from dirl.training.distributed import Distributed
@@ -33,8 +34,8 @@ def collect(questions: list[str], config: RolloutConfig, *, seed: int = 0) -> tu
     problems = [Problem(question, "1", {}) for question in questions]
     prompts, _ = render_prompts(problems, TOKENIZER, system_prompt="", suffix="", max_length=100)
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_rollout_group:scripted_rewards"]))
-    collector = Collector(prompts, engine, rubric, config, seed)
-    return collector.collect(0, Distributed(), Timings()), engine
+    collector = Collector(prompts, Rollouts(engine, rubric, config, Timings(), (4, 64)), Distributed(), seed)
+    return collector.collect(0), engine
 
 
 def test_groups_without_spread_are_dropped_counted_and_drawn_again() -> None:
@@ -87,10 +88,10 @@ def test_every_draw_has_its_own_seed() -> None:
     prompts, _ = render_prompts([Problem("?", "1", {})], TOKENIZER, system_prompt="", suffix="", max_length=100)
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_rollout_group:scripted_rewards"]))
     config = RolloutConfig(prompts_per_step=4, num_generations=4, dynamic_sampling=False)
-    collector = Collector(prompts, ScriptedEngine(TOKENIZER, script), rubric, config, 0)
+    rollouts = Rollouts(ScriptedEngine(TOKENIZER, script), rubric, config, Timings(), (4, 64))
+    collector = Collector(prompts, rollouts, Distributed(), 0)
     for step in range(2):
-        collector.collect(step, Distributed(), Timings())
-        collector.finish()
+        collector.collect(step)
     assert len(set(seeds)) == 2 * 4 * 4
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from dirl.data.problems import Problem
+from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rl.rollout_metrics import GroupSummary, pass_rate_histogram, rollout_metrics
 
 
-def group(rewards: list[float], accuracy: list[float | None] | None = None) -> GroupSummary:
-    parts: dict[str, list[float | None]] = {} if accuracy is None else {"accuracy": accuracy}
+def summary(rewards: list[float], num_right: int, *, is_kept: bool = True) -> GroupSummary:
     count = len(rewards)
-    return GroupSummary(True, rewards, parts, [3 + i for i in range(count)], [2] * count, 0)
+    return GroupSummary(is_kept, rewards, {}, [3 + i for i in range(count)], [2] * count, 0, num_right)
+
+
+def group(rewards: list[float], accuracy: list[float | None] | None = None) -> RolloutGroup:
+    parts: dict[str, list[float | None]] = {} if accuracy is None else {"accuracy": accuracy}
+    prompt = Prompt(Problem("?", "1", {}), [1])
+    return RolloutGroup(prompt=prompt, completions=[], rewards=rewards, reward_parts=parts)
 
 
 def test_pass_rates_fall_into_their_bins() -> None:
@@ -27,17 +34,30 @@ def test_pass_rates_fall_into_their_bins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("summary", "rate"),
+    ("rollouts", "num_right"),
     [
-        (group([0.5, -1.0, 2.0, 0.0]), 0.5),  # without accuracy the reward's sign judges
-        (group([9.0, 9.0, 9.0, 9.0], [1.0, 0.0, 0.0, None]), 0.25),
+        (group([0.5, -1.0, 2.0, 0.0]), 2),  # without accuracy the reward's sign judges
+        (group([9.0, 9.0, 9.0, 9.0], [1.0, 0.0, 0.0, None]), 1),
     ],
 )
-def test_a_completion_passes_when_it_is_right(summary: GroupSummary, rate: float) -> None:
-    assert summary.pass_rate == rate
+def test_a_completion_passes_when_it_is_right(rollouts: RolloutGroup, num_right: int) -> None:
+    assert rollouts.num_right == num_right
+
+
+def test_dropped_groups_are_judged_by_their_answers_not_by_what_shaping_adds() -> None:
+    """Four wrong answers in boxes earn the same reward for the box: they are all wrong."""
+    groups = [
+        summary([0.5] * 4, 0, is_kept=False),
+        summary([-0.1] * 4, 4, is_kept=False),
+        summary([1.0] * 4, 3, is_kept=False),
+        summary([1.0, 0.0, 0.0, 0.0], 1),
+    ]
+    metrics = rollout_metrics(groups)
+    names = ("kept", "dropped_all_wrong", "dropped_all_correct", "dropped_mixed")
+    assert [metrics[f"groups/{name}"] for name in names] == [1, 1, 1, 1]
 
 
 def test_lengths() -> None:
-    metrics = rollout_metrics([group([1.0, 0.0]), group([0.0, 0.0, 1.0])])
+    metrics = rollout_metrics([summary([1.0, 0.0], 1), summary([0.0, 0.0, 1.0], 1)])
     assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (3, 5)
     assert metrics["completions/mean_length"] == pytest.approx((3 + 4 + 3 + 4 + 5) / 5)

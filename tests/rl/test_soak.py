@@ -12,7 +12,7 @@ from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.killable_pool import count_usable_cores
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.collector import RolloutConfig
 from dirl.rl.train import RLConfig, RLTrainer
 
 

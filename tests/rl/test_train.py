@@ -20,7 +20,9 @@ from dirl.data.problems import Problem
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Scores
-from dirl.rl.rollout_group import RolloutConfig
+from dirl.rl.advantage import advantages_of
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
@@ -68,10 +70,11 @@ def test_a_run_with_a_reward_from_a_file(tmp_path: Path) -> None:
 
 def test_batch_scaling_divides_by_the_deviation_of_the_whole_batch() -> None:
     config = replace(CONFIG, reward=RewardConfig(functions=["tests.rl.test_update:even_length"]))
-    plain, scaled = trainer(config), trainer(replace(config, scale_rewards="batch"))
-    groups = plain.collector.collect(0, plain.distributed, plain.timings).groups
+    plain = trainer(config)
+    groups = plain.collector.collect(0).groups
     std = statistics.stdev(reward for group in groups for reward in group.rewards)
-    for centred, divided in zip(plain.advantages(groups), scaled.advantages(groups), strict=True):
+    centred_and_divided = (advantages_of(groups, scale, plain.distributed) for scale in ("none", "batch"))
+    for centred, divided in zip(*centred_and_divided, strict=True):
         assert divided.tolist() == pytest.approx((centred / std).tolist(), rel=1e-3)
 
 
@@ -130,7 +133,7 @@ def test_only_the_true_reward_teaches(
         max_steps=16,
         learning_rate=3e-4,
         lr_scheduler_type="constant",
-        scale_rewards="group",
+        objective=ObjectiveConfig(scale_rewards="group"),
         rollout=RolloutConfig(prompts_per_step=32, num_generations=8, max_completion_length=12, dynamic_sampling=False),
     )
     problems = [problem for problem, _ in copying(1000, error_rate=0.0)]

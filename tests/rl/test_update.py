@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
+from dirl.diffusion.packing import PackedViews, TokenTable
 from dirl.errors import UserError
+from dirl.model.attention import AttentionPlan, DensePlan
+from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan
 from dirl.model.logprobs import PackedScorer
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.policy_loss import ImportanceSampling, LossType
-from dirl.rl.rollout_group import RolloutConfig, RolloutGroup
+from dirl.rl.advantage import advantages_of
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.objective import ImportanceSampling, LossType, ObjectiveConfig
+from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
-from dirl.rl.update import EngineMismatch
+from dirl.rl.update_metrics import EngineMismatch
+from dirl.rollout.engine import Completion
 
 CONFIG = RLConfig(
     output_dir="unused",
@@ -39,12 +50,17 @@ def trainer(config: RLConfig) -> RLTrainer:
 
 
 def rolled_out(trained: RLTrainer) -> list[RolloutGroup]:
-    return trained.collector.collect(0, trained.distributed, trained.timings).groups
+    return trained.collector.collect(0).groups
+
+
+def update(trained: RLTrainer, groups: list[RolloutGroup], now: int = 0) -> dict[str, float]:
+    advantages = advantages_of(groups, trained.config.objective.scale_rewards, trained.distributed)
+    return trained.updater.update(groups, advantages, now)
 
 
 @pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])
 def test_first_update_is_on_policy(likelihood: Likelihood) -> None:
-    trained = trainer(replace(CONFIG, beta=0.1, likelihood=likelihood))
+    trained = trainer(replace(CONFIG, objective=ObjectiveConfig(beta=0.1, likelihood=likelihood)))
     first, second = trained.step(), trained.step()
     assert first["clip_ratio/region_mean"] == 0
     assert first["kl"] == 0
@@ -70,34 +86,44 @@ def test_no_forward_pass_is_made_but_for_training(
     config = replace(
         CONFIG,
         num_iterations=num_iterations,
-        likelihood=likelihood,
-        importance_sampling_correction=correction,
+        objective=ObjectiveConfig(likelihood=likelihood, importance_sampling_correction=correction),
         max_tokens_per_micro_batch=256,
     )
     trained = trainer(config)
     assert trained.updater.reference is None, "beta=0 loads no reference"
     groups = rolled_out(trained)
     assert all(completion.logprobs is not None for group in groups for completion in group.completions)
-    advantages = trained.advantages(groups)
-    num_micro_batches = len(trained.updater._micro_batches(groups, advantages))
+    num_micro_batches = len(trained.updater._packed(groups))
     assert num_micro_batches > 1
     trains: list[bool] = []
     trained.learner.module.register_forward_hook(lambda *_: trains.append(torch.is_grad_enabled()))
-    trained.updater.update(groups, advantages)
+    update(trained, groups)
     assert trains.count(True) == num_iterations * num_micro_batches
     assert len(trains) == num_passes * num_micro_batches
 
 
-def test_packs_are_not_padded_beyond_the_budget() -> None:
-    config = replace(CONFIG, beta=0.1, max_tokens_per_micro_batch=300)
-    trained = trainer(config)
-    reference = trained.updater.reference
-    assert isinstance(reference, PackedScorer)
-    assert trained.learner.module.budget == reference.budget == 300
+def test_packs_are_not_padded_beyond_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention is told apart by the lengths it is compiled for: neither policy nor reference asks for more."""
+    config = replace(CONFIG, objective=ObjectiveConfig(beta=0.1), max_tokens_per_micro_batch=300)
+    trained, lengths = trainer(config), []
+    plan, padded = training_plan, padded_for_flex
+
+    def noted(tokens: TokenTable, attention: AttentionName) -> AttentionPlan:
+        lengths.append(len(tokens))
+        return plan(tokens, attention)
+
+    def cut(tokens: TokenTable, budget: int) -> TokenTable:
+        return padded(tokens, budget) if len(tokens) <= 300 else tokens
+
+    monkeypatch.setattr("dirl.model.logprobs.uses_flex", lambda tokens, attention: True)
+    monkeypatch.setattr("dirl.model.logprobs.padded_for_flex", cut)
+    monkeypatch.setattr("dirl.model.logprobs.training_plan", noted)
+    trained.step()
+    assert len(lengths) >= 4 and max(lengths) <= 384 and all(length % 128 == 0 for length in lengths)
 
 
 def test_under_autocast_the_reference_computes_as_the_policy_does() -> None:
-    assert trainer(replace(CONFIG, beta=0.1, bf16=True)).step()["kl"] == 0
+    assert trainer(replace(CONFIG, objective=ObjectiveConfig(beta=0.1), bf16=True)).step()["kl"] == 0
 
 
 def test_half_precision_without_master_weights_is_refused() -> None:
@@ -136,10 +162,10 @@ def test_evaluation_reads_the_test_split_of_a_hub_data_set(monkeypatch: pytest.M
 @pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])
 @pytest.mark.parametrize(("num_iterations", "steps_per_generation"), [(2, 1), (1, 2), (2, 2)])
 def test_several_steps_per_rollout(likelihood: Likelihood, num_iterations: int, steps_per_generation: int) -> None:
-    config = replace(
-        CONFIG, likelihood=likelihood, num_iterations=num_iterations, steps_per_generation=steps_per_generation
+    objective = ObjectiveConfig(likelihood=likelihood, epsilon=1e-3, epsilon_high=1e-3)
+    trained = trainer(
+        replace(CONFIG, objective=objective, num_iterations=num_iterations, steps_per_generation=steps_per_generation)
     )
-    trained = trainer(replace(config, epsilon=1e-3, epsilon_high=1e-3))
     metrics = trained.step()
     assert trained.steps_done == num_iterations * steps_per_generation
     assert trained.learner.scheduler.state_dict()["last_epoch"] == trained.steps_done
@@ -153,8 +179,8 @@ def test_off_policy_ratios_use_what_the_engine_recorded(shift: float, clipped: s
     """An engine that recorded one nat more or less: every ratio starts at exp(-shift), beyond the clip."""
     trained = trainer(replace(CONFIG, num_iterations=2, learning_rate=0.0, max_logp_difference=0.0))
     groups = shifted(rolled_out(trained), shift)
-    advantages = trained.advantages(groups)
-    metrics = trained.updater.update(groups, advantages)
+    advantages = advantages_of(groups, "none", trained.distributed)
+    metrics = update(trained, groups)
     tokens = [
         (float(a), len(c.token_ids))
         for g, A in zip(groups, advantages, strict=True)
@@ -179,33 +205,34 @@ def test_correction_weighs_tokens_by_trainer_over_engine(
             CONFIG,
             num_iterations=num_iterations,
             learning_rate=0.0,
-            importance_sampling_correction=mode,
-            importance_sampling_clip_max=1.1,
+            objective=ObjectiveConfig(importance_sampling_correction=mode, importance_sampling_clip_max=1.1),
             max_grad_norm=0.0,
         )
         trained = trainer(config)
         groups = shifted(rolled_out(trained), 0.0 if mode == "none" else shift)
-        metrics = trained.updater.update(groups, trained.advantages(groups))
+        metrics = update(trained, groups)
         grads.append(metrics["grad_norm"])
     weight = math.exp(-shift)
     cut = min(weight, 1.1) if correction == "token_truncate" else (weight if weight <= 1.1 else 0.0)
     assert grads[1] == pytest.approx(cut * grads[0], rel=1e-3)
-    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(cut, abs=1e-4)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(weight, abs=1e-4)
+    assert metrics["sampling/importance_sampling_ratio/cut_fraction"] == (weight > 1.1)
     assert metrics["clip_ratio/region_mean"] == 0, "the clip compares with the trainer before the update"
 
 
 def test_mismatch_of_whole_completions() -> None:
     """Two nats over one completion, none over the others."""
-    trained = trainer(replace(CONFIG, importance_sampling_correction="sequence_truncate"))
+    trained = trainer(replace(CONFIG, objective=ObjectiveConfig(importance_sampling_correction="sequence_truncate")))
     first, *others = rolled_out(trained)
     length = len(first.completions[0].token_ids)
     odd = shifted([replace(first, completions=first.completions[:1])], -2.0 / length)[0].completions
     groups = [replace(first, completions=[*odd, *first.completions[1:]]), *others]
-    metrics = trained.updater.update(groups, trained.advantages(groups))
-    assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(3.0)  # e^2, cut
+    metrics = update(trained, groups)
+    assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(math.exp(2.0), rel=1e-3)
     assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(1.0, abs=1e-3)
     num_tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
-    expected = 1 + 2.0 * length / num_tokens
+    assert metrics["sampling/importance_sampling_ratio/cut_fraction"] == pytest.approx(length / num_tokens)
+    expected = 1 + (math.exp(2.0) - 1) * length / num_tokens
     assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(expected, abs=1e-3)
 
 
@@ -221,7 +248,7 @@ def test_an_engine_with_other_weights_ends_the_run(shift: float) -> None:
     else:
         groups = shifted(groups, shift)
     with pytest.raises(EngineMismatch, match=r"max_logp_difference=0\.5: trainer and engine differ"):
-        trained.updater.update(groups, trained.advantages(groups))
+        update(trained, groups)
 
 
 def shifted(groups: list[RolloutGroup], shift: float) -> list[RolloutGroup]:
@@ -233,18 +260,20 @@ def shifted(groups: list[RolloutGroup], shift: float) -> list[RolloutGroup]:
 
 
 def test_without_recorded_logprobs_the_first_pass_is_on_policy() -> None:
-    trained = trainer(replace(CONFIG, num_iterations=2, learning_rate=0.0, likelihood="trajectory"))
+    trained = trainer(
+        replace(CONFIG, num_iterations=2, learning_rate=0.0, objective=ObjectiveConfig(likelihood="trajectory"))
+    )
     groups = [replace(g, completions=[replace(c, logprobs=None) for c in g.completions]) for g in rolled_out(trained)]
-    metrics = trained.updater.update(groups, trained.advantages(groups))
+    metrics = update(trained, groups)
     assert metrics["clip_ratio/region_mean"] == 0
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])
 def test_fewer_groups_than_steps(loss_type: LossType) -> None:
-    trained = trainer(replace(CONFIG, steps_per_generation=2, loss_type=loss_type))
+    trained = trainer(replace(CONFIG, steps_per_generation=2, objective=ObjectiveConfig(loss_type=loss_type)))
     groups = rolled_out(trained)[:1]
     before = [parameter.clone() for parameter in trained.model.parameters()]
-    metrics = trained.updater.update(groups, trained.advantages(groups))
+    metrics = update(trained, groups)
     assert metrics["grad_norm"] > 0
     assert not all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
 
@@ -266,3 +295,120 @@ def test_the_engine_sleeps_while_the_trainer_works(monkeypatch: pytest.MonkeyPat
     trained.step()
     assert [name for name in calls if name != "generate"] == ["sleep", "update", "update_weights", "wake"]
     assert calls[0] == "generate" and calls[-1] == "wake"
+
+
+class HostReads(TorchFunctionMode):
+    """Every call that makes the host wait for the device, and where it came from."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    SIZES = ("nonzero", "unique", "unique_consecutive", "masked_select", "is_nonzero", "equal", "allclose")
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        picks_rows = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.READS or name in self.SIZES or picks_rows:
+            place = next(f for f in inspect.stack()[1:] if "/torch/overrides" not in f.filename)
+            if "/torch/optim/" not in place.filename:  # AdamW counts its steps on the host
+                self.found.append(f"{name} at {place.filename}:{place.lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted between the first forward pass of a step and its end, in which packs and tables are on the device."""
+    objective = ObjectiveConfig(likelihood="trajectory", beta=0.1, importance_sampling_correction="sequence_truncate")
+    trained = trainer(replace(CONFIG, objective=objective, num_iterations=2, max_tokens_per_micro_batch=256))
+    groups = rolled_out(trained)
+    # The plan of tiles is the CPU's own; FlexAttention, a GPU's, needs no look at the device either.
+    monkeypatch.setattr("dirl.model.logprobs.training_plan", lambda tokens, _: DensePlan.packed(tokens))
+    counts, passes = [], []
+    learn, score = trained.learner.update, trained.updater._policy
+
+    def counted(*arguments: Any) -> Any:
+        with HostReads() as reads:
+            result = learn(*arguments)
+        counts.append(reads.found)
+        return result
+
+    def scored(packed: PackedViews) -> Tensor:
+        with HostReads() as reads:
+            result = score(packed)
+        passes.append(reads.found)
+        return result
+
+    monkeypatch.setattr(trained.learner, "update", counted)
+    monkeypatch.setattr(trained.updater, "_policy", scored)
+    assert len(trained.updater._packed(groups)) > 1
+    update(trained, groups)
+    assert [len(found) for found in counts] == [1, 1], counts
+    assert passes and not any(passes), passes
+
+
+def test_the_reference_scores_a_batch_of_rollouts_once() -> None:
+    config = replace(CONFIG, objective=ObjectiveConfig(beta=0.1), max_steps=6)
+    trained = trainer(replace(config, num_iterations=3, steps_per_generation=2))
+    reference = trained.updater.reference
+    assert isinstance(reference, PackedScorer)
+    calls: list[int] = []
+    reference.register_forward_hook(lambda *_: calls.append(1))
+    groups = rolled_out(trained)
+    update(trained, groups)
+    assert len(calls) == 2  # one pack a part, whatever the number of passes over it
+
+
+CARRYING = replace(
+    CONFIG,
+    max_steps=8,
+    max_logp_difference=0.0,
+    objective=ObjectiveConfig(likelihood="trajectory"),
+    rollout=replace(CONFIG.rollout, oversampling=2.0, confidence_threshold=0.02, max_sampling_rounds=3),
+)
+
+
+@pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])
+def test_groups_that_waited_keep_what_their_own_weights_gave_them(likelihood: Likelihood) -> None:
+    """Reveals and holds alike: against a copy of the weights of every step."""
+    trained = trainer(replace(CARRYING, objective=ObjectiveConfig(likelihood=likelihood)))
+    copies, num_checked, num_holds = [], 0, 0
+    for now in range(4):
+        copies.append(copy.deepcopy(trained.model).eval())
+        collected = trained.collector.collect(now)
+        (old := [g for g in collected.groups if g.sampled_at < now])
+        for group in old:
+            for batch in trained.updater._packed([group]):
+                with torch.no_grad():
+                    expected_T = PackedScorer(copies[group.sampled_at])(batch.packed, trained.updater.rule).logprob_T
+                torch.testing.assert_close(batch.behavior_logprob_T, expected_T, rtol=0, atol=1e-5)
+                num_checked += len(batch.packed.actions)
+                num_holds += int((~batch.packed.actions.is_reveal_T).sum())
+        update(trained, collected.groups, now)
+    assert num_checked > 0 and (num_holds > 0) == (likelihood == "trajectory")
+
+
+def test_metrics_and_the_guard_stay_on_where_groups_were_carried_over() -> None:
+    trained = trainer(CARRYING)
+    seen = [trained.step() for _ in range(4)]
+    assert any(metrics["groups/carried_over"] for metrics in seen[:-1])
+    assert all(metrics["sampling/logp_difference/max"] < 1e-3 for metrics in seen)
+
+
+def test_an_engine_that_goes_wrong_later_ends_the_run_although_groups_are_carried_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = trainer(replace(CARRYING, max_logp_difference=0.5))
+    trained.step()
+    assert trained.collector.waiting
+    generate = trained.engine.generate
+
+    def wrong(*arguments: Any) -> list[Completion]:
+        return [replace(c, logprobs=[x - 3 for x in c.logprobs or []]) for c in generate(*arguments)]
+
+    monkeypatch.setattr(trained.engine, "generate", wrong)
+    with pytest.raises(EngineMismatch):
+        for _ in range(3):
+            trained.step()

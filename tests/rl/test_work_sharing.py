@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
-from dirl.rl.group_state import CollectorState
-from dirl.rl.rollout_group import Collector, RolloutConfig, StopAsked, render_prompts
+from dirl.rl.collector import Collector, NoSignal, RolloutConfig, Rollouts
+from dirl.rl.rollout_group import RolloutGroup, render_prompts
 from dirl.rollout.engine import SamplingConfig
 from dirl.training.distributed import Distributed
+from dirl.training.interruption import StopAsked
 from dirl.training.metrics import Timings
 from tests.eval.scripted_engine import ScriptedEngine
 
@@ -23,8 +26,9 @@ def scripted_rewards(prompts: list[str], completions: list[str], **_: object) ->
     return [float(completion) for completion in completions]
 
 
-def collector(**changes: object) -> Collector:
-    asked: list[str] = []
+def collector(should_stop: Callable[[], bool] = lambda: False, *, num_asked: int = 0) -> Collector:
+    """Answers come by turns; `num_asked` of them have come before."""
+    asked = ["open"] * num_asked
 
     def script(prompt: str, seed: int, _sampling: SamplingConfig) -> str:
         asked.append(prompt)
@@ -34,56 +38,90 @@ def collector(**changes: object) -> Collector:
     prompts, _ = render_prompts(problems, TOKENIZER, system_prompt="", suffix="", max_length=100)
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_work_sharing:scripted_rewards"]))
     config = RolloutConfig(prompts_per_step=4, num_generations=2, max_sampling_rounds=4, oversampling=2.0)
-    return Collector(prompts, ScriptedEngine(TOKENIZER, script), rubric, config, 0)
+    rollouts = Rollouts(ScriptedEngine(TOKENIZER, script), rubric, config, Timings(), (4, 64))
+    return Collector(prompts, rollouts, Distributed(), 0, should_stop=should_stop, remember=remembered)
+
+
+def remembered(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """As the trainer does before the weights move on; a number that tells who was asked when."""
+    return [
+        group if group.behavior_logprobs else replace(group, behavior_logprobs=[[-1.0], [-2.0]]) for group in groups
+    ]
+
+
+def num_generated(ours: Collector) -> int:
+    return ours.rollouts.engine.num_generated  # type: ignore[attr-defined, no-any-return]
 
 
 def test_informative_groups_that_are_too_many_begin_the_next_step() -> None:
-    ours, distributed = collector(), Distributed()
-    first = ours.collect(0, distributed, Timings())
-    assert len(first.groups) == 4 and first.num_carried > 0 and first.is_on_policy(0)
-    waiting = [group.draw for group in ours.carried]
+    ours = collector()
+    first = ours.collect(0)
+    assert len(first.groups) == 4 and first.num_carried > 0
+    assert {group.sampled_at for group in first.groups} == {0}
+    waiting = [group.draw for group in ours.waiting]
     assert len(waiting) == first.num_carried
-    ours.finish()
-    second = ours.collect(1, distributed, Timings())
+    second = ours.collect(1)
     assert [group.draw for group in second.groups][: len(waiting)] == waiting
-    assert not second.is_on_policy(1)
-    assert len(second.groups) == 4
+    assert [group.sampled_at for group in second.groups] == [0] * len(waiting) + [1] * (4 - len(waiting))
     used = [group.draw for group in first.groups + second.groups]
     assert len(set(used)) == len(used) == 8
 
 
+def test_groups_that_must_wait_are_remembered_and_others_are_not() -> None:
+    ours = collector()
+    first = ours.collect(0)
+    assert all(group.behavior_logprobs for group in ours.waiting)
+    assert not any(group.behavior_logprobs for group in first.groups)
+
+
+def test_all_there_is_is_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed out has left it, what had no signal too; nobody has to say that a step is over."""
+    ours = collector()
+    for step in range(4):
+        before = [group.draw for group in ours.waiting]
+        collected = ours.collect(step)
+        assert not ours.is_amid
+        assert {g.draw for g in ours.waiting}.isdisjoint(g.draw for g in [*collected.groups, *collected.dropped])
+        assert set(before) <= {g.draw for g in [*collected.groups, *ours.waiting]}
+    monkeypatch.setattr(ours, "_is_useful", lambda group: False)
+    with pytest.raises(NoSignal):
+        ours.collect(4)
+    assert ours.waiting == [] and not ours.is_amid
+
+
 def test_what_was_rolled_out_survives_a_stop_between_rounds_and_after_them() -> None:
-    distributed = Distributed()
     whole = collector()
-    expected = []
-    for step in range(3):
-        expected.append([(g.draw, g.rewards) for g in whole.collect(step, distributed, Timings()).groups])
-        whole.finish()
+    expected = [[(g.draw, g.rewards) for g in whole.collect(step).groups] for step in range(3)]
     for stop_at in range(1, 8):
-        ours, got, step, calls = collector(), [], 0, 0
+        got, step, calls = [], 0, 0
 
         def should_stop() -> bool:
             nonlocal calls
             calls += 1
             return calls == stop_at  # noqa: B023 - called within the iteration
 
-        ours.should_stop = should_stop
+        ours = collector(should_stop)
         while step < 3:
             try:
-                collected = ours.collect(step, distributed, Timings())
+                collected = ours.collect(step)
             except StopAsked:
-                assert ours.is_amid
-                state = json.loads(json.dumps(CollectorState(ours, distributed).state_dict()))
-                num_asked = ours.engine.num_generated  # type: ignore[attr-defined]
-                ours = collector()
-                CollectorState(ours, distributed).load_state_dict(state)
-                for _ in range(num_asked):  # the script answers by turns: let it stand where it stood
-                    ours.engine.script("open", 0, SamplingConfig())  # type: ignore[attr-defined]
+                state = json.loads(json.dumps(ours.state_dict()))
+                waiting = ours.waiting
+                ours = collector(should_stop, num_asked=num_generated(ours))
+                ours.load_state_dict(state)
+                assert ours.waiting == waiting
                 continue
             got.append([(g.draw, g.rewards) for g in collected.groups])
-            ours.finish()
             step += 1
         assert got == expected
+
+
+def test_a_collector_is_amid_a_step_once_something_was_rolled_out() -> None:
+    calls = iter([False, True])
+    ours = collector(lambda: next(calls))
+    with pytest.raises(StopAsked):
+        ours.collect(0)
+    assert ours.is_amid and ours.waiting
 
 
 def test_oversampling_below_one_is_an_error() -> None:

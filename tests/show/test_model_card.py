@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
     "max_steps": 60,
     "learning_rate": 1e-6,
     "likelihood": "trajectory",
-    "model": {"path": "JetLM/SDAR-8B-Chat"},
+    "model": {"path": "JetLM/SDAR-1.7B-Chat"},
     "data": {"path": "data/problems.jsonl"},
     "rollout": {"num_generations": 8},
     "reward": {"functions": ["accuracy", "speed"]},
@@ -44,7 +44,7 @@ def test_a_card_says_what_it_was_trained_on_and_how_it_did(run: Path) -> None:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dirl", "block-diffusion", "sdar", "rl"],
-        "base_model": "JetLM/SDAR-8B-Chat",
+        "base_model": "JetLM/SDAR-1.7B-Chat",
     }
     assert body.startswith(MARK) and "20 optimizer steps" in body
     assert "# a \\| b &lt;script>" in body

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dirl.show.pictures import PANELS, collect_series, draw_curves, draw_deciles, draw_phases, plot_run, smooth
+from dirl.show.charts import PICTURES, Picture
+from dirl.show.pictures import collect_series, draw_curves, draw_deciles, draw_layers, plot_run, smooth
 
 
 def write_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -62,7 +63,7 @@ def test_a_run_gets_the_pictures_it_has_numbers_for(make_row: Any, drawn: list[s
         data = path.read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         assert len(data) > 5_000  # not an empty canvas
-    assert sorted((tmp_path / "plots").iterdir()) == sorted(written)
+    assert sorted(tmp_path.glob("plots/*")) == sorted(written)
 
 
 def test_a_single_step_is_drawn(tmp_path: Path) -> None:
@@ -75,13 +76,17 @@ def test_missing_metrics_are_named(tmp_path: Path) -> None:
         plot_run(tmp_path)
 
 
+def picture(file_name: str) -> Picture:
+    return next(picture for picture in PICTURES if picture.file_name == file_name)
+
+
 def test_series_leave_out_null_and_match_whole_names() -> None:
     rows: list[dict[str, Any]] = [
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": None, "eval/loss": 3.0},
         {"step": 3, "loss": 4.0, "eval/loss_noise_decile_1": 5.0},
     ]
-    assert collect_series(rows, r"loss|eval/loss") == {"loss": ([1, 3], [2.0, 4.0]), "eval/loss": ([2], [3.0])}
+    assert collect_series(rows, picture("loss")) == {"loss": ([1, 3], [2.0, 4.0]), "eval/loss": ([2], [3.0])}
 
 
 def test_smooth_keeps_straight_lines_and_averages_around_each_point() -> None:
@@ -105,21 +110,20 @@ def test_curves_show_the_logged_points() -> None:
 
 def test_phases_stack_to_the_time_of_the_step() -> None:
     axes = Figure().subplots()
-    draw_phases(
-        axes,
-        {
-            "timing_s/rollout": ([1, 2], [2.0, 3.0]),
-            "timing_s/eval": ([2], [10.0]),
-            "timing_s/step": ([1, 2], [99.0, 99.0]),
-        },
-    )
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "timing_s/rollout": 2.0, "timing_s/train": 0.5, "timing_s/step": 99.0},
+        {"step": 2, "timing_s/rollout": 3.0, "timing_s/train": 0.5, "timing_s/step": 99.0, "timing_s/eval": 10.0},
+    ]
+    draw_layers(axes, collect_series(rows, picture("phases")))
     tops: dict[float, float] = {}
     for bar in axes.patches:
         assert isinstance(bar, Rectangle)
         center = bar.get_x() + bar.get_width() / 2
         tops[center] = max(tops.get(center, 0.0), bar.get_y() + bar.get_height())
-    assert tops == {1.0: 2.0, 2.0: 13.0}
-    assert axes.get_legend_handles_labels()[1] == ["rollout", "eval"]
+    assert tops == {1.0: 2.5, 2.0: 13.5}
+    assert axes.get_legend_handles_labels()[1] == ["rollout", "train", "eval"]
+    (alone,) = collect_series([{"step": 1, "timing_s/step": 2.0}], picture("phases"))  # an SFT step is one phase
+    assert alone == "timing_s/step"
 
 
 def test_deciles_are_in_order_and_the_first_and_last_evaluation_are_named() -> None:
@@ -130,8 +134,3 @@ def test_deciles_are_in_order_and_the_first_and_last_evaluation_are_named() -> N
     assert [numbers(line.get_xdata()) for line in lines] == [pytest.approx([0.05, 0.15, 0.95])] * 3
     assert [numbers(line.get_ydata()) for line in lines] == [[0, 1, 9], [10, 11, 19], [20, 21, 29]]
     assert axes.get_legend_handles_labels()[1] == ["step 0", "step 9"]
-
-
-def test_panels_have_files_of_their_own() -> None:
-    names = [panel.file_name for panel in PANELS]
-    assert len(set(names)) == len(names)

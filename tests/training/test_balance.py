@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 
 from dirl.data.conversations import Document
+from dirl.errors import UserError
 from dirl.model.tiny import tiny
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
-from dirl.training.balance import balanced_owners, packed_cost
+from dirl.training.balance import balanced_owners, consecutive, packed_cost, split_by_budget
 
 
 def loads(costs: list[float], owners: list[int], num_ranks: int) -> list[float]:
@@ -54,3 +55,36 @@ def test_ranks_of_sft_are_about_equally_busy() -> None:
         found.append((sum(int(p.document_L[-1]) + 1 for p in packs), sum(map(len, packs))))
     assert sum(documents for documents, _ in found) == 16
     assert max(tokens for _, tokens in found) < 1.1 * min(tokens for _, tokens in found)
+
+
+def test_bins_hold_every_item_once_within_the_budget() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randrange(1, 50) for _ in range(60)]
+    bins = split_by_budget(lengths, 64)
+    assert sorted(index for members in bins for index in members) == list(range(60))
+    assert all(sum(lengths[index] for index in members) <= 64 for members in bins)
+    # First fit leaves at most one bin half empty.
+    assert sum(sum(lengths[index] for index in members) <= 32 for members in bins) <= 1
+    assert split_by_budget([], 64) == []
+
+
+def test_an_item_over_the_budget_is_an_error() -> None:
+    with pytest.raises(UserError, match="65 packed tokens, max_tokens_per_micro_batch is 64"):
+        split_by_budget([3, 65], 64)
+
+
+@pytest.mark.parametrize("budget", [1, 9, 30, 1000])
+def test_consecutive_items_fill_a_bunch_as_far_as_it_goes(budget: int) -> None:
+    words = ["abc" * n for n in (1, 9, 2, 2, 3, 12, 1)]
+    bunches = list(consecutive(iter(words), len, budget))
+    assert [word for bunch in bunches for word in bunch] == words
+    sizes = [sum(map(len, bunch)) for bunch in bunches]
+    assert all(size <= budget or len(bunch) == 1 for size, bunch in zip(sizes, bunches, strict=True))
+    assert all(sizes[i] + len(bunch[0]) > budget for i, bunch in enumerate(bunches[1:])), "a bunch had room"
+    assert list(consecutive([], len, budget)) == []
+
+
+def test_no_bunch_waits_for_more_than_the_next_item() -> None:
+    asked: list[int] = []
+    bunches = consecutive((asked.append(n) or n for n in range(1, 9)), lambda n: n, 6)  # type: ignore[func-returns-value]
+    assert next(bunches) == [1, 2, 3] and asked == [1, 2, 3, 4]

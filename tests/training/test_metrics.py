@@ -211,7 +211,7 @@ def test_real_wandb_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_timings_add_up_and_start_again() -> None:
-    now = iter([0.0, 1.0, 10.0, 12.0, 20.0, 25.0, 30.0, 31.0])
+    now = iter([0.0, 0.0, 1.0, 10.0, 12.0, 20.0, 25.0, 30.0, 31.0])
     timings = Timings(clock=lambda: next(now))
     with timings.phase("rollout"):
         pass

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dirl.errors import UserError
-from dirl.training.balance import split_by_budget
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Learner, OptimizerConfig, TrainingDiverged, parameter_groups
 
@@ -99,21 +98,6 @@ def test_three_in_a_row_stop_the_run_and_two_do_not() -> None:
         ours.update(losses(ours, scale), partial(ours.module, 0.0))
     with pytest.raises(TrainingDiverged, match="three steps in a row"):
         ours.update(losses(ours, math.nan), partial(ours.module, 0.0))
-
-
-def test_bins_hold_every_item_once_within_the_budget() -> None:
-    lengths = torch.randint(1, 50, (60,)).tolist()
-    bins = split_by_budget(lengths, 64)
-    assert sorted(index for members in bins for index in members) == list(range(60))
-    assert all(sum(lengths[index] for index in members) <= 64 for members in bins)
-    # First fit leaves at most one bin half empty.
-    assert sum(sum(lengths[index] for index in members) <= 32 for members in bins) <= 1
-    assert split_by_budget([], 64) == []
-
-
-def test_an_item_over_the_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="65 packed tokens, max_tokens_per_micro_batch is 64"):
-        split_by_budget([3, 65], 64)
 
 
 @pytest.mark.parametrize(

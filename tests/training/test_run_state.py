@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 
@@ -25,8 +23,6 @@ from dirl.training.run_state import (
     git_state,
     newest_checkpoint,
     resolve_resume,
-    restore_rng_state,
-    rng_state,
     save_checkpoint,
     write_run_json,
 )
@@ -260,35 +256,6 @@ def test_resolve_resume(tmp_path: Path) -> None:
 def test_config_names_the_bad_key(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{key}\b"):
         RunConfig(**{"output_dir": "out", key: value})
-
-
-def draw() -> list[float]:
-    return [random.random(), random.gauss(0, 1), float(numpy.random.normal()), float(torch.rand(()))]
-
-
-def test_random_numbers_continue_after_a_round_trip_through_a_file(tmp_path: Path) -> None:
-    random.seed(1)
-    random.gauss(0, 1)  # leaves a cached second value, which is part of the state
-    numpy.random.normal()
-    torch.save(rng_state(), tmp_path / "rng.pt")
-    expected = draw()
-    random.seed(2)
-    numpy.random.seed(2)
-    torch.manual_seed(2)
-    assert draw() != expected
-    restore_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
-    assert draw() == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_random_numbers_continue(tmp_path: Path) -> None:
-    torch.cuda.manual_seed(1)
-    torch.save(rng_state(), tmp_path / "rng.pt")
-    expected = torch.rand(3, device="cuda")
-    torch.rand(3, device="cuda")
-    restore_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True, map_location="cuda"))
-    assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
 def test_run_json_says_what_ran_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

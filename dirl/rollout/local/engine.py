@@ -28,6 +28,7 @@ from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, Qu
 from dirl.rollout.local.cached_forward import CachedForward
 from dirl.rollout.local.slots import Request, Slots
 from dirl.rollout.watch import Observer, frames_of
+from dirl.training.balance import consecutive
 from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
 
 _PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
@@ -155,7 +156,7 @@ class TorchEngine:
                 torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys.device),
                 PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, block_length),
             )
-            for prompts in _budgeted(list(slots_of), _PREFILL_TOKENS)
+            for prompts in consecutive(slots_of, len, _PREFILL_TOKENS)
         ]
         for token_ids_T, rows in parts[:-1]:
             self.forward(cache, token_ids_T, [rows])
@@ -191,15 +192,3 @@ class TorchEngine:
             block_length=self.model.config.block_size,
         )
         return request.index, completion
-
-
-def _budgeted(prompts: Sequence[tuple[int, ...]], budget: int) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive prompts of at most `budget` tokens together (a longer one goes alone)."""
-    group: list[tuple[int, ...]] = []
-    for prompt in prompts:
-        if group and sum(map(len, group)) + len(prompt) > budget:
-            yield group
-            group = []
-        group.append(prompt)
-    if group:
-        yield group

@@ -2,122 +2,52 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
+
+from dirl.show.charts import Panel, short_names
+from dirl.show.metric import MetricTable
+from dirl.show.metric_table import TABLE
 
 MAX_POINTS = 400  # of a curve; more are means of neighbours, so that a report of any length stays small
 
-Kind = Literal["lines", "plain", "stacked", "levels"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One chart: which metrics it shows and how."""
-
-    title: str
-    unit: str
-    patterns: tuple[str, ...]  # regular expressions a metric's whole name must match; shown in this order
-    kind: Kind = "lines"  # plain: not smoothed; stacked: layers; levels: against the noise level, a line per evaluation
-    errors: tuple[tuple[str, str], ...] = ()  # (metric, metric that is its standard error)
-
-
-PANELS = (
-    Panel(title="Loss", unit="nats per token", patterns=("loss", "eval/loss")),
-    Panel(
-        title="Held-out loss by noise level",
-        unit="nats per token, against the masked share of a block",
-        patterns=(r"eval/loss_noise_decile_\d+",),
-        kind="levels",
-    ),
-    Panel(title="Reward", unit="mean over completions", patterns=("reward", "reward_std", r"rewards/.+/mean")),
-    Panel(
-        title="Held-out accuracy",
-        unit="share of right answers, ± standard error",
-        patterns=("eval/accuracy", "eval/greedy/accuracy"),
-        errors=(
-            ("eval/accuracy", "eval/standard_error"),
-            ("eval/greedy/accuracy", "eval/greedy/standard_error"),
-        ),
-    ),
-    Panel(
-        title="Completion length",
-        unit="tokens up to and including EOS",
-        patterns=("completions/mean_length", "completions/max_length", "completions/min_length"),
-    ),
-    Panel(
-        title="Tokens per step",
-        unit="tokens per denoising step",
-        patterns=("completions/tokens_per_step", "eval/tokens_per_step", "eval/greedy/tokens_per_step"),
-    ),
-    Panel(
-        title="Groups by pass rate",
-        unit="share of groups in which so many completions are right",
-        patterns=(r"groups/pass_rate/.+",),
-        kind="stacked",
-    ),
-    Panel(
-        title="Groups",
-        unit="groups of a step",
-        patterns=("groups/kept", "groups/dropped_all_correct", "groups/dropped_all_wrong"),
-        kind="stacked",
-    ),
-    Panel(title="Entropy", unit="nats per token", patterns=("entropy",)),
-    Panel(title="KL", unit="nats per action, to the reference policy", patterns=("kl",)),
-    Panel(title="Clip ratio", unit="share of actions", patterns=(r"clip_ratio/.+",)),
-    Panel(
-        title="Trainer against engine",
-        unit="nats, difference of log-probabilities",
-        patterns=(r"sampling/logp_difference/.+",),
-    ),
-    Panel(title="Truncated completions", unit="share", patterns=("completions/clipped_ratio",)),
-    Panel(title="Gradient norm", unit="L2 norm before clipping", patterns=("grad_norm",)),
-    Panel(title="Learning rate", unit="", patterns=("learning_rate",), kind="plain"),
-    Panel(
-        title="Time per phase",
-        unit="seconds of a step",
-        patterns=(r"timing_s/.+",),
-        kind="stacked",
-    ),
-    Panel(title="Throughput", unit="tokens per second", patterns=(r"perf/.+_tokens_per_s",)),
-)
-
-
-def draw_panels(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def draw_panels(rows: Sequence[Mapping[str, Any]], table: MetricTable = TABLE) -> list[dict[str, Any]]:
     """Every panel the rows have numbers for, as the page's script wants it."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return [drawn for panel in PANELS if (drawn := _draw(panel, rows, names)) is not None]
+    drawn = ((panel, _series(panel, rows, names, table)) for panel in table.panels)
+    return [_chart(panel, series) for panel, series in drawn if series]
 
 
-def _draw(panel: Panel, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
-    matching = [name for pattern in panel.patterns for name in names if re.fullmatch(pattern, name)]
-    if "timing_s/train" in matching:
-        matching.remove("timing_s/step")  # the sum of phases that are shown; an SFT step is one phase
-    if not matching:
-        return None
-    if panel.kind == "stacked":
-        series = _layers(matching, rows)
+def _series(
+    panel: Panel, rows: Sequence[Mapping[str, Any]], names: Sequence[str], table: MetricTable
+) -> list[dict[str, Any]]:
+    """Its curves or layers; none where nothing it shows was logged."""
+    shown = table.drawn(names, lambda metric: metric.panel == panel.title)
+    if panel.kind in ("stacked", "shares"):
+        series = _layers([name for name, _ in shown], rows)
     elif panel.kind == "levels":
-        series = _levels(matching, rows)
+        series = _levels([name for name, _ in shown], rows)
     else:
-        errors = dict(panel.errors)
-        series = [_line(name, errors.get(name), rows) for name in matching]
+        series = [_line(name, metric.error, rows) for name, metric in shown]
     series = [one for one in series if one["x"]]
-    if not series:
-        return None
-    if panel.title == "Groups by pass rate":
+    if panel.kind == "shares":
         _to_shares(series)
-    labels = _short_names([one["name"] for one in series]) if panel.kind == "stacked" else None
-    for one, label in zip(series, labels or [one["name"] for one in series], strict=True):
-        one["name"] = label
+    return series
+
+
+def _chart(panel: Panel, series: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page's script knows are lines, plain ones and layers."""
+    kind = {"levels": "lines", "shares": "stacked"}.get(panel.kind, panel.kind)
+    if kind == "stacked":
+        for one, label in zip(series, short_names([one["name"] for one in series]), strict=True):
+            one["name"] = label
     x_label = "level" if panel.kind == "levels" else "step"
-    kind = "lines" if panel.kind == "levels" else panel.kind
     return {"title": panel.title, "unit": panel.unit, "kind": kind, "x_label": x_label, "series": series}
 
 
-def _line(name: str, error: str | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _line(name: str, error: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One metric over steps; numbers that were not finite (null) are left out."""
     known = [row for row in rows if row.get(name) is not None]
     drawn = {
@@ -125,7 +55,7 @@ def _line(name: str, error: str | None, rows: Sequence[Mapping[str, Any]]) -> di
         "x": thin([row["step"] for row in known], whole=True),
         "y": thin([row[name] for row in known]),
     }
-    if error is not None and known and all(row.get(error) is not None for row in known):
+    if error and known and all(row.get(error) is not None for row in known):
         drawn["e"] = thin([row[error] for row in known])
     return drawn
 
@@ -156,12 +86,6 @@ def _to_shares(series: Sequence[dict[str, Any]]) -> None:
     totals = [sum(column) or 1.0 for column in zip(*(one["y"] for one in series), strict=True)]
     for one in series:
         one["y"] = [_short(value / total) for value, total in zip(one["y"], totals, strict=True)]
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """The names without the folders that all of them share."""
-    folder = names[0].rpartition("/")[0] + "/"
-    return [name.removeprefix(folder) for name in names]
 
 
 def thin(values: Sequence[float], *, whole: bool = False) -> list[float]:

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from dirl.errors import MissingFileError, UserError, one_line
-from dirl.show.metric_table import read_metrics
+from dirl.files import write_whole
+from dirl.show.metric import MetricTable
+from dirl.show.metric_table import TABLE, read_metrics
 from dirl.show.report.curves import draw_panels
 from dirl.show.report.page import report_page
 from dirl.show.report.samples import Decode, choose_samples
@@ -20,20 +22,14 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 _ABSENT = "(not set)"
-# Metrics of the tiles, each with its name there.
-_TILES = {
-    "loss": "loss",
-    "eval/loss": "held-out loss",
-    "reward": "reward",
-    "eval/accuracy": "held-out accuracy",
-    "eval/greedy/accuracy": "the same, greedy",
-    "completions/tokens_per_step": "tokens per step",
-    "completions/mean_length": "completion length",
-}
 
 
 def write_report(
-    run_dirs: str | Path | Sequence[str | Path], path: str | Path | None = None, *, decode: Decode | None = None
+    run_dirs: str | Path | Sequence[str | Path],
+    path: str | Path | None = None,
+    *,
+    decode: Decode | None = None,
+    table: MetricTable = TABLE,
 ) -> Path:
     """Write the report of one run, or of several side by side; returns its path.
 
@@ -41,6 +37,7 @@ def write_report(
         run_dirs: output directory of an SFT or RL run, finished or not, or several.
         path: None: report.html in the run's directory; of several, report_and_<others>.html in the first one's.
         decode: texts of tokens, for rows of completions that bring only ids.
+        table: the metrics to show.
     Raises:
         MissingFileError: a directory holds no metrics.jsonl.
     """
@@ -50,12 +47,12 @@ def write_report(
     if path is not None and Path(path).is_dir():
         path = Path(path) / "report.html"
     names = _names(folders)
-    runs = [_describe(folder, name, decode) for folder, name in zip(folders, names, strict=True)]
+    runs = [_describe(folder, name, decode, table) for folder, name in zip(folders, names, strict=True)]
     configs = [_flat(_read_json(folder / "run.json").get("config", {})) for folder in folders]
     title = " and ".join(names)
     subtitle = ", ".join(dict.fromkeys(f"{run.pop('date')}" for run in runs))
     text = report_page(title, subtitle, runs, _differences(configs) if len(runs) > 1 else [])
-    return _write(Path(path) if path is not None else folders[0] / _file_name(names), text)
+    return write_whole(path or folders[0] / _file_name(names), text)
 
 
 def refresh_report(run_dir: str | Path) -> None:
@@ -66,7 +63,7 @@ def refresh_report(run_dir: str | Path) -> None:
         logger.warning("report.html was not written, training goes on: %s", one_line(error))
 
 
-def _describe(folder: Path, name: str, decode: Decode | None) -> dict[str, Any]:
+def _describe(folder: Path, name: str, decode: Decode | None, table: MetricTable) -> dict[str, Any]:
     """One run as the page's script wants it."""
     source = folder / "metrics.jsonl"
     if not source.is_file():
@@ -77,25 +74,25 @@ def _describe(folder: Path, name: str, decode: Decode | None) -> dict[str, Any]:
     return {
         "name": name,
         "date": str(record.get("date", "")),
-        "tiles": _tiles(rows, config),
-        "charts": draw_panels(rows),
+        "tiles": _tiles(rows, config, table),
+        "charts": draw_panels(rows, table),
         "samples": choose_samples(folder, decode, _block_length(folder, config)),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "environment": list(_environment(record)),
     }
 
 
-def _tiles(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _tiles(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], table: MetricTable) -> list[tuple[str, str]]:
     """The newest number of what matters most."""
     last = rows[-1]["step"] if rows else 0
     tiles = [("step", f"{last} of {config['max_steps']}" if "max_steps" in config else str(last))]
     is_rl = any("reward" in row for row in rows)
-    for metric, label in _TILES.items():
-        if metric == "loss" and is_rl:  # a surrogate: its value says nothing
+    for metric in table.headlines():
+        if not metric.tile or (metric.name == "loss" and is_rl):  # RL's is a surrogate: its value says nothing
             continue
-        value = next((row[metric] for row in reversed(rows) if row.get(metric) is not None), None)
+        value = next((row[metric.name] for row in reversed(rows) if row.get(metric.name) is not None), None)
         if value is not None:
-            tiles.append((label, f"{value:.4g}"))
+            tiles.append((metric.tile, f"{value:.4g}"))
     return tiles
 
 
@@ -158,11 +155,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _write(path: Path, text: str) -> Path:
-    """The whole page or none of it: people reload it while a run goes on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)

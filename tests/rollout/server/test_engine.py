@@ -192,7 +192,7 @@ def test_no_server_without_a_key(key: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    assert main(["serve", str(Path(__file__).parents[2] / "configs/tiny/serve.yaml")]) == 2
+    assert main(["serve", str(Path(__file__).parents[3] / "configs/tiny/serve.yaml")]) == 2
     assert KEY_VARIABLE in capsys.readouterr().err
 
 

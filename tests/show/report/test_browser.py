@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dirl.console.report import report_runs
+from dirl.console.report_runs import report_runs
 from dirl.model.tiny import tiny
-from dirl.rollout import completions
 from dirl.rollout.generate import generate
+from dirl.show import completions
 from dirl.show.report.page import player_page
 from dirl.show.report.samples import play_data
 from dirl.show.report.write import write_report

@@ -22,7 +22,7 @@ def test_an_rl_run_has_all_its_curves() -> None:
     } <= panels.keys()
     accuracy = panels["Held-out accuracy"]["series"][0]
     assert accuracy["x"] == [10, 20, 30] and accuracy["e"] == [0.02] * 3
-    assert [series["name"] for series in panels["Time per phase"]["series"]] == ["rollout", "train", "reward"]
+    assert [series["name"] for series in panels["Time per phase"]["series"]] == ["rollout", "reward", "train"]
     assert [series["name"] for series in panels["Reward"]["series"]] == [
         "reward",
         "reward_std",

@@ -7,15 +7,15 @@ from pathlib import Path
 import matplotlib
 from matplotlib.colors import ListedColormap
 
-from dirl.rollout.completions import blocks
-from dirl.rollout.engine import Completion
+from dirl.errors import UserError
+from dirl.show.completions import ReadableRow, blocks
 from dirl.show.pictures import STYLE, Drawing
 
 _STATES = ("not begun", "masked", "revealed in this step", "revealed before")
 _COLORS = ("#f4f5f6", "#c3c9d0", "#2c9a55", "#b9d6c3")
 
 
-def state_grid(completion: Completion) -> list[list[int]]:
+def state_grid(completion: ReadableRow) -> list[list[int]]:
     """One row a denoising step (of all blocks in a row), one column a token; an entry is an index of _STATES."""
     grid: list[list[int]] = []
     for members in blocks(completion):
@@ -28,16 +28,19 @@ def state_grid(completion: Completion) -> list[list[int]]:
     return grid
 
 
-def plot_trajectory(completion: Completion, path: str | Path | None = None) -> Drawing:
+def plot_trajectory(completion: ReadableRow, path: str | Path | None = None) -> Drawing:
     """Position by step: which tokens were masked, revealed and committed in each denoising step.
 
     Args:
         path: also written there, as PNG.
     Raises:
-        ValueError: a completion that does not say how long its blocks are.
+        UserError: a completion of an engine, which does not know its texts and blocks.
     """
-    if not completion.block_length:
-        raise ValueError("plot_trajectory needs the block length: use dirl.with_texts(completions, tokenizer, length)")
+    if not isinstance(completion, ReadableRow):
+        raise UserError(
+            "plot_trajectory: this completion holds token ids only; "
+            "use those of dirl.with_texts(completions, tokenizer, model.config.block_size)"
+        )
     grid = state_grid(completion)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         width = min(14.0, 3 + 0.14 * len(grid[0]))
@@ -47,12 +50,12 @@ def plot_trajectory(completion: Completion, path: str | Path | None = None) -> D
         for members in blocks(completion):
             axes.axvline(members.stop - 0.5, color="white", linewidth=1)
         axes.set(title="Trajectory", xlabel="token of the completion", ylabel="denoising step")
-        if completion.token_texts and len(completion.token_ids) <= 64:
+        if len(completion.token_ids) <= 64:
             # A dollar sign would start mathematics, and a line break a second line.
             labels = [text.replace("$", r"\$").replace("\n", "\\n") for text in completion.token_texts]
             axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=90, family="monospace")
         handles = [matplotlib.patches.Patch(color=color) for color in _COLORS]
         figure.legend(handles, _STATES, loc="outside lower center", ncols=4, fontsize=8)
         if path is not None:
-            figure.savefig(path)
+            figure.write(path)
     return figure
