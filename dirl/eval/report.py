@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from dirl.errors import MissingFileError, UserError
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
+from dirl.eval.estimates import Difference, paired_bootstrap
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
-from dirl.eval.statistics import Difference, paired_bootstrap
 from dirl.show.pictures import STYLE
 
 Point = tuple[float, float, float, str]  # speed, accuracy in %, its standard error, label

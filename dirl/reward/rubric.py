@@ -47,7 +47,7 @@ class RewardConfig:
     functions: list[str] = field(default_factory=lambda: ["accuracy"])  # a name, pkg.mod:f, or path/to/file.py:f
     weights: list[float] = field(default_factory=list)  # one per function; empty: all 1
     parameters: dict[str, dict[str, float]] = field(default_factory=dict)  # by function name, e.g. cosine.longest_right
-    combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward gets its own group statistics
+    combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward is scaled in its group before it is added
     answer_extraction: Literal["boxed", "text"] = "boxed"  # text: math-verify may look for an answer anywhere
     grader_workers: int = 0  # processes that check answers; 0: one per usable core, at most 4
     grader_timeout_seconds: float = 3.0  # wall clock per answer; real ones take 0.01
