@@ -42,6 +42,7 @@ from dirl.training.distributed import Distributed
 from dirl.training.loop import Run, record_skipped
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, OptimizerConfig
 from dirl.training.run_state import RunConfig
+from dirl.training.seeds import stable_seed
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class SFTTrainer:
         """One optimizer step over a global batch; its metrics."""
         self._drawn = self.stream.take(self.config.global_batch_size)
         batch = [self.examples[i] for i in self._drawn]
-        packs = self._packs(batch, seed=_mix(self.config.seed, self.steps_done))
+        packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done))
         denominator = float(sum(example.num_scored for example in batch))
         losses = [partial(self._loss, packed, denominator) for packed in packs]
         metrics = self.learner.update(losses, self._empty_loss)
@@ -165,7 +166,7 @@ class SFTTrainer:
         The noise is the same at every call, so that curves show the model and not the draw.
         """
         self.learner.module.eval()
-        packs = self._packs(self.heldout, seed=_mix(self.config.seed, -1))
+        packs = self._packs(self.heldout, seed=stable_seed(self.config.seed, -1))
         filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)
         total, deciles = 0.0, torch.zeros(10, 2, dtype=torch.float64)
         for index, packed in enumerate(self.distributed.evened(packs, filler)):
@@ -205,7 +206,9 @@ class SFTTrainer:
         costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
         owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
         mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]
-        return self._local_packs([batch[i] for i in mine], [levels[i] for i in mine], [_mix(seed, i) for i in mine])
+        return self._local_packs(
+            [batch[i] for i in mine], [levels[i] for i in mine], [stable_seed(seed, i) for i in mine]
+        )
 
     def _local_packs(
         self, examples: Sequence[Example], levels: Sequence[Tensor], seeds: Sequence[int]
@@ -244,11 +247,6 @@ class SFTTrainer:
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
         cut = len(examples) - data.num_heldout
         return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]], order[:cut]
-
-
-def _mix(seed: int, index: int) -> int:
-    """A seed for the index-th part of what `seed` governs."""
-    return (seed * 1_000_003 + index * 7_919 + 12_345) % (1 << 63)
 
 
 def sft_workload(config: SFTConfig) -> Workload:
