@@ -51,8 +51,7 @@ part() { # NAME SECONDS COMMAND...: its JSON lines are kept, also those of a par
 }
 
 # The files with GPU tests, by name: files beside them need packages that a GPU machine may lack.
-tests=(tests/model/test_attention.py tests/rollout/local/test_block_cache.py tests/model/test_kernels.py
-    tests/training/test_run_state.py)
+tests=(tests/model/test_attention.py tests/rollout/local/test_block_cache.py tests/model/test_kernels.py)
 budget=(--max-tokens-per-micro-batch 32768)
 short=(--prompt 200 --completion 1000 --max-prompt 1024 --max-completion 2048 --group 2 "${budget[@]}")
 long=(--prompt 1024 --completion 8192 --max-prompt 1024 --max-completion 8192 "${budget[@]}")

@@ -12,9 +12,9 @@ from typing import Any
 from dirl.errors import MissingFileError, UserError
 from dirl.eval.accuracy_picture import plot_accuracy, sweep_points, throughput_points
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
+from dirl.eval.estimates import Difference, paired_bootstrap
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
-from dirl.eval.statistics import Difference, paired_bootstrap
 from dirl.files import write_json, write_whole
 
 _DEFINITIONS = """\

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from dirl.eval import statistics
+from dirl.eval import estimates
 from dirl.rollout.engine import SamplingConfig
 
 
@@ -67,16 +67,16 @@ def summarise(dataset: str, mode: str, sampling: SamplingConfig, samples: Sequen
         confidence_threshold=sampling.confidence_threshold if has_threshold else None,
         num_problems=len(groups),
         num_samples=k,
-        avg_at_k=statistics.average(correct),
-        pass_at_k={str(n): statistics.pass_at(correct, n) for n in _powers_of_two(k)},
-        maj_at_k=statistics.majority(correct, [[sample.answer for sample in group] for group in groups]),
-        standard_error=statistics.standard_error_over_problems(correct),
-        standard_error_sampling=statistics.standard_error_over_sampling(correct),
+        avg_at_k=estimates.average(correct),
+        pass_at_k={str(n): estimates.pass_at(correct, n) for n in _powers_of_two(k)},
+        maj_at_k=estimates.majority(correct, [[sample.answer for sample in group] for group in groups]),
+        standard_error=estimates.standard_error_over_problems(correct),
+        standard_error_sampling=estimates.standard_error_over_sampling(correct),
         tokens_per_step=sum(lengths) / sum(steps),
         tokens_per_step_mean=sum(n / s for n, s in zip(lengths, steps, strict=True)) / len(samples),
         output_length_mean=sum(lengths) / len(lengths),
-        output_length_p50=statistics.percentile(lengths, 0.5),
-        output_length_p95=statistics.percentile(lengths, 0.95),
+        output_length_p50=estimates.percentile(lengths, 0.5),
+        output_length_p95=estimates.percentile(lengths, 0.95),
         truncated=sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         no_answer=sum(sample.answer is None for sample in samples) / len(samples),
         tokens_per_s=sum(lengths) / seconds if seconds > 0 else 0.0,

@@ -50,7 +50,7 @@ class RewardConfig(Config):
     functions: list[str] = field(default_factory=lambda: ["accuracy"], metadata=PATH)
     weights: list[float] = field(default_factory=list)  # one per function; empty: all 1
     parameters: dict[str, dict[str, float]] = field(default_factory=dict)  # by function name, e.g. cosine.longest_right
-    combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward gets its own group statistics
+    combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward is scaled in its group before it is added
     answer_extraction: Literal["boxed", "text"] = "boxed"  # text: math-verify may look for an answer anywhere
     grader_workers: int = bounded(0, least=0)  # processes that check answers; 0: one per usable core, at most 4
     grader_timeout_seconds: float = bounded(3.0, above=0)  # wall clock per answer; real ones take 0.01

@@ -39,6 +39,7 @@ from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
 from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
+from dirl.training.seeds import stable_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class SFTTrainer(Trainer):
         """One optimizer step over a global batch; its metrics."""
         self._last_drawn = self.stream.take(self.config.global_batch_size)
         batch = [self.examples[i] for i in self._last_drawn]
-        packs = self._packs(batch, seed=_mix(self.config.seed, self.steps_done))
+        packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done))
         denominator = float(sum(example.num_scored for example in batch))
         losses = [partial(self._loss, packed, denominator) for packed in packs]
         outcome = self.learner.update(losses, self._empty_loss)
@@ -119,7 +120,7 @@ class SFTTrainer(Trainer):
         if not self.heldout:
             return {}
         self.learner.module.eval()
-        packs = self._packs(self.heldout, seed=_mix(self.config.seed, -1))
+        packs = self._packs(self.heldout, seed=stable_seed(self.config.seed, -1))
         filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)
         total, deciles = 0.0, torch.zeros(10, 2, dtype=torch.float64)
         for index, packed in enumerate(self.distributed.evened(packs, filler)):
@@ -177,7 +178,9 @@ class SFTTrainer(Trainer):
         costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
         owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
         mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]
-        return self._local_packs([batch[i] for i in mine], [levels[i] for i in mine], [_mix(seed, i) for i in mine])
+        return self._local_packs(
+            [batch[i] for i in mine], [levels[i] for i in mine], [stable_seed(seed, i) for i in mine]
+        )
 
     def _local_packs(
         self, examples: Sequence[Example], levels: Sequence[Tensor], seeds: Sequence[int]
@@ -216,11 +219,6 @@ class SFTTrainer(Trainer):
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
         cut = len(examples) - data.num_heldout
         return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]], order[:cut]
-
-
-def _mix(seed: int, index: int) -> int:
-    """A seed for the index-th part of what `seed` governs."""
-    return (seed * 1_000_003 + index * 7_919 + 12_345) % (1 << 63)
 
 
 def sft_workload(config: SFTConfig) -> Workload:

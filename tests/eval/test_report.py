@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from dirl.cli import main
+from dirl.eval.estimates import paired_bootstrap
 from dirl.eval.report import compare_runs, report_text
 from dirl.eval.results import ModeResult, Sample
 from dirl.eval.sample_store import SampleStore
-from dirl.eval.statistics import paired_bootstrap
 from dirl.rollout.engine import Completion
 
 RESULT = ModeResult(
