@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.likelihood import ScoringRule
-from dirl.diffusion.packing import Actions, PackedViews
+from dirl.diffusion.packing import Actions, PackedViews, TokenTable
 from dirl.model.attention import DensePlan
 from dirl.model.flex_attention import FlexPlan, padded_for_flex
 from dirl.model.logprobs import score_actions
@@ -32,30 +32,36 @@ def clean_and_noisy_row(
     is_noisy = torch.arange(len(position)) >= length
     padding = torch.zeros(max(width - len(position), 0), dtype=torch.int64)
     own = torch.arange(len(padding))
-    return PackedViews(
+    tokens = TokenTable(
         token_ids_L=torch.cat([clean_ids, noisy_ids[start:], padding]),
         position_L=torch.cat([position, padding]),
         document_L=torch.cat([torch.zeros_like(position), padding + 1]),
         branch_L=torch.zeros(len(position) + len(padding), dtype=torch.int64),
         block_L=torch.cat([block, own]),
         view_L=torch.cat([is_noisy * (block + 1), own + 2 + int(block.max())]),
-        action_index_T=length - start + scored,
-        target_T=clean_ids[scored],
-        is_reveal_T=torch.ones(len(scored), dtype=torch.bool),
-        weight_T=torch.ones(len(scored)),
-        branch_T=torch.zeros(len(scored), dtype=torch.int64),
-        completion_index_T=scored,
-        num_branches=1,
     )
+    scored_block = scored // block_length
+    actions = Actions.of(
+        index_T=length - start + scored,
+        target_T=clean_ids[scored],
+        is_reveal_T=torch.ones_like(scored, dtype=torch.bool),
+        is_visited_T=torch.ones_like(scored, dtype=torch.bool),
+        weight_T=torch.ones(len(scored)),
+        view_T=scored_block + 1,
+        block_T=scored_block,
+        branch_T=torch.zeros_like(scored),
+        completion_index_T=scored,
+    )
+    return PackedViews(tokens, actions)
 
 
 def score_row(model: BlockDiffusionModel, row: PackedViews, rule: ScoringRule) -> Tensor:
     """Log-probabilities of a row's actions: FlexAttention with a block-sparse mask on a GPU, else a dense mask."""
-    if row.token_ids_L.is_cuda:
-        row = padded_for_flex(row)
-    plan = FlexPlan(row) if row.token_ids_L.is_cuda else DensePlan.packed(row)
+    tokens, actions = row.tokens, row.actions
+    if tokens.token_ids_L.is_cuda:
+        tokens = padded_for_flex(tokens)
+    plan = FlexPlan(tokens) if tokens.token_ids_L.is_cuda else DensePlan.packed(tokens)
     hidden = model.model(
-        input_ids=row.token_ids_L[None], position_ids=row.position_L[None], attention_plan=plan, use_cache=False
+        input_ids=tokens.token_ids_L[None], position_ids=tokens.position_L[None], attention_plan=plan, use_cache=False
     ).last_hidden_state[0]
-    actions = Actions(row.target_T, row.is_reveal_T, row.view_T)
-    return score_actions(hidden[row.action_index_T], model.lm_head, actions, rule).logprob_T
+    return score_actions(hidden[actions.index_T], model.lm_head, actions, rule).logprob_T

@@ -157,7 +157,7 @@ def training_flops(model: BlockDiffusionModel, rows: Sequence[PackedViews]) -> f
     """
     config = model.config
     num_tokens, num_pairs = sum(map(len, rows)), sum(map(count_pairs, rows))
-    num_scored = sum(len(row.target_T) for row in rows)
+    num_scored = sum(len(row.actions) for row in rows)
     head = config.vocab_size * config.hidden_size
     layers = sum(p.numel() for p in model.model.layers.parameters())
     attention = 4 * num_pairs * config.num_attention_heads * config.head_dim * config.num_hidden_layers
@@ -166,7 +166,7 @@ def training_flops(model: BlockDiffusionModel, rows: Sequence[PackedViews]) -> f
 
 def count_pairs(row: PackedViews) -> int:
     """(query, key) pairs the attention rule allows, counted in strips."""
-    ids = (row.document_L, row.branch_L, row.block_L, row.view_L)
+    ids = row.tokens.ids
     strips = (tuple(i[start : start + 1024, None] for i in ids) for start in range(0, len(row), 1024))
     return sum(int(attention_rule(queries, tuple(i[None] for i in ids)).sum()) for queries in strips)
 

@@ -49,8 +49,8 @@ def padded_rows(documents: Sequence[ViewedDocument], max_length: int) -> list[tu
     longest = max_length or max(len(d.prompt_ids) + len(d.branches[0].completion_ids) for d in documents)
     rows = []
     for document in documents:
-        views = document.branches[0].views
-        clean_ids = torch.cat([document.prompt_ids, document.branches[0].completion_ids])
+        views = document.branches[0]
+        clean_ids = torch.cat([document.prompt_ids, views.completion_ids])
         noisy_ids = clean_ids.clone()
         position_VB = views.block_V[:, None] * BLOCK + torch.arange(BLOCK)
         noisy_ids[position_VB] = views.token_ids_VB
@@ -75,7 +75,7 @@ class Bench:
         self.model.zero_grad(set_to_none=True)
         total = 0.0
         for packed in self.packs:
-            loss = nelbo_loss(self.scorer(packed, self.rule).logprob_T, packed.weight_T, 1.0)
+            loss = nelbo_loss(self.scorer(packed, self.rule).logprob_T, packed.actions.weight_T, 1.0)
             loss.backward()
             total += float(loss.detach())
         return total
@@ -127,6 +127,7 @@ def measure(arguments: argparse.Namespace) -> None:
         sys.exit(f"the layouts disagree: loss {losses}")
     timings = time_in_turn(works, repeats=arguments.repeats)
     layouts = {"packed": bench.packs, "dirl": [row for row, _ in rows]}
+    lengths = [len(e.trajectory.prompt_ids) + len(e.trajectory.completion_ids) for e in examples]
     rate = matmul_tflops()
     for name, timing in timings.items():
         print_line(
@@ -134,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> None:
             layout=name,
             **model_fields(arguments.model, model),
             documents=len(documents),
-            mean_length=round(sum(len(e.prompt_ids) + len(e.completion_ids) for e in examples) / len(examples), 1),
+            mean_length=round(sum(lengths) / len(lengths), 1),
             row_length=len(rows[0][0]),
             tokens=sum(map(len, layouts[name])),
             **timing.as_fields(),

@@ -58,7 +58,10 @@ def draw_trajectories(arguments: argparse.Namespace, vocabulary: int) -> list[Tr
         step_map = steps_KB.gather(1, order_KB).flatten()[-length:]
         trajectories.append(
             Trajectory(
-                prompt_ids, torch.randint(5, vocabulary, (length,), generator=generator), _dense_steps(step_map, length)
+                prompt_ids,
+                torch.randint(5, vocabulary, (length,), generator=generator),
+                _dense_steps(step_map, length),
+                BLOCK,
             )
         )
     return trajectories
@@ -77,11 +80,11 @@ Layout = list[tuple[list[int], PackedViews]]  # which trajectories a pack or row
 
 def packed_layout(trajectories: Sequence[Trajectory], mask: int, budget: int) -> Layout:
     """Our layout: as few packs as the budget allows, trajectories of a pack sharing their prompt."""
-    branches = [Branch(t.completion_ids, replay_views(t, BLOCK, mask)) for t in trajectories]
+    views = [replay_views(trajectory, mask) for trajectory in trajectories]
     prompt_ids = trajectories[0].prompt_ids
-    lengths = [ViewedDocument(prompt_ids, [branch]).packed_length(BLOCK) for branch in branches]
+    lengths = [ViewedDocument(prompt_ids, [one]).packed_length(BLOCK) for one in views]
     bins = split_by_budget(lengths, max([budget, *lengths]))
-    return [(b, pack([ViewedDocument(prompt_ids, [branches[i] for i in b])], BLOCK).reveals_only()) for b in bins]
+    return [(b, pack([ViewedDocument(prompt_ids, [views[i] for i in b])], BLOCK).reveals_only()) for b in bins]
 
 
 def row_layout(
@@ -128,7 +131,8 @@ class Bench:
 
     def __init__(self, model: BlockDiffusionModel) -> None:
         self.model, self.scorer = model.train(), PackedScorer(model)
-        self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
+        # With the entropy that a step of RL reports.
+        self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model), wants_entropy=True)
         self.device = next(model.parameters()).device
 
     def score(self, name: str, row: PackedViews) -> Tensor:
@@ -154,9 +158,9 @@ class Bench:
         for members, row in layout:
             logprob_T = self.score(name, row).cpu()
             for branch, member in enumerate(members):
-                mine = (row.branch_T == branch).cpu()
+                mine = (row.actions.branch_T == branch).cpu()
                 # A row of one trajectory counts from the start of its prompt.
-                index = row.completion_index_T.cpu()[mine] - (
+                index = row.actions.completion_index_T.cpu()[mine] - (
                     0 if name == "packed" else len(trajectories[0].prompt_ids)
                 )
                 found[member][index] = logprob_T[mine]
@@ -167,7 +171,7 @@ def share_of_tiles(layout: Layout) -> float:
     """FlexAttention tiles that are computed, of those that a dense mask would compute."""
     read = total = 0
     for _, row in layout:
-        for reads in tile_reads(padded_for_flex(row)):
+        for reads in tile_reads(padded_for_flex(row.tokens)):
             read += int(reads.sum())
         total += reads.numel()
     return read / total

@@ -146,7 +146,7 @@ class RLTrainer(Trainer):
             Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size()),
             self.distributed,
             config.seed,
-            should_stop=lambda: self.signals.is_stop_asked(self.distributed),
+            should_stop=self.signals.is_stop_asked,
             remember=self.updater.remember,
         )
         self._warn_of_long_completions()

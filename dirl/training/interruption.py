@@ -17,8 +17,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from dirl.training.distributed import Distributed
-
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -30,9 +28,14 @@ class StopAsked(Exception):
 
 
 class SignalWatch:
-    """Notes that a signal came; a context in which the process does not die of it."""
+    """Notes that a signal came; a context in which the process does not die of it.
 
-    def __init__(self) -> None:
+    Args:
+        largest_of_ranks: a number of each rank -> the largest; collective.
+    """
+
+    def __init__(self, largest_of_ranks: Callable[[float], float] = float) -> None:
+        self._largest_of_ranks = largest_of_ranks
         self.received = 0  # number of the first signal; 0: none
         self._previous: dict[int, Any] = {}
 
@@ -46,9 +49,9 @@ class SignalWatch:
             signal.signal(number, handler)
         self._previous = {}
 
-    def is_stop_asked(self, distributed: Distributed) -> bool:
+    def is_stop_asked(self) -> bool:
         """Whether a signal came to any rank; collective, and so the same on every rank."""
-        return distributed.max(float(self.received > 0)) > 0
+        return self._largest_of_ranks(float(self.received > 0)) > 0
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

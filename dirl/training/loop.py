@@ -51,7 +51,7 @@ class Trainer(ABC):
         self.config = config
         self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
         self.timings = Timings()
-        self.signals = SignalWatch()
+        self.signals = SignalWatch(self.distributed.max)
         self.terminal = Terminal(is_main=self.distributed.is_main)
         self.steps_done = 0  # optimizer steps
 

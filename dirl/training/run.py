@@ -121,7 +121,7 @@ class Run:
         Raises:
             RunInterrupted: it did.
         """
-        if not self.signals.is_stop_asked(self.distributed):
+        if not self.signals.is_stop_asked():
             return
         if self._saved_step != self.step or self.source.is_amid:
             with self.timings.phase("save"):

@@ -18,16 +18,16 @@ def test_the_last_block_is_filled_and_scored_on_request(prompt_length: int, scor
     document = Document(list(range(prompt_length)), list(range(50, 57)))
     example = make_example(document, BLOCK, FILL, score_fill=score_fill)
     num_fill = -(prompt_length + 7) % BLOCK
-    assert example.completion_ids.tolist() == document.completion_ids + [FILL] * num_fill
+    assert example.trajectory.completion_ids.tolist() == document.completion_ids + [FILL] * num_fill
     assert example.num_scored == 7 + num_fill * score_fill
-    scored = example.blocks.token_ids_KB[example.scored_KB].tolist()
+    scored = example.trajectory.token_ids_KB[example.scored_KB].tolist()
     assert scored == document.completion_ids + [FILL] * num_fill * score_fill
 
 
 def test_unscored_fill_is_never_masked() -> None:
     example = make_example(Document([1, 2], [50, 51, 52]), BLOCK, FILL, score_fill=False)
     for seed in range(20):
-        views = view_document(example, torch.ones(2), MASK, noise=NoiseConfig(), seed=seed).branches[0].views
+        views = view_document(example, torch.ones(2), MASK, noise=NoiseConfig(), seed=seed).branches[0]
         assert views.token_ids_VB.tolist() == [[1, 2, MASK, MASK], [MASK, FILL, FILL, FILL]]
 
 
@@ -37,7 +37,7 @@ def test_complementary_pairs_score_every_token_once() -> None:
     for seed, (example, levels_K) in enumerate(zip(examples, batch_noise_levels(examples, noise, 3), strict=True)):
         document = view_document(example, levels_K, MASK, noise=noise, seed=seed)
         (packed,) = pack_micro_batches([document], BLOCK, lambda lengths: [list(range(len(lengths)))])
-        assert sorted(packed.completion_index_T.tolist()) == list(range(example.num_scored))
+        assert sorted(packed.actions.completion_index_T.tolist()) == list(range(example.num_scored))
 
 
 @pytest.mark.parametrize("noise_level", ["block", "sequence"])

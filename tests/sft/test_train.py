@@ -49,7 +49,8 @@ def trainer(config: SFTConfig, documents: Sequence[Document] = DOCUMENTS) -> SFT
 
 def noisy_sequences(packs: Sequence[PackedViews]) -> list[list[int]]:
     """The tokens of every document of some packs, noisy copies included, in any order."""
-    return sorted(p.token_ids_L[p.document_L == d].tolist() for p in packs for d in p.document_L.unique().tolist())
+    tables = [packed.tokens for packed in packs]
+    return sorted(t.token_ids_L[t.document_L == d].tolist() for t in tables for d in t.document_L.unique().tolist())
 
 
 def test_noise_does_not_depend_on_the_number_of_ranks() -> None:
@@ -67,7 +68,8 @@ def test_noise_does_not_depend_on_the_number_of_ranks() -> None:
 
 def test_every_document_is_trained_on_or_held_out() -> None:
     trained = trainer(CONFIG)
-    lengths = sorted(len(example.prompt_ids) + example.num_scored for example in [*trained.examples, *trained.heldout])
+    every = [*trained.examples, *trained.heldout]
+    lengths = sorted(len(example.trajectory.prompt_ids) + example.num_scored for example in every)
     assert len(trained.heldout) == 4
     assert lengths == sorted(-(-len(document) // 4) * 4 for document in DOCUMENTS)
 
@@ -85,7 +87,7 @@ def test_heldout_loss_and_its_deciles(complementary: bool) -> None:
     for packed in packs:
         with torch.no_grad():
             logprobs = trained.learner.module(packed, trained.rule).logprob_T.tolist()
-        for logprob, weight in zip(logprobs, packed.weight_T.tolist(), strict=True):
+        for logprob, weight in zip(logprobs, packed.actions.weight_T.tolist(), strict=True):
             total -= logprob * weight
             cell = cells[min(int(10 / (weight * (2 if complementary else 1))), 9)]
             cell[0] -= logprob

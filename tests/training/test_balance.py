@@ -47,12 +47,12 @@ def test_ranks_of_sft_are_about_equally_busy() -> None:
     documents = [Document([5] * 8, [7] * (400 if i < 4 else 20)) for i in range(16)]
     config = SFTConfig(output_dir="unused", data=SFTDataConfig(num_heldout=0))
     trainer = SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
-    batch = sorted(trainer.examples, key=lambda example: -len(example.completion_ids))
+    batch = sorted(trainer.examples, key=lambda example: -len(example.trajectory.completion_ids))
     found: list[tuple[int, int]] = []  # documents and tokens of each rank
     for rank in range(2):
         trainer.distributed = cast(Any, SimpleNamespace(rank=rank, world_size=2, device=model.device))
         packs = trainer._packs(batch, seed=0)
-        found.append((sum(int(p.document_L[-1]) + 1 for p in packs), sum(map(len, packs))))
+        found.append((sum(int(p.tokens.document_L[-1]) + 1 for p in packs), sum(map(len, packs))))
     assert sum(documents for documents, _ in found) == 16
     assert max(tokens for _, tokens in found) < 1.1 * min(tokens for _, tokens in found)
 

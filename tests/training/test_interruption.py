@@ -1,8 +1,9 @@
-"""A run that makes progress lives; one that stands still ends, and says where it stood."""
+"""Signals and clocks: a run that makes progress lives, one that stands still ends and says where it stood."""
 
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -79,3 +80,15 @@ def test_a_phase_that_begins_or_ends_is_progress() -> None:
         assert timings.standing() == ("in phase 'step', after 'train'", 0.0)
     now = 11.0
     assert timings.standing() == ("between phases, after 'step'", 2.0)
+
+
+def test_a_second_interrupt_quits_at_once() -> None:
+    code = (
+        "import os, signal, time\nfrom dirl.training.interruption import SignalWatch\n"
+        "with SignalWatch() as watch:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    assert watch.received == signal.SIGINT\n"
+        "    print('noted', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(600)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.returncode) == ("noted\n", -signal.SIGINT)

@@ -1,14 +1,16 @@
-"""The shell of a loop: what it logs, when it saves, where it continues."""
+"""The one loop of all stages: what it calls when, how it ends, and what it writes down and shows."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,164 +18,173 @@ from torch import nn
 
 from dirl.data.prompt_stream import PromptStream
 from dirl.errors import RunInterrupted
-from dirl.training.distributed import Distributed
-from dirl.training.loop import Run
-from dirl.training.optimizer import Learner, OptimizerConfig
-from dirl.training.run_state import RunConfig
+from dirl.training.interruption import StopAsked
+from dirl.training.loop import NothingToLearn, Trainer, TrainingConfig
+from dirl.training.optimizer import Learner, Loss
+from dirl.training.run import Run
+
+Act = Callable[["Toy"], None]
 
 
-def new_run(config: RunConfig, *, num_items: int = 10) -> Run:
-    learner = Learner(nn.Linear(2, 2), OptimizerConfig(max_steps=7), Distributed())
-    return Run(config, {}, learner, PromptStream(num_items, config.seed), 7)
+class Toy(Trainer):
+    """Rows of ones -> one number; `acts[n]` is done in the n-th call of `step`, `calls` is what the loop asked for."""
+
+    stage = "sft"
+
+    def __init__(self, config: TrainingConfig, acts: Mapping[int, Act] | None = None, steps_at_a_time: int = 1) -> None:
+        super().__init__(config)
+        self.learner = Learner(
+            nn.Linear(2, 1),
+            config,
+            self.distributed,
+            on_micro_batch=self.show_micro_batch,
+            on_skip=self.record_skipped,
+        )
+        self.source = self.stream = PromptStream(10, config.seed)
+        self.acts, self.steps_at_a_time = dict(acts or {}), steps_at_a_time
+        self.calls: list[str] = []
+        self.scale = 1.0
+
+    def begin(self) -> None:
+        self.calls.append(f"begin at {self.steps_done}")
+
+    def step(self) -> dict[str, float]:
+        number = sum(call.startswith("step") for call in self.calls)
+        self.calls.append(f"step {number}")
+        self.acts.get(number, lambda _: None)(self)
+        self.taken = self.stream.take(2)
+        outcome = self.learner.update([partial(self.loss, rows) for rows in (3, 5)], partial(self.loss, 1))
+        self.steps_done += self.steps_at_a_time
+        return outcome.metrics | {"rows": 8.0}
+
+    def loss(self, rows: int) -> Loss:
+        return Loss(self.scale * self.learner.module(torch.ones(rows, 2)).square().sum(), rows)
+
+    def evaluate(self) -> dict[str, float]:
+        self.calls.append("evaluate")
+        return {"eval/loss": 1.0 / self.steps_done}
+
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        return f"{metrics['rows_per_second']:.0f} rows/s"
+
+    def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {"rows_per_second": metrics["rows"] / metrics["timing_s/step"]}
+
+    def record(self, run: Run) -> None:
+        self.calls.append(f"record {run.step}")
+
+    def last_documents(self) -> list[Any]:
+        return [{"item": index} for index in self.taken]
+
+    def write_final(self) -> Path:
+        self.calls.append("write_final")
+        final = Path(self.config.output_dir, "final")
+        final.mkdir(exist_ok=True)
+        return final
 
 
-def go(run: Run, until: int) -> list[int]:
-    taken: list[int] = []
-    with run:
-        while run.step < until:
-            taken += run.source.take(3)  # type: ignore[attr-defined]
-            run.step += 1
-            run.save_if_due()
-            run.log({"number": float(run.step)}, "")
-    return taken
+def config(output_dir: Path, **changes: Any) -> TrainingConfig:
+    return TrainingConfig(output_dir=str(output_dir), learning_rate=1e-2, **{"max_steps": 4, **changes})
 
 
-def logged_steps(output_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+def logged(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def saved_steps(output_dir: Path) -> list[str]:
     return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
 
 
-def test_saves_and_logs_when_due_and_at_the_end(tmp_path: Path) -> None:
-    config = RunConfig(output_dir=str(tmp_path), save_steps=3, save_total_limit=0, logging_steps=2)
-    go(new_run(config), 7)
-    assert saved_steps(tmp_path) == ["step_000003", "step_000006", "step_000007"]
-    assert logged_steps(tmp_path) == [2, 4, 6, 7]
+def test_evaluates_when_due_and_at_the_end_and_writes_what_every_step_gave(tmp_path: Path) -> None:
+    toy = Toy(config(tmp_path, eval_steps=3, save_steps=2))
+    assert toy.train() == tmp_path / "final"
+    first, second, third, fourth = ([f"step {n}", f"record {n + 1}"] for n in range(4))
+    assert toy.calls[:-1] == ["begin at 0", *first, *second, *third, "evaluate", *fourth, "evaluate"]
+    assert toy.calls[-1] == "write_final"
+    rows = logged(tmp_path)
+    assert [(row["step"], row.get("eval/loss")) for row in rows] == [(1, None), (2, None), (3, 1 / 3), (4, 1 / 4)]
+    assert all(row["rows_per_second"] == pytest.approx(8 / row["timing_s/step"]) for row in rows)
+    assert ["timing_s/eval" in row for row in rows] == [False, False, True, True]
+    assert saved_steps(tmp_path) == ["step_000002", "step_000004"]
+    assert (tmp_path / "final/README.md").is_file() and list((tmp_path / "plots").iterdir())
 
 
-def test_several_optimizer_steps_at_a_time_pass_no_multiple_unseen(tmp_path: Path) -> None:
-    config = RunConfig(output_dir=str(tmp_path), save_steps=3, save_total_limit=0, logging_steps=3)
-    with new_run(config) as run:
-        for step in (2, 4, 5, 7):
-            run.step = step
-            run.save_if_due()
-            run.log({}, "")
-    assert saved_steps(tmp_path) == ["step_000004", "step_000007"]
-    assert logged_steps(tmp_path) == [4, 7]
-    resumed = new_run(config)
-    assert resumed.step == 7 and not resumed.is_due(3)
+def test_several_optimizer_steps_at_a_time_are_all_counted(tmp_path: Path) -> None:
+    toy = Toy(config(tmp_path, max_steps=6, eval_steps=3), steps_at_a_time=2)
+    toy.train()
+    assert [row["step"] for row in logged(tmp_path)] == [2, 4, 6]
+    after_steps = [call for call in toy.calls if call.startswith(("record", "evaluate"))]
+    assert after_steps == ["record 2", "record 4", "evaluate", "record 6", "evaluate"]
 
 
-def test_continues_the_stream_and_forgets_lines_after_the_checkpoint(tmp_path: Path) -> None:
-    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
-    expected = PromptStream(10, config.seed).take(21)
-    assert go(new_run(config), 5) == expected[:15]
-    resumed = new_run(config)
-    assert resumed.step == 4
-    assert logged_steps(tmp_path) == [1, 2, 3, 4]
-    assert go(resumed, 7) == expected[12:]
-    assert logged_steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-    assert new_run(config).is_finished
+def test_a_run_goes_on_where_its_checkpoint_is_and_a_finished_one_only_writes_its_model(tmp_path: Path) -> None:
+    Toy(config(tmp_path, max_steps=2)).train()
+    more = Toy(config(tmp_path, max_steps=3))
+    more.train()
+    assert more.calls == ["begin at 2", "step 0", "record 3", "evaluate", "write_final"]
+    again = Toy(config(tmp_path, max_steps=3))
+    again.train()
+    assert again.calls == ["begin at 3", "write_final"]
+    assert [row["step"] for row in logged(tmp_path)] == [1, 2, 3]
 
 
-def test_none_starts_afresh(tmp_path: Path) -> None:
-    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
-    go(new_run(config), 4)
-    assert new_run(replace(config, resume_from_checkpoint="none")).step == 0
+def test_nothing_to_learn_in_the_first_step_is_an_error(tmp_path: Path) -> None:
+    def give_up(_: Toy) -> None:
+        raise NothingToLearn("all rewards are equal")
+
+    with pytest.raises(NothingToLearn, match="all rewards are equal"):
+        Toy(config(tmp_path), {0: give_up}).train()
+    assert not (tmp_path / "final").exists()
 
 
-def test_other_data_is_an_error(tmp_path: Path) -> None:
-    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
-    go(new_run(config), 2)
-    with pytest.raises(ValueError, match="num_items=10, this run 11"):
-        new_run(config, num_items=11)
+def test_nothing_to_learn_later_ends_the_run_with_a_checkpoint_and_a_model(tmp_path: Path) -> None:
+    def give_up(_: Toy) -> None:
+        raise NothingToLearn("all rewards are equal")
+
+    toy = Toy(config(tmp_path), {2: give_up})
+    toy.train()
+    assert toy.calls[-2:] == ["step 2", "write_final"]
+    assert saved_steps(tmp_path) == ["step_000002"] and [row["step"] for row in logged(tmp_path)] == [1, 2]
 
 
-def test_the_report_is_written_at_saves_and_at_the_end(tmp_path: Path) -> None:
-    config = RunConfig(output_dir=str(tmp_path), save_steps=2)
-    report, seen = tmp_path / "report.html", []
-    with new_run(config) as run:
-        for step in range(1, 4):
-            run.step = step
-            run.save_if_due()
-            run.log({"loss": step / 8}, "")
-            seen.append(report.is_file())
-            report.unlink(missing_ok=True)
-    assert seen == [False, True, False]
-    assert "0.375" in report.read_text()  # the last line, after the last save
+def test_a_step_that_a_signal_cut_short_ends_the_run_after_a_checkpoint(tmp_path: Path) -> None:
+    def stop(toy: Toy) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert toy.signals.is_stop_asked(toy.distributed)  # as a stage asks between two acts of a step
+        raise StopAsked
+
+    toy = Toy(config(tmp_path), {2: stop})
+    with pytest.raises(RunInterrupted, match="SIGTERM at step 2"):
+        toy.train()
+    assert toy.calls[-1] == "step 2" and saved_steps(tmp_path) == ["step_000002"]
+    resumed = Toy(config(tmp_path))
+    resumed.train()
+    assert resumed.calls[0] == "begin at 2" and [row["step"] for row in logged(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_micro_batches_and_their_tokens_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, told = new_run(RunConfig(output_dir=str(tmp_path))), []
-    monkeypatch.setattr(run.terminal, "begin", lambda name, total: told.append((name, total)))
-    monkeypatch.setattr(run.terminal, "advance", told.append)
-    losses = [lambda rows=rows: run.learner.module(torch.ones(rows, 2)).sum() for rows in (3, 5)]
-    with run:
-        run.learner.update(losses, losses[0])
+def test_micro_batches_and_their_tokens_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, told = Toy(config(tmp_path)), []
+    monkeypatch.setattr(toy.terminal, "begin", lambda name, total: told.append((name, total)))
+    monkeypatch.setattr(toy.terminal, "advance", told.append)
+    toy.step()
     assert told == [("training", 2), 3, 5]
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    config = RunConfig(
-        output_dir=str(tmp_path), save_steps=2, save_total_limit=1, metric_for_best_model="eval/accuracy"
-    )
-    values = {2: 0.3, 3: 0.9, 5: 0.4}
-    run = new_run(config)
-    with run:
-        while run.step < 6:
-            run.step += 1
-            run.save_if_due({"eval/accuracy": values[run.step]} if run.step in values else {})
-    assert saved_steps(tmp_path) == ["step_000003", "step_000006"]
-    resumed = new_run(config)  # it knows what is best
-    with resumed:
-        resumed.step = 7
-        resumed.save_if_due({"eval/accuracy": 0.8})
-    assert saved_steps(tmp_path) == ["step_000003", "step_000007"]
+def test_a_skipped_step_writes_down_what_it_was_made_of(tmp_path: Path) -> None:
+    def spoil(toy: Toy) -> None:
+        toy.scale = math.nan
+
+    def mend(toy: Toy) -> None:
+        toy.scale = 1.0
+
+    expected = PromptStream(10, 0).take(8)
+    Toy(config(tmp_path), {1: spoil, 2: mend}).train()
+    (line,) = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 2, "documents": [{"item": index} for index in expected[2:4]]}
+    assert [row["skipped_steps"] for row in logged(tmp_path)] == [0, 1, 0, 0]
 
 
-def test_a_signal_ends_the_run_after_one_checkpoint(tmp_path: Path) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        config = RunConfig(output_dir=str(tmp_path / str(int(number))))
-        run = new_run(config)
-        with pytest.raises(RunInterrupted, match=f"{number.name} at step 1"), run:
-            run.step = 1
-            run.stop_if_asked()  # nothing yet
-            os.kill(os.getpid(), number)
-            run.stop_if_asked()
-        assert saved_steps(tmp_path / str(int(number))) == ["step_000001"]
-        assert signal.getsignal(number) is not None and not new_run(config).should_stop()
-
-
-def test_a_signal_during_a_save_lets_it_end_and_makes_no_second(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = new_run(RunConfig(output_dir=str(tmp_path), save_steps=1))
-    saves: list[int] = []
-    save_state = run.distributed.save_state
-
-    def interrupted(directory: Path) -> None:
-        saves.append(run.step)
-        os.kill(os.getpid(), signal.SIGTERM)
-        save_state(directory)
-
-    monkeypatch.setattr(run.distributed, "save_state", interrupted)
-    with pytest.raises(RunInterrupted), run:
-        run.step = 1
-        run.save_if_due()
-        run.stop_if_asked()
-    assert saves == [1] and saved_steps(tmp_path) == ["step_000001"]
-    assert new_run(RunConfig(output_dir=str(tmp_path))).step == 1
-
-
-def test_a_second_interrupt_quits_at_once() -> None:
-    code = (
-        "import os, signal, time\nfrom dirl.training.interruption import SignalWatch\n"
-        "with SignalWatch() as watch:\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n    assert watch.received == signal.SIGINT\n"
-        "    print('noted', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(600)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert (done.stdout, done.returncode) == ("noted\n", -signal.SIGINT)
+@pytest.mark.parametrize("change", [{"max_steps": 0}, {"save_steps": -1}, {"learning_rate": math.inf}], ids=str)
+def test_a_joined_configuration_checks_the_keys_of_both(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
+        replace(config(tmp_path), **change)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dirl.errors import UserError
 from dirl.training.distributed import Distributed
-from dirl.training.optimizer import Learner, OptimizerConfig, TrainingDiverged, parameter_groups
+from dirl.training.optimizer import Learner, Loss, OptimizerConfig, TrainingDiverged, parameter_groups
 
 
 class Quadratic(nn.Module):
@@ -37,8 +37,17 @@ def learner(max_grad_norm: float = 0.0, optim: str = "adamw_torch") -> Learner:
     return Learner(Quadratic(), config, Distributed())
 
 
-def losses(trained: Learner, *scales: float) -> list[partial[Tensor]]:
-    return [partial(trained.module, scale) for scale in scales]
+def loss_of(trained: Learner, scale: float) -> Loss:
+    value = trained.module(scale)
+    return Loss(value, 10, {"scale": torch.tensor(scale)}, {"largest scale": torch.tensor(scale)})
+
+
+def losses(trained: Learner, *scales: float) -> list[partial[Loss]]:
+    return [partial(loss_of, trained, scale) for scale in scales]
+
+
+def nothing(trained: Learner) -> Loss:
+    return loss_of(trained, 1.0).nothing()
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
@@ -49,7 +58,7 @@ def test_update_is_adamw_on_the_sum_of_losses(optim: str) -> None:
         lr=0.1,
     )
     for step in range(3):
-        metrics = ours.update(losses(ours, 0.25, 0.5, 0.25), partial(ours.module, 0.0))
+        metrics = ours.update(losses(ours, 0.25, 0.5, 0.25), partial(nothing, ours)).metrics
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1 * (1 - step / 10)
         loss = reference(1.0)
         optimizer.zero_grad()
@@ -71,7 +80,26 @@ def test_a_missing_optimizer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_without_losses_the_rank_still_takes_part() -> None:
     ours = learner()
-    assert ours.update([], partial(ours.module, 0.0))["grad_norm"] == 0.0
+    assert ours.update([], partial(nothing, ours)).metrics["grad_norm"] == 0.0
+
+
+def test_what_losses_tell_is_added_up_or_the_largest_is_kept() -> None:
+    ours = learner()
+    outcome = ours.update(losses(ours, 0.25, -0.5, 0.125), partial(nothing, ours))
+    assert (outcome.sums, outcome.largest) == ({"scale": -0.125}, {"largest scale": 0.25})
+    assert set(outcome.metrics) == {"loss", "grad_norm", "learning_rate", "skipped_steps"}
+
+
+def test_a_loss_made_nothing_of_tells_nothing_and_has_a_gradient_of_zero() -> None:
+    """What a rank adds that only keeps the others company."""
+    ours = learner()
+    empty = nothing(ours)
+    assert (empty.value.item(), empty.num_tokens, float(empty.sums["scale"])) == (0.0, 0, 0.0)
+    assert float(empty.largest["largest scale"]) == -math.inf
+    empty.value.backward()
+    assert [bool(p.grad.any()) for p in ours.module.parameters() if p.grad is not None] == [False, False]
+    outcome = ours.update([*losses(ours, -0.5), partial(nothing, ours)], partial(nothing, ours))
+    assert (outcome.sums, outcome.largest) == ({"scale": -0.5}, {"largest scale": -0.5})
 
 
 def test_only_matrices_are_decayed() -> None:
@@ -85,19 +113,19 @@ def test_only_matrices_are_decayed() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     ours = learner(max_grad_norm=1.0)
     before = [parameter.clone() for parameter in ours.module.parameters()]
-    assert ours.update(losses(ours, 1.0, bad), partial(ours.module, 0.0))["skipped_steps"] == 1
+    assert ours.update(losses(ours, 1.0, bad), partial(nothing, ours)).metrics["skipped_steps"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, ours.module.parameters(), strict=True))
     assert not ours.optimizer.state
-    assert ours.update(losses(ours, 1.0), partial(ours.module, 0.0))["skipped_steps"] == 0
+    assert ours.update(losses(ours, 1.0), partial(nothing, ours)).metrics["skipped_steps"] == 0
     assert not any(torch.equal(a, b) for a, b in zip(before, ours.module.parameters(), strict=True))
 
 
 def test_three_in_a_row_stop_the_run_and_two_do_not() -> None:
     ours = learner()
     for scale in (math.nan, math.nan, 1.0, math.nan, math.nan):
-        ours.update(losses(ours, scale), partial(ours.module, 0.0))
+        ours.update(losses(ours, scale), partial(nothing, ours))
     with pytest.raises(TrainingDiverged, match="three steps in a row"):
-        ours.update(losses(ours, math.nan), partial(ours.module, 0.0))
+        ours.update(losses(ours, math.nan), partial(nothing, ours))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +140,7 @@ def test_impossible_settings_are_errors(key: str, value: object) -> None:
 def test_an_interrupted_step_leaves_nothing_behind() -> None:
     """Ctrl-C in a notebook, then the same cell again."""
 
-    def interrupt() -> Tensor:
+    def interrupt() -> Loss:
         raise KeyboardInterrupt
 
     ends = []
@@ -120,10 +148,10 @@ def test_an_interrupted_step_leaves_nothing_behind() -> None:
         torch.manual_seed(0)
         module = nn.Linear(2, 1)
         learner = Learner(module, OptimizerConfig(learning_rate=0.1), Distributed())
-        loss = lambda learner=learner: learner.module(torch.ones(1, 2)).sum()  # noqa: E731
+        loss = lambda learner=learner: Loss(learner.module(torch.ones(1, 2)).sum(), 1)  # noqa: E731
         if is_interrupted:
             with pytest.raises(KeyboardInterrupt):
                 learner.update([loss, interrupt], loss)
-        metrics = learner.update([loss], loss)
+        metrics = learner.update([loss], loss).metrics
         ends.append((metrics["grad_norm"], module.weight.tolist()))
     assert ends[0] == ends[1]
