@@ -28,7 +28,7 @@ from dirl.eval.evaluate import Evaluator, Mode
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters
-from dirl.model.memory import Workload, trained_fraction
+from dirl.model.memory import EngineLoad, Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import ScaleRewards, group_advantages
@@ -36,7 +36,7 @@ from dirl.rl.group_state import CollectorState
 from dirl.rl.rollout_group import Collected, Collector, NoSignal, RolloutConfig, RolloutGroup, StopAsked, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
-from dirl.rollout.build import build_engine
+from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress, watch
 from dirl.show.model_card import finish_model
@@ -314,7 +314,15 @@ class RLTrainer:
 
 def rl_workload(config: RLConfig) -> Workload:
     """What a memory estimate needs to know of an RL run."""
-    rollout = config.rollout
+    rollout, engine = config.rollout, None
+    if rollout.mode == "colocate":
+        engine = EngineLoad(
+            name=chosen_engine(rollout) if rollout.engine == "auto" else rollout.engine,
+            longest=config.data.max_prompt_length + rollout.max_completion_length,
+            batch_size=rollout.max_batch_size,
+            max_cached_tokens=rollout.max_cached_tokens,
+            cache_share=rollout.cache_max_entry_count,
+        )
     return Workload(
         tokens_per_micro_batch=config.max_tokens_per_micro_batch,
         bf16=config.bf16,
@@ -322,5 +330,5 @@ def rl_workload(config: RLConfig) -> Workload:
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
         num_copies=int(config.beta > 0 and config.lora.r == 0),
-        decoded_tokens=rollout.max_batch_size * (config.data.max_prompt_length + rollout.max_completion_length),
+        engine=engine,
     )
