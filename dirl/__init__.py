@@ -22,8 +22,8 @@ _HOMES = {
     "generate": "dirl.rollout.generate",
     "logprobs": "dirl.rollout.replay",
     "Completion": "dirl.rollout.engine",
-    "Completions": "dirl.rollout.completions",
-    "with_texts": "dirl.rollout.completions",
+    "Completions": "dirl.rollout.generate",
+    "with_texts": "dirl.rollout.generate",
     "plot_run": "dirl.show.pictures",
     "plot_trajectory": "dirl.show.trajectory_picture",
     "plot_thresholds": "dirl.eval.accuracy_picture",
@@ -73,9 +73,8 @@ if TYPE_CHECKING:
     from dirl.reward.rubric import RewardConfig
     from dirl.rl.collector import RolloutConfig
     from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
-    from dirl.rollout.completions import Completions, with_texts
     from dirl.rollout.engine import Completion, SamplingConfig
-    from dirl.rollout.generate import generate
+    from dirl.rollout.generate import Completions, generate, with_texts
     from dirl.rollout.replay import logprobs
     from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
     from dirl.show.pictures import plot_run

@@ -15,7 +15,7 @@ import pytest
 
 from dirl import __version__
 from dirl.cli import main
-from dirl.data.problems import load_problems
+from dirl.data.problem_sources import load_problems
 from dirl.errors import RunInterrupted
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import SamplingConfig

@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from dirl.data.chat import load_tokenizer, render_messages, stop_token_ids, token_texts
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
-from dirl.rollout.engine import Completion, SamplingConfig
-from dirl.rollout.local.engine import TorchEngine
+from dirl.rollout.build import build_engine
+from dirl.rollout.engine import Completion, EngineConfig, SamplingConfig
 from dirl.rollout.watch import Frame, Observer
 from dirl.show.terminal import draft_text, live_text
 
@@ -60,7 +60,9 @@ class Talker:
         model = load_model(ModelConfig(path=model_path), self.tokenizer).eval()
         model.to(default_device())  # type: ignore[arg-type]
         drafts = Drafts(self.tokenizer, console) if console.is_terminal else None
-        self.engine = TorchEngine(model, self.tokenizer, observer=drafts)
+        self.engine = build_engine(
+            model, self.tokenizer, EngineConfig(engine="torch", compile="never"), observer=drafts
+        )
         self.sampling, self.seed, self.console = sampling, seed, console
 
     def answer(self, messages: Sequence[Message]) -> Completion:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from dirl.data.published import from_published
-from dirl.data.rows import DataError, convert_rows, read_rows, shorten
+from dirl.data.rows import shorten
 from dirl.errors import UserError
 
 TESTS = "test_method"  # the column that marks a row whose answer is a program
@@ -26,27 +26,6 @@ class Problem:
     question: str
     answer: str  # the gold, as text; "" where tests decide
     columns: dict[str, object]  # every other column of the row
-
-
-def load_problems(
-    path: str, *, split: str = "train", limit: int = 0, skip_bad_rows: bool = False, seed: int = 0
-) -> list[Problem]:
-    """Problems of a file, a hub data set, or a procedural task.
-
-    Args:
-        path: .json, .jsonl, .parquet or .csv file, hub id `owner/name[:config]`, or `task:NAME`.
-        split: of a hub data set, or `train` / `heldout` of a task; a file has none.
-        limit: at most that many, in the order of the file, so that every run sees the same; 0: all.
-        seed: draws the problems of a task; a file's order does not depend on it.
-    Raises:
-        DataError: one line naming the file, the row, and what is wrong with it.
-    """
-    if path.startswith("task:"):
-        return _task_problems(path, split=split, limit=limit, seed=seed)
-    problems, _ = convert_rows(
-        path, read_rows(path, split=split), problem_from_row, limit=limit, skip_bad_rows=skip_bad_rows
-    )
-    return problems
 
 
 def problem_from_row(row: dict[str, object]) -> Problem:
@@ -71,22 +50,6 @@ def problem_from_row(row: dict[str, object]) -> Problem:
         answer = _last_boxed(answer) or answer
     columns = {key: value for key, value in row.items() if key not in (question_key, answer_key)}
     return Problem(question=question, answer=answer, columns=columns)
-
-
-def _task_problems(path: str, *, split: str, limit: int, seed: int) -> list[Problem]:
-    # Here, not above: tasks make Problems and import this module.
-    from dirl.data import reasoning_tasks
-    from dirl.data.tasks import find_task
-
-    is_library = path.startswith(reasoning_tasks.PREFIX)
-    task = None if is_library else find_task(path)
-    if split not in ("train", "heldout"):
-        raise DataError(f"{path} has the splits train and heldout, got {split!r}")
-    if task is None:
-        return reasoning_tasks.reasoning_problems(path, split=split, limit=limit, seed=seed)
-    if split == "train":
-        return task.problems(limit or task.num_train, seed, "train")
-    return task.problems(limit or task.num_heldout, seed, "heldout")
 
 
 def _gold_text(key: str, value: object) -> str:

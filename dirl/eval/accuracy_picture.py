@@ -6,13 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-
 from dirl.errors import MissingFileError
 from dirl.eval.results import ModeResult
-from dirl.show.pictures import STYLE, Drawing, Pictures
-
-Point = tuple[float, float, float, str]  # speed, accuracy in %, its standard error, label
+from dirl.show.pictures import Pictures, Point, draw_points
 
 
 def plot_thresholds(eval_dir: str | Path) -> Pictures:
@@ -37,21 +33,8 @@ def plot_accuracy(
     quantity: str,
 ) -> None:
     """Accuracy against a speed: one line a data set, one labelled point a decoding mode."""
-    with matplotlib.rc_context(STYLE):
-        figure = Drawing(figsize=(8, 4), dpi=120, layout="constrained")
-        axes = figure.subplots()
-        for dataset in dict.fromkeys(result.dataset for result in results):
-            points = points_of(results, dataset)
-            if not points:
-                continue
-            speeds, accuracies, errors, labels = zip(*points, strict=True)
-            axes.errorbar(speeds, accuracies, yerr=errors, marker="o", capsize=3, label=dataset)
-            for i, (label, x, y) in enumerate(zip(labels, speeds, accuracies, strict=True)):
-                offset = (5, 4 if i % 2 else -12)  # by turns above and below: neighbours may be close
-                axes.annotate(label, (x, y), textcoords="offset points", xytext=offset, fontsize=8)
-        axes.set(title="Accuracy against speed", xlabel=quantity, ylabel="accuracy (%)")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        figure.write(path)
+    lines = {dataset: points_of(results, dataset) for dataset in dict.fromkeys(result.dataset for result in results)}
+    draw_points(lines, path, title="Accuracy against speed", x_label=quantity, y_label="accuracy (%)")
 
 
 def sweep_points(results: Sequence[ModeResult], dataset: str) -> list[Point]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from dirl.data import reasoning_tasks
-from dirl.data.problems import TESTS, Problem, load_problems
+from dirl.data.problem_sources import load_problems
+from dirl.data.problems import TESTS, Problem
 from dirl.errors import MissingFileError, UserError
 
 NAMES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,6 +38,42 @@ _PER_TOKEN_HIDDEN, _PER_TOKEN_ATTENTION, _PER_TOKEN_MLP = 8, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """An engine that decodes on the trainer's device."""
+
+    name: Literal["torch", "lmdeploy"]
+    longest: int  # tokens of the longest prompt with its completion
+    batch_size: int  # sequences decoded at once, where their keys and values have room
+    max_cached_tokens: int = 0  # torch: the room that was set; 0: half of the free memory decides
+    cache_share: float = 0.0  # lmdeploy: part of the free memory that its KV cache takes
+
+    @property
+    def needed_tokens(self) -> int:
+        """Tokens the KV cache must have room for; what an engine takes because it is free is no need."""
+        if self.name == "lmdeploy":
+            return 0
+        return min(self.batch_size * self.longest, self.max_cached_tokens or self.longest)
+
+    def weight_bytes(self, num_parameters: int, bytes_each: int, *, is_sharded: bool) -> int:
+        """LMDeploy has weights of its own, in half precision; torch a copy where the trainer's are sharded."""
+        if self.name == "lmdeploy":
+            return 2 * num_parameters
+        return bytes_each * num_parameters if is_sharded else 0
+
+    def cache_note(self, bytes_per_token: int) -> str:
+        """What the KV cache takes beyond its need; empty where that is nothing."""
+        if self.name == "lmdeploy":
+            return f"lmdeploy's KV cache takes {self.cache_share:g} of what is free when it starts, and is not summed."
+        full = self.batch_size * self.longest
+        if self.max_cached_tokens or full == self.longest:
+            return ""
+        return (
+            f"torch's KV cache is summed for one sequence; it takes up to half of what is free, and "
+            f"{full * bytes_per_token / _GB:.2f} GB hold all {self.batch_size} (rollout.max_cached_tokens bounds it)."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What besides the model decides the memory of a run."""
 
@@ -45,8 +81,8 @@ class Workload:
     bf16: bool
     trained_fraction: float = 1.0  # of the parameters; LoRA trains few
     optimizer_bytes: float = 8.0  # a trained parameter, beside its float32 master copy where there is one
-    num_copies: int = 0  # whole frozen copies: a reference, an engine of its own
-    decoded_tokens: int = 0  # sequences decoded at once times their length, for the KV cache
+    num_copies: int = 0  # whole frozen copies: a reference
+    engine: EngineLoad | None = None  # None: nothing is decoded here
     offload_optimizer: bool = False
 
 
@@ -75,15 +111,13 @@ def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world
     """
     shape = _shape(config)
     num_parameters = sum(parameter.numel() for parameter in _outline(shape).parameters())
-    weight_bytes = 2 if config.dtype == "bfloat16" else 4
-    compute_bytes = 2 if workload.bf16 or weight_bytes == 2 else 4
+    weight_bytes, compute_bytes = _bytes_each(config, workload)
     trained = num_parameters * workload.trained_fraction
     has_master = weight_bytes == 2 and backend.startswith("zero")  # DeepSpeed keeps float32 masters of bfloat16 weights
     optimizer = trained * (workload.optimizer_bytes + (4 if has_master else 0))
     gradient_bytes = 4 if has_master else weight_bytes
     shared = [world_size if is_shared else 1 for is_shared in SHARDS[backend]]
-    copies = workload.num_copies + (SHARDS[backend][0] and workload.decoded_tokens > 0)
-    cache_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * weight_bytes
+    engine, is_sharded = workload.engine, SHARDS[backend][0]
     return MemoryEstimate(
         backend,
         world_size,
@@ -91,10 +125,11 @@ def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world
             "weights": num_parameters * weight_bytes / shared[0],
             "gradients": trained * gradient_bytes / shared[1],
             "optimizer": 0.0 if workload.offload_optimizer else optimizer / shared[2],
-            "copies": copies * num_parameters * weight_bytes,
+            "copies": workload.num_copies * num_parameters * weight_bytes,
+            "engine_weights": engine.weight_bytes(num_parameters, weight_bytes, is_sharded=is_sharded) if engine else 0,
             "activations": workload.tokens_per_micro_batch * activation_bytes(shape, config, compute_bytes),
             "logits": 2 * 4 * min(_LOGITS_PER_CHUNK, workload.tokens_per_micro_batch * shape.vocab_size),
-            "kv_cache": workload.decoded_tokens * cache_bytes,
+            "kv_cache": engine.needed_tokens * cache_bytes_per_token(shape, compute_bytes) if engine else 0,
         },
     )
 
@@ -137,9 +172,9 @@ def activation_bytes(shape: Any, config: ModelConfig, compute_bytes: int) -> flo
     return shape.num_hidden_layers * layer
 
 
-def cache_bytes_per_token(shape: Any, dtype: torch.dtype) -> int:
+def cache_bytes_per_token(shape: Any, bytes_each: int) -> int:
     """Keys and values of one token in all layers."""
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * bytes_each
 
 
 def free_bytes(device: torch.device) -> int:
@@ -157,5 +192,14 @@ def free_bytes(device: torch.device) -> int:
 def describe_memory(config: ModelConfig, workload: Workload, world_size: int) -> str:
     """One line a backend, for people."""
     lines = [estimate_memory(config, workload, backend, world_size).line() for backend in SHARDS]
-    note = "Estimates: without allocator slack and communication buffers; add about 10 %."
-    return "\n".join([*lines, note])
+    lines.append("Estimates: without allocator slack and communication buffers; add about 10 %.")
+    if workload.engine:
+        bytes_per_token = cache_bytes_per_token(_shape(config), _bytes_each(config, workload)[1])
+        lines.append(workload.engine.cache_note(bytes_per_token))
+    return "\n".join(filter(None, lines))
+
+
+def _bytes_each(config: ModelConfig, workload: Workload) -> tuple[int, int]:
+    """Of a weight, and of what a forward pass computes."""
+    weight_bytes = 2 if config.dtype == "bfloat16" else 4
+    return weight_bytes, 2 if workload.bf16 else weight_bytes

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.rl.collector import Collected
 from dirl.rl.rollout_group import RolloutGroup
-from dirl.rollout.completions import with_texts
+from dirl.rollout.generate import with_texts
 from dirl.training.distributed import Distributed
 
 # Names of the pass-rate histogram's bins, in percent, and the highest pass rate that falls into each.

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
-from dirl.data.problems import Problem, load_problems
+from dirl.data.problem_sources import load_problems
+from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
@@ -28,7 +29,7 @@ from dirl.files import append_json_lines
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters
-from dirl.model.memory import Workload, trained_fraction
+from dirl.model.memory import EngineLoad, Workload, trained_fraction
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import advantages_of
@@ -36,7 +37,7 @@ from dirl.rl.collector import Collected, Collector, RolloutConfig, Rollouts
 from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
-from dirl.rollout.build import build_engine
+from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress
 from dirl.training.loop import Trainer, TrainingConfig
@@ -290,7 +291,15 @@ class RLTrainer(Trainer):
 
 def rl_workload(config: RLConfig) -> Workload:
     """What a memory estimate needs to know of an RL run."""
-    rollout = config.rollout
+    rollout, engine = config.rollout, None
+    if rollout.mode == "colocate":
+        engine = EngineLoad(
+            name=chosen_engine(rollout) if rollout.engine == "auto" else rollout.engine,
+            longest=config.data.max_prompt_length + rollout.max_completion_length,
+            batch_size=rollout.max_batch_size,
+            max_cached_tokens=rollout.max_cached_tokens,
+            cache_share=rollout.cache_max_entry_count,
+        )
     return Workload(
         tokens_per_micro_batch=config.max_tokens_per_micro_batch,
         bf16=config.bf16,
@@ -298,5 +307,5 @@ def rl_workload(config: RLConfig) -> Workload:
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
         num_copies=int(config.objective.beta > 0 and config.lora.r == 0),
-        decoded_tokens=rollout.max_batch_size * (config.data.max_prompt_length + rollout.max_completion_length),
+        engine=engine,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dirl.rollout.engine import Completion, RolloutEngine
+from dirl.rollout.engine import Completion
 from dirl.show.terminal import Terminal
 from dirl.training.metrics import Timings
 
@@ -66,9 +66,3 @@ class EvaluationProgress(Observer):
 
     def ended(self) -> None:
         self.terminal.stop()
-
-
-def watch(engine: RolloutEngine, observer: Observer) -> None:
-    """Let an observer look on; an engine that cannot be watched is left as it is."""
-    if hasattr(engine, "observer"):
-        engine.observer = observer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,3 +146,24 @@ def plot_run(run_dir: str | Path, table: MetricTable = TABLE) -> Pictures:
             written.append(Path(run_dir) / "plots" / f"{picture.file_name}.png")
             draw_picture(picture, series, written[-1])
     return written
+
+
+Point = tuple[float, float, float, str]  # x, y, the standard error of y, label
+
+
+def draw_points(lines: Mapping[str, Sequence[Point]], path: Path, *, title: str, x_label: str, y_label: str) -> None:
+    """Write a picture with a line a name, through labelled points with error bars; a name without points has none."""
+    with matplotlib.rc_context(STYLE):
+        figure = Drawing(figsize=(8, 4), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        for name, points in lines.items():
+            if not points:
+                continue
+            xs, ys, errors, labels = zip(*points, strict=True)
+            axes.errorbar(xs, ys, yerr=errors, marker="o", capsize=3, label=name)
+            for i, (label, x, y) in enumerate(zip(labels, xs, ys, strict=True)):
+                offset = (5, 4 if i % 2 else -12)  # by turns above and below: neighbours may be close
+                axes.annotate(label, (x, y), textcoords="offset points", xytext=offset, fontsize=8)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.write(path)

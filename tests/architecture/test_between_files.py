@@ -44,7 +44,14 @@ LEFTOVERS = {
     "rollout/scoring.py": "rollouts and evaluations score with it, and neither may know the other",
     "sft/loss.py": "the paper's NELBO: tensors in, tensors out",
     "show/report/page.py": "the one door through which a run's texts enter a page, small enough to audit",
-    "training/balance.py": "SFT and RL share it, and neither may know the other",
+    "rl/objective.py": "the objective as values, which every method of the literature is",
+    "rollout/watch.py": "what an engine tells who looks on; engines may not know terminals",
+    "rollout/weights.py": "how weights travel to whatever engine is not in this process",
+    "show/trajectory_picture.py": "`dirl.plot_trajectory`: one picture of a completion, none of a run",
+    "console/report_runs.py": "the one report that may need a tokenizer, which show/ must not know",
+    "data/problem_sources.py": "reads whatever a path names; problems.py may not know the tasks that make problems",
+    "eval/accuracy_picture.py": "`dirl.plot_thresholds`: which numbers of an evaluation stand in its pictures",
+    "training/seeds.py": "the one mixer of seeds: all rooms above share it",
 }
 # Names of files that stand in several folders -> why a reader is not lost between them.
 SHARED_NAMES = {
@@ -56,7 +63,7 @@ SHARED_NAMES = {
 # Full names of definitions that are used in a way no syntax tree shows. Patterns.
 USED_UNSEEN = {
     "dirl.*._repr_html_": "notebooks call it",
-    "dirl.*._repr_png_": "notebooks call it",
+    "dirl.show.metric.Metric.meaning": "docs/metrics.md says it, by a test",
     "dirl.rollout.server.serve._Handler.do_*": "http.server calls it",
     "dirl.rollout.server.serve._Handler.log_message": "http.server calls it",
     "dirl.rollout.lmdeploy.recorder.Recording*.[!_]*": "lmdeploy calls its own method, which this one replaces",

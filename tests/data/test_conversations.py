@@ -11,7 +11,7 @@ import pytest
 
 from dirl.data.chat import decode, load_tokenizer, stop_token_ids
 from dirl.data.conversations import load_documents
-from dirl.data.problems import load_problems
+from dirl.data.problem_sources import load_problems
 from dirl.data.prompt_stream import PromptStream
 from dirl.data.rows import DataError
 from dirl.data.tasks import noisy_sums_demonstrations, noisy_sums_problems, tiny_tokenizer

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dirl.data.problems import Problem, load_problems, problem_from_row
+from dirl.data.problem_sources import load_problems
+from dirl.data.problems import Problem, problem_from_row
 from dirl.reward.code_execution import code
 
 HUMANEVAL = {

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from pyarrow import Table, parquet
 
-from dirl.data.problems import Problem, load_problems
+from dirl.data.problem_sources import load_problems
+from dirl.data.problems import Problem
 from dirl.data.rows import DataError
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"

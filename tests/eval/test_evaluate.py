@@ -27,6 +27,7 @@ from dirl.model.tiny import save_tiny_model
 from dirl.reward import code_execution
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.watch import Observer
 from tests.eval.scripted_engine import Script, ScriptedEngine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,7 +65,7 @@ class World:
         monkeypatch.setattr(evaluate, "load_model", lambda config, tokenizer: self.model)
         monkeypatch.setattr(evaluate, "build_engine", self._build)
 
-    def _build(self, *_: object) -> ScriptedEngine:
+    def _build(self, *_: object, observer: Observer | None) -> ScriptedEngine:
         self.engines.append(ScriptedEngine(TOKENIZER, self.script, dies_after=self.dies_after))
         return self.engines[-1]
 

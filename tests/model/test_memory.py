@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dirl.cli import main
+from dirl.config import load_config
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import ViewedDocument, pack
@@ -18,7 +19,11 @@ from dirl.model.checkpoint import ModelConfig
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, estimate_memory, trained_fraction
+from dirl.model.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model, tiny
+from dirl.rl.train import RLConfig, rl_workload
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -74,9 +79,82 @@ def test_activations_are_near_what_autograd_keeps(config: ModelConfig) -> None:
     assert 0.5 < measured / (parts["activations"] + parts["logits"]) < 1.5, (measured, parts)
 
 
+@pytest.fixture
+def big(tmp_path: Path) -> str:
+    """A directory with nothing but the config.json of SDAR-8B."""
+    SDARConfig(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "SDAR-8B")
+    return str(tmp_path / "SDAR-8B")
+
+
+def recipe(path: str, *overrides: str) -> RLConfig:
+    return load_config(RLConfig, ROOT / "configs/sdar_8b/rl.yaml", [f"model.path={path}", *overrides])
+
+
+def gigabytes(config: RLConfig, backend: str) -> dict[str, float]:
+    parts = estimate_memory(config.model, rl_workload(config), backend, 8).parts
+    return {name: round(size / 1e9, 1) for name, size in parts.items()}
+
+
+def test_the_shipped_recipe_of_8b_needs_what_its_page_says(big: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipe(big, "rollout.engine=lmdeploy")
+    found = gigabytes(config, "zero1")
+    assert 10 < found.pop("activations") < 25
+    assert found == {
+        "weights": 16.4,
+        "gradients": 32.8,
+        "optimizer": 12.3,
+        "copies": 0,
+        "engine_weights": 16.4,
+        "logits": 0.5,
+        "kv_cache": 0,
+    }
+    page = (ROOT / "docs/lmdeploy.md").read_text(encoding="utf-8")
+    for row in ("weights | 16 |", "float32 on each rank | 33 |", "over 8 ranks | 12 |", "awake, 1 and 2) | 16 |"):
+        assert row in page
+    arguments = ["rl", "--estimate-memory", str(ROOT / "configs/sdar_8b/rl.yaml"), f"model.path={big}"]
+    assert main([*arguments, "rollout.engine=lmdeploy"]) == 0
+    assert "lmdeploy's KV cache takes 0.4 of what is free when it starts" in capsys.readouterr().out
+    assert main([*arguments, "rollout.engine=torch"]) == 0
+    assert "347.89 GB hold all 256" in capsys.readouterr().out
+
+
+def test_only_the_engine_in_use_is_counted(big: str) -> None:
+    per_token, weights, longest = 2 * 36 * 8 * 128 * 2 / 1e9, 16.4, 1024 + 8192
+
+    def engine_parts(backend: str, *overrides: str) -> tuple[float, float]:
+        found = gigabytes(recipe(big, *overrides), backend)
+        return found["engine_weights"], found["kv_cache"]
+
+    def tokens(count: int) -> float:
+        return round(count * per_token, 1)
+
+    torch_engine = "rollout.engine=torch"
+    assert engine_parts("zero1", torch_engine) == (0, tokens(longest))
+    assert engine_parts("zero3", torch_engine) == (weights, tokens(longest))
+    assert engine_parts("zero1", torch_engine, "rollout.max_cached_tokens=100000") == (0, tokens(100_000))
+    bounds = ("rollout.max_cached_tokens=100000", "rollout.max_batch_size=4")
+    assert engine_parts("zero1", torch_engine, *bounds) == (0, tokens(4 * longest))
+    assert engine_parts("zero3", "rollout.engine=lmdeploy") == (weights, 0)
+    assert engine_parts("zero3", torch_engine, "rollout.mode=server") == (0, 0)
+
+
+def test_float32_weights_under_autocast_cache_in_half_precision(big: str) -> None:
+    options = ("rollout.engine=torch", "model.dtype=float32", "rollout.max_cached_tokens=100000")
+    assert gigabytes(recipe(big, *options), "ddp")["kv_cache"] == 14.7
+    assert gigabytes(recipe(big, *options, "bf16=false"), "ddp")["kv_cache"] == 29.5
+
+
 def test_the_command_loads_no_model(config: ModelConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    root = Path(__file__).parents[2]
-    assert main(["rl", "--estimate-memory", str(root / "configs/tiny/rl.yaml"), f"model.path={config.path}"]) == 0
+    assert main(["rl", "--estimate-memory", str(ROOT / "configs/tiny/rl.yaml"), f"model.path={config.path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-    assert main(["sft", "--estimate-memory", str(root / "configs/tiny/sft.yaml"), "model.path=/nowhere/at/all"]) == 2
+    assert main(["sft", "--estimate-memory", str(ROOT / "configs/tiny/sft.yaml"), "model.path=/nowhere/at/all"]) == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dirl.data.problems import load_problems
+from dirl.data.problem_sources import load_problems
 from dirl.reward import RewardConfig, RewardError, Rubric
 from dirl.reward import reasoning_tasks as tasks
 

@@ -10,8 +10,8 @@ import pytest
 import dirl
 from dirl.data.chat import render_prompt
 from dirl.model.tiny import tiny
-from dirl.rollout.completions import Completions, with_texts
 from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.generate import Completions, with_texts
 from dirl.rollout.local.engine import TorchEngine
 
 

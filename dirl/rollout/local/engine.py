@@ -171,7 +171,7 @@ class TorchEngine:
                 f"max_cached_tokens={self.max_cached_tokens} has no room for the longest prompt and completion, "
                 f"{length} tokens; raise it, or lower max_completion_length"
             )
-        bytes_per_token = cache_bytes_per_token(self.model.config, self.autocast or parameter.dtype)
+        bytes_per_token = cache_bytes_per_token(self.model.config, (self.autocast or parameter.dtype).itemsize)
         num_tokens = self.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
         return max(1, num_tokens // length)
 

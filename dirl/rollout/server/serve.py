@@ -75,7 +75,6 @@ class RolloutServer:
             block_length=config.block_size,
             mask_token_id=config.mask_token_id,
             vocab_size=config.vocab_size,
-            num_parameters=sum(parameter.numel() for parameter in self._parameters.values()),
         )
 
     def generate(self, request: GenerateRequest) -> list[CompletionRow]:

@@ -50,7 +50,6 @@ class Health:
     block_length: int
     mask_token_id: int
     vocab_size: int
-    num_parameters: int
 
 
 @dataclass(frozen=True)
