@@ -41,13 +41,14 @@ def act_after_file(number: int, act: Any) -> None:
 
     torch.save = counted(torch.save)
     safetensors_torch.save_file = counted(safetensors_torch.save_file)
-    write_text = Path.write_text
+    for name in ("write_text", "replace"):  # the latter ends a file that is written whole
+        setattr(Path, name, counted_in_checkpoints(getattr(Path, name), counted))
 
-    def write_text_of_checkpoint(path: Path, *arguments: Any, **named: Any) -> int:
-        function = counted(write_text) if "checkpoints" in path.parts else write_text
-        return function(path, *arguments, **named)
 
-    Path.write_text = write_text_of_checkpoint  # type: ignore[method-assign,assignment]
+def counted_in_checkpoints(function: Any, counted: Any) -> Any:
+    return lambda path, *given, **named: (counted(function) if "checkpoints" in path.parts else function)(
+        path, *given, **named
+    )
 
 
 def die() -> None:
