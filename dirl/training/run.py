@@ -14,6 +14,7 @@ import torch
 
 from dirl.config import save_config
 from dirl.errors import RunInterrupted, UserError
+from dirl.files import write_json
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
 from dirl.training.interruption import PhaseClock, SignalWatch
@@ -168,7 +169,7 @@ class Run:
         try:
             self.distributed.save_state(directory)
             if self.distributed.is_main:
-                (directory / LOOP_STATE).write_text(json.dumps(state), encoding="utf-8")
+                write_json(directory / LOOP_STATE, state)
         except Exception as caught:  # re-raised below
             error = caught
         if self.distributed.min(float(error is None)) == 0:
