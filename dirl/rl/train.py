@@ -176,8 +176,6 @@ class RLTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
         config = self.config
-        if not self.heldout:
-            return {}
         evaluator = Evaluator(
             self.engine,
             self.tokenizer,
