@@ -142,7 +142,7 @@ def test_a_signal_ends_the_run_after_one_checkpoint(tmp_path: Path) -> None:
             run.stop_if_asked()
         assert saved_steps(tmp_path / str(int(number))) == ["step_000001"]
         again = new_run(config)
-        assert signal.getsignal(number) is not None and not again.signals.is_stop_asked(again.distributed)
+        assert signal.getsignal(number) is not None and not again.signals.is_stop_asked()
 
 
 def test_a_signal_during_a_save_lets_it_end_and_makes_no_second(
