@@ -4,7 +4,8 @@ The layers are the model's own modules; what differs from its plain forward is w
 row whatever their sequences, keys go straight into the cache, and the last layer computes no more than was asked for:
 of a finished block, or of a prompt, its keys and values; of a noisy block, the positions that are still masked.
 
-Shapes: T tokens of the pass, N those whose hidden states are wanted, D hidden; H, G heads, E head dimension.
+Shapes: T tokens of the pass, N those whose hidden states are wanted, D hidden; H query heads, G key/value
+heads, E head dimension, X = H * E.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ the block that was just finished writes its clean keys in the same pass that den
 stand several times are read once. A sample depends on its prompt, its seed and the sampling configuration only: random
 numbers come from a counter (seed, position, step), not from a shared generator.
 
-Shapes: S slots, A active slots, M masked positions of the active slots, B block length, V vocabulary.
+Shapes: S slots, A active slots, P those with a finished block to commit, M masked positions of the active slots,
+B block length, D hidden.
 """
 
 from __future__ import annotations
@@ -212,8 +213,8 @@ class TorchEngine:
         token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in parts])
         return self.forward(cache, token_ids_T, [rows for _, rows in parts], masked_M)
 
-    def _blocks(self, slot_X: Tensor, block_X: Tensor, cache: BlockCache) -> BlockRows:
-        return BlockRows(slot_X, block_X, cache.keys, self.model.config.block_size)
+    def _blocks(self, slot_A: Tensor, block_A: Tensor, cache: BlockCache) -> BlockRows:
+        return BlockRows(slot_A, block_A, cache.keys, self.model.config.block_size)
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
