@@ -130,8 +130,8 @@ def padded_for_flex(tokens: TokenTable, budget: int = 0) -> TokenTable:
 
     FlexAttention compiles anew for every length it meets.
     """
-    step = max(FLEX_TILE, 1 << max(0, len(tokens).bit_length() - 3))
-    length = -(-len(tokens) // step) * step
+    unit = max(FLEX_TILE, 1 << max(0, len(tokens).bit_length() - 3))
+    length = -(-len(tokens) // unit) * unit
     if budget >= len(tokens):
         length = min(length, -(-budget // FLEX_TILE) * FLEX_TILE)
     return tokens.padded(length)

@@ -1,6 +1,6 @@
 """The KV cache of block decoding: S slots of fixed length, written in place, read up to the end of a query's block.
 
-One forward pass may hold tokens of many slots, several blocks each: whole prompts, clean blocks that were just finished
+One forward pass may have tokens of many slots, several blocks each: whole prompts, clean blocks that were just finished
 and the noisy blocks that follow either. Every token writes its key and value at (slot, position) and then reads the
 positions before the end of its own block, so that reading a prompt or finishing a block and starting the next is one
 pass. A noisy block's entries are overwritten by its clean ones before any later block reads them.
@@ -96,12 +96,12 @@ class BlockCache:
         """Of the first layer: all have its shape, precision and device."""
         return self.layers[0].keys
 
-    def entries(self, parts: Sequence[QueryRows]) -> Entries:
+    def entries(self, sections: Sequence[QueryRows]) -> Entries:
         """What the tokens of a pass write, for `LayerCache.write` in every layer."""
-        *starts, num_tokens = accumulate((len(rows.position_T) for rows in parts), initial=0)
+        *starts, num_tokens = accumulate((len(rows.position_T) for rows in sections), initial=0)
         length = self.keys.shape[1]
-        place_C = torch.cat([rows.slot_C * length + rows.position_T[rows.token_C] for rows in parts])
-        token_C = torch.cat([rows.token_C + start for rows, start in zip(parts, starts, strict=True)])
+        place_C = torch.cat([rows.slot_C * length + rows.position_T[rows.token_C] for rows in sections])
+        token_C = torch.cat([rows.token_C + start for rows, start in zip(sections, starts, strict=True)])
         return Entries(place_C, None if len(token_C) == num_tokens else token_C)
 
     def keep_slots(self, slot_N: Tensor) -> None:
@@ -129,7 +129,7 @@ class BlockRows:
     """One block of each of some slots; its queries read up to the block's own end.
 
     Where most of the cache's slots are among them it is read in place, with a padding row for each of the others;
-    otherwise what these slots hold is copied.
+    otherwise the entries of these slots are copied.
 
     Args:
         slot_A, block_A: the slots, each once, and which block of theirs it is.

@@ -79,19 +79,19 @@ def test_prompts_of_different_lengths() -> None:
 
 def test_every_slot_of_a_prompt_receives_its_keys_and_moves_with_them() -> None:
     model, _ = tiny()
-    held = BlockCache(model, SLOTS, LENGTH)
-    rows = PromptRows([4, 8], [[3], [0, 4]], held.keys, BLOCK)
-    blocks = BlockRows(torch.tensor([1]), torch.tensor([2]), held.keys, BLOCK)
-    shape = (len(rows.position_T) + BLOCK, *held.keys.shape[2:])
+    ours = BlockCache(model, SLOTS, LENGTH)
+    rows = PromptRows([4, 8], [[3], [0, 4]], ours.keys, BLOCK)
+    blocks = BlockRows(torch.tensor([1]), torch.tensor([2]), ours.keys, BLOCK)
+    shape = (len(rows.position_T) + BLOCK, *ours.keys.shape[2:])
     key_TGE, value_TGE = torch.randn(2, *shape).unbind(0)
-    held.layers[1].write(held.entries([rows, blocks]), key_TGE, value_TGE)
-    expected = torch.zeros_like(held.keys)
+    ours.layers[1].write(ours.entries([rows, blocks]), key_TGE, value_TGE)
+    expected = torch.zeros_like(ours.keys)
     expected[3, :4] = key_TGE[:4]
     expected[0, :8] = expected[4, :8] = key_TGE[4:12]
     expected[1, 8:12] = key_TGE[12:]
-    assert held.layers[1].keys.equal(expected) and not held.layers[0].keys.any()
-    held.keep_slots(torch.tensor([0, 4, 3]))
-    assert held.layers[1].keys.equal(expected[[0, 4, 3]])
+    assert ours.layers[1].keys.equal(expected) and not ours.layers[0].keys.any()
+    ours.keep_slots(torch.tensor([0, 4, 3]))
+    assert ours.layers[1].keys.equal(expected[[0, 4, 3]])
 
 
 def test_flash_is_for_half_precision_on_cuda() -> None:
