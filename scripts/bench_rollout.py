@@ -50,19 +50,19 @@ class GrowingCache:
         self.num_calls = 0
         self.keeps = True
 
-    def attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
+    def attend(self, query_NHLE: Tensor, key_NGLE: Tensor, value_NGLE: Tensor, scaling: float) -> Tensor:
         layer = self.num_calls % len(self.layers)  # a forward pass asks once a layer, in their order
         self.num_calls += 1
         past = self.layers[layer]
-        key, value = key_BGLD, value_BGLD
+        key, value = key_NGLE, value_NGLE
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         if self.keeps:
             self.layers[layer] = (key, value)
         block_K = torch.arange(key.shape[2], device=key.device) // self.block_length
-        block_Q = block_K[-query_BHLD.shape[2] :]
+        block_Q = block_K[-query_NHLE.shape[2] :]
         mask = (block_K <= block_Q[:, None])[None, None]
-        return masked_attention(query_BHLD, key, value, mask, scaling).transpose(1, 2)
+        return masked_attention(query_NHLE, key, value, mask, scaling).transpose(1, 2)
 
 
 class PlainDecoder:

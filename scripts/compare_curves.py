@@ -43,7 +43,7 @@ def mean_curve(curves: list[Curve]) -> Curve:
     ]
 
 
-def draw(curves: dict[str, list[Curve]], output: Path) -> None:
+def plot(curves: dict[str, list[Curve]], output: Path) -> None:
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
     for row, (value, title) in enumerate(((2, "accuracy (sampled)"), (3, "tokens per step"))):
@@ -79,7 +79,7 @@ def main() -> None:
         cells = [label, f"{Path(run).parent.name}/{Path(run).name}", str(step), f"{seconds:.0f}", f"{accuracy:.3f}"]
         print(f"| {' | '.join([*cells, f'{speed:.2f}'])} |")
     with matplotlib.rc_context(STYLE):
-        draw(curves, options.output)
+        plot(curves, options.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python scripts/compare_runs.py "after SFT=outputs/tiny/eval_sft/results.json" "after RL=..." --plots outputs/tiny/rl
 
-A path without `label=` is labelled by its directory. `--plots` draws each run directory's metrics and prints where.
+A path without `label=` is labelled by its directory. `--plots` plots each run directory's metrics and prints where.
 """
 
 from __future__ import annotations

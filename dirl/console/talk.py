@@ -25,7 +25,7 @@ _HELP = "/reset forgets the conversation, /quit ends; so does Ctrl-D. Ctrl-C sto
 
 
 class Drafts(Observer):
-    """Draws every denoising step of one completion at a time."""
+    """Shows every denoising step of one completion at a time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         self._tokenizer, self._console = tokenizer, console
@@ -33,10 +33,10 @@ class Drafts(Observer):
         self._shown = ExitStack()
 
     def started(self, num_prompts: int) -> None:
-        self._draw = self._shown.enter_context(live_text(self._console))
+        self._show = self._shown.enter_context(live_text(self._console))
 
     def stepped(self, frames: Callable[[], list[Frame]]) -> None:
-        self._draw(self.text(frames()[0]))
+        self._show(self.text(frames()[0]))
 
     def ended(self) -> None:
         self._shown.close()

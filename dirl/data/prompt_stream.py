@@ -1,6 +1,6 @@
 """A number of items -> an endless reshuffled stream of their indices that can be saved and continued exactly.
 
-Every rank draws the same stream and takes its share, so that what is trained on does not depend on their number.
+Every rank goes through the same stream and takes its share, so that what is trained on does not depend on their number.
 """
 
 from __future__ import annotations

@@ -88,15 +88,15 @@ def sample(logprobs_TV: Tensor, uniform_T: Tensor) -> Tensor:
     return torch.searchsorted(cumulated_TV, point_T1, right=True).squeeze(-1).clamp_(max=logprobs_TV.shape[-1] - 1)
 
 
-def counter_uniform(seed_T: Tensor, position_T: Tensor, draw_T: Tensor) -> Tensor:
-    """Uniform float64 numbers in [0, 1) that depend on (seed, position, draw) and on nothing else; (T,).
+def counter_uniform(seed_T: Tensor, position_T: Tensor, counter_T: Tensor) -> Tensor:
+    """Uniform float64 numbers in [0, 1) that depend on (seed, position, counter) and on nothing else; (T,).
 
     A counter-based stream: a sample is the same whatever shares its batch, on CPU and on GPU. Each input goes through
     the finaliser of splitmix64 (int64 arithmetic wraps around, which is what the hash wants).
     """
     state_T = _mix(seed_T)
     state_T = _mix(state_T ^ position_T)
-    state_T = _mix(state_T ^ draw_T)
+    state_T = _mix(state_T ^ counter_T)
     return _shift(state_T, 11).double() * 2.0**-53
 
 

@@ -11,7 +11,7 @@ confidence under low_confidence_static (in the last two p_j(v) = c counts too, r
 The other strategies choose positions without looking at the drawn tokens: their holds have probability 1. Bars are
 constants for autograd: they are so almost everywhere.
 
-Shapes: T actions (sorted by view), V vocabulary, N at least as many as there are views.
+Shapes: T actions (sorted by view), V vocabulary, N rows for views, as many as actions (there cannot be more views).
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: Unmaski
 
 
 def _rows_of_views(view_T: Tensor) -> Tensor:
-    """0, 0, 1, 1, 1, 2, ...: which of the views that occur each action belongs to.
+    """0, 0, 1, 1, 1, 2, ...: the number of each action's view, counting the views that occur; (T,) int64.
 
-    There are at most as many as actions, so that sums over views need not ask the device how many there are.
+    There are no more views than actions, so sums over views have T rows and need not ask the device for a number.
     """
     return torch.cat([torch.zeros_like(view_T[:1]), (view_T[1:] != view_T[:-1]).cumsum(0)])

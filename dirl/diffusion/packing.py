@@ -204,7 +204,7 @@ def _actions_of(
 
 
 def _joined(actions: Sequence[dict[str, Tensor]]) -> Actions:
-    return Actions.of(**{name: torch.cat([part[name] for part in actions]) for name in actions[0]})
+    return Actions.of(**{name: torch.cat([of_branch[name] for of_branch in actions]) for name in actions[0]})
 
 
 def _token_table(

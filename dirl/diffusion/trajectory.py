@@ -34,11 +34,11 @@ class Trajectory:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)
         if completion_length == 0 or (prompt_length + completion_length) % self.block_length:
             raise ValueError(
-                f"a completion must hold every token of its last block: prompt {prompt_length} + completion "
+                f"a completion must have every token of its last block: prompt {prompt_length} + completion "
                 f"{completion_length} is not a multiple of block_length {self.block_length}"
             )
         if len(self.step_map) != completion_length or int(self.step_map.min()) < 1:
-            raise ValueError(f"step_map must hold {completion_length} steps >= 1, got {self.step_map.tolist()}")
+            raise ValueError(f"step_map must have {completion_length} steps >= 1, got {self.step_map.tolist()}")
 
     @property
     def first_block(self) -> int:

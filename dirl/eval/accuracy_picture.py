@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dirl.errors import MissingFileError
 from dirl.eval.results import ModeResult
-from dirl.show.pictures import Pictures, Point, draw_points
+from dirl.show.pictures import Pictures, Point, plot_points
 
 
 def plot_thresholds(eval_dir: str | Path) -> Pictures:
@@ -34,7 +34,7 @@ def plot_accuracy(
 ) -> None:
     """Accuracy against a speed: one line a data set, one labelled point a decoding mode."""
     lines = {dataset: points_of(results, dataset) for dataset in dict.fromkeys(result.dataset for result in results)}
-    draw_points(lines, path, title="Accuracy against speed", x_label=quantity, y_label="accuracy (%)")
+    plot_points(lines, path, title="Accuracy against speed", x_label=quantity, y_label="accuracy (%)")
 
 
 def sweep_points(results: Sequence[ModeResult], dataset: str) -> list[Point]:

@@ -269,12 +269,12 @@ def sample_settings(
 
     Weights count by content, not by path: a model trained again under the same name is another model.
     """
-    parts = config_to_dict(config)
+    sections = config_to_dict(config)
     settings: dict[str, object] = {"seed": config.seed, "engine.engine": config.engine.engine}
-    settings |= {f"model.{key}": parts["model"][key] for key in ("dtype", "block_length")}
-    settings |= {f"data.{key}": parts["data"][key] for key in ("system_prompt", "suffix")}
-    settings |= {f"sampling.{key}": value for key, value in parts["sampling"].items()}
-    settings |= {f"reward.{key}": value for key, value in parts["reward"].items() if not key.startswith("grader_")}
+    settings |= {f"model.{key}": sections["model"][key] for key in ("dtype", "block_length")}
+    settings |= {f"data.{key}": sections["data"][key] for key in ("system_prompt", "suffix")}
+    settings |= {f"sampling.{key}": value for key, value in sections["sampling"].items()}
+    settings |= {f"reward.{key}": value for key, value in sections["reward"].items() if not key.startswith("grader_")}
     settings |= {f"problems.{benchmark.name}": _digest_of_problems(benchmark) for benchmark in benchmarks}
     shape: Any = model.config
     for name in ("block_size", "mask_token_id", "tokenizer_length", "rope_parameters"):

@@ -72,7 +72,7 @@ def report_text(
     rows = [_row(f"{model} {mode}", [_cell(found.get((mode, dataset))) for dataset in datasets]) for mode in modes]
     if set(datasets) & set(NAMES):
         rows += [_row(f"{name} (paper)", _paper_cells(cells, datasets)) for name, cells in PAPER_TABLE.items()]
-    parts = [
+    sections = [
         "# Evaluation",
         "Accuracy (%) / tokens per step / output length, and the mean accuracy over the data sets:",
         _table(["model", *datasets, "average"], rows),
@@ -81,7 +81,7 @@ def report_text(
         _provenance(run),
         *(f"![{caption}]({path})" for path, caption in pictures.items()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _provenance(run: Mapping[str, Any]) -> str:

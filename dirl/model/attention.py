@@ -7,7 +7,7 @@ packed tokens and travels to every layer through transformers' attention interfa
     TiledPlan   SDPA over batches of small tiles (`tiled_attention.py`); any device, the CPU's training path
     FlexPlan    FlexAttention with a block-sparse mask (`flex_attention.py`); CUDA's training path
 
-Shapes: B batch, L tokens, H query heads, G key/value heads, D head dimension.
+Shapes: N batch, L tokens, H query heads, G key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ATTENTION_NAME = "dirl_block_diffusion"  # the name transformers knows the funct
 class AttentionPlan(Protocol):
     """Which keys each query of a forward pass reads."""
 
-    def attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
-        """Attention output, (B, L, H, D)."""
+    def attend(self, query_NHLE: Tensor, key_NGLE: Tensor, value_NGLE: Tensor, scaling: float) -> Tensor:
+        """Attention output, (N, L, H, E)."""
         ...
 
 
@@ -51,7 +51,7 @@ AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """SDPA with a mask (B, 1, Q or 1, K; True = may read, or numbers to add) and grouped heads; (B, H, Q, D).
+    """SDPA with a mask (N, 1, Q or 1, K; True = may read, or numbers to add) and grouped heads; (N, H, Q, E).
 
     The heads that share a key/value head are laid out as further queries of it: repeating keys and values instead
     takes longer than the attention itself when queries are few, as in decoding.
@@ -70,8 +70,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
 class DensePlan:
     """A boolean mask over all pairs."""
 
-    def __init__(self, mask_BLL: Tensor) -> None:
-        self.mask_B1LL = mask_BLL[:, None]
+    def __init__(self, mask_NLL: Tensor) -> None:
+        self.mask_N1LL = mask_NLL[:, None]
 
     @classmethod
     def packed(cls, tokens: TokenTable) -> DensePlan:
@@ -79,12 +79,12 @@ class DensePlan:
         return cls(attention_rule(tuple(i[:, None] for i in tokens.ids), tuple(i[None, :] for i in tokens.ids))[None])
 
     @classmethod
-    def block_causal(cls, position_BL: Tensor, is_token_BL: Tensor, block_length: int) -> DensePlan:
+    def block_causal(cls, position_NL: Tensor, is_token_NL: Tensor, block_length: int) -> DensePlan:
         """Clean sequences, one per row: full attention inside a block, causal between blocks; padding is not read."""
-        block_BL = position_BL // block_length
-        mask_BLL = (block_BL[:, :, None] >= block_BL[:, None, :]) & is_token_BL[:, None, :]
+        block_NL = position_NL // block_length
+        mask_NLL = (block_NL[:, :, None] >= block_NL[:, None, :]) & is_token_NL[:, None, :]
         # A padding query may read nothing; give it itself, since softmax over nothing is NaN.
-        return cls(mask_BLL | torch.eye(mask_BLL.shape[1], dtype=torch.bool, device=mask_BLL.device))
+        return cls(mask_NLL | torch.eye(mask_NLL.shape[1], dtype=torch.bool, device=mask_NLL.device))
 
-    def attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
-        return masked_attention(query_BHLD, key_BGLD, value_BGLD, self.mask_B1LL, scaling).transpose(1, 2)
+    def attend(self, query_NHLE: Tensor, key_NGLE: Tensor, value_NGLE: Tensor, scaling: float) -> Tensor:
+        return masked_attention(query_NHLE, key_NGLE, value_NGLE, self.mask_N1LL, scaling).transpose(1, 2)

@@ -1,6 +1,6 @@
 """A pack -> FlexAttention over its id vectors, and the choice between it and SDPA tiles for a training pass.
 
-Shapes: B batch, L packed tokens, H query heads, G key/value heads, D head dimension, N tiles of 128 tokens.
+Shapes: N batch, L packed tokens, H query heads, G key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class FlexPlan:
         self.block_mask = tile_block_mask(tokens)
         self.kernel_options: dict[str, Any] | None = {"BACKEND": backend} if backend else None
 
-    def attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
-        output = _flex(query_BHLD.is_cuda)(
-            query_BHLD,
-            key_BGLD,
-            value_BGLD,
+    def attend(self, query_NHLE: Tensor, key_NGLE: Tensor, value_NGLE: Tensor, scaling: float) -> Tensor:
+        output = _flex(query_NHLE.is_cuda)(
+            query_NHLE,
+            key_NGLE,
+            value_NGLE,
             block_mask=self.block_mask,
             scale=scaling,
             enable_gqa=True,
@@ -68,9 +68,9 @@ def tile_block_mask(tokens: TokenTable) -> BlockMask:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return attention_rule(tuple(i[q] for i in ids), tuple(i[k] for i in ids))
 
-    partial_NN, full_NN = tile_reads(tokens)
-    num_partial, partial_indices = _ordered_columns(partial_NN)
-    num_full, full_indices = _ordered_columns(full_NN)
+    partial, full = tile_reads(tokens)
+    num_partial, partial_indices = _ordered_columns(partial)
+    num_full, full_indices = _ordered_columns(full)
     return BlockMask.from_kv_blocks(
         num_partial, partial_indices, num_full, full_indices, BLOCK_SIZE=FLEX_TILE, mask_mod=mask_mod
     )
@@ -108,10 +108,10 @@ def tile_reads(tokens: TokenTable) -> tuple[Tensor, Tensor]:
     return possible & ~full, full
 
 
-def _ordered_columns(reads_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """True columns of each row, counted and listed first; (1, 1, N) and (1, 1, N, N) int32."""
-    order = reads_NN.int().argsort(dim=1, descending=True, stable=True).int()
-    return reads_NN.sum(dim=1, dtype=torch.int32)[None, None], order[None, None].contiguous()
+def _ordered_columns(reads: Tensor) -> tuple[Tensor, Tensor]:
+    """True columns of each row, counted and listed first; (1, 1, L/128) and (1, 1, L/128, L/128) int32."""
+    order = reads.int().argsort(dim=1, descending=True, stable=True).int()
+    return reads.sum(dim=1, dtype=torch.int32)[None, None], order[None, None].contiguous()
 
 
 def training_plan(tokens: TokenTable, attention: AttentionName = "auto") -> AttentionPlan:
@@ -130,8 +130,8 @@ def padded_for_flex(tokens: TokenTable, budget: int = 0) -> TokenTable:
 
     FlexAttention compiles anew for every length it meets.
     """
-    step = max(FLEX_TILE, 1 << max(0, len(tokens).bit_length() - 3))
-    length = -(-len(tokens) // step) * step
+    unit = max(FLEX_TILE, 1 << max(0, len(tokens).bit_length() - 3))
+    length = -(-len(tokens) // unit) * unit
     if budget >= len(tokens):
         length = min(length, -(-budget // FLEX_TILE) * FLEX_TILE)
     return tokens.padded(length)

@@ -92,15 +92,15 @@ class MemoryEstimate:
 
     backend: str
     world_size: int
-    parts: Mapping[str, float]
+    uses: Mapping[str, float]
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return sum(self.uses.values())
 
     def line(self) -> str:
-        parts = "  ".join(f"{name} {size / _GB:.2f}" for name, size in self.parts.items())
-        return f"{self.backend:6} x{self.world_size}: {self.total / _GB:8.2f} GB a rank  ({parts})"
+        sizes = "  ".join(f"{name} {size / _GB:.2f}" for name, size in self.uses.items())
+        return f"{self.backend:6} x{self.world_size}: {self.total / _GB:8.2f} GB a rank  ({sizes})"
 
 
 def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world_size: int) -> MemoryEstimate:

@@ -99,8 +99,8 @@ class _BlockDiffusion:
         """Logits under the block mask, or under `attention_plan` where one is given.
 
         Args:
-            input_ids: (B, L); blocks are aligned to position 0 of each row.
-            attention_mask: (B, L), 1 where a token is real; rows are padded on the right.
+            input_ids: (N, L); blocks are aligned to position 0 of each row.
+            attention_mask: (N, L), 1 where a token is real; rows are padded on the right.
         """
         if attention_plan is None:
             if input_ids is None:

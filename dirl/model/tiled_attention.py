@@ -4,7 +4,8 @@ Each branch of each document is cut into chunks of consecutive blocks. The queri
 the tokens of its views; its keys are the document's trunk, the branch's clean tokens up to the end of the chunk, and
 its own views. Chunks of similar size are padded into one batch. Nothing of size L x L exists.
 
-Shapes: L packed tokens, N tiles in a batch, Q and K their padded queries and keys, H and G heads, D head dimension.
+Shapes: L packed tokens, N tiles in a batch, Q and K their padded queries and keys, H query heads, G
+key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ class TiledPlan:
             self._batches.append(_Batch(query_index.flatten(), key_index.flatten(), mask_NQK[:, None]))
         self._inverse_L = inverse_L
 
-    def attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
-        query_LHD, key_LGD, value_LGD = (x[0].transpose(0, 1) for x in (query_BHLD, key_BGLD, value_BGLD))
+    def attend(self, query_NHLE: Tensor, key_NGLE: Tensor, value_NGLE: Tensor, scaling: float) -> Tensor:
+        query_LHE, key_LGE, value_LGE = (x[0].transpose(0, 1) for x in (query_NHLE, key_NGLE, value_NGLE))
         outputs = []
         for batch in self._batches:
             num_tiles = len(batch.mask_N1QK)
             query, key, value = (
                 x.index_select(0, index).unflatten(0, (num_tiles, -1)).transpose(1, 2)
                 for x, index in (
-                    (query_LHD, batch.query_index),
-                    (key_LGD, batch.key_index),
-                    (value_LGD, batch.key_index),
+                    (query_LHE, batch.query_index),
+                    (key_LGE, batch.key_index),
+                    (value_LGE, batch.key_index),
                 )
             )
             output = masked_attention(query, key, value, batch.mask_N1QK, scaling)

@@ -1,8 +1,8 @@
 """Groups of completions -> the table of their actions: one row an action, columns filled one after another.
 
     pack_groups      lays out views and fills what was known when the completions were sampled
-    with_coefficients, with_advantages   what each completion weighs and was worth
     annotate         at most one pass of each model: what the policy and the reference give the actions
+    with_coefficients, with_advantages   how much each completion counts, and how good it was
 
 Off-policy and carried-over completions are rows like any other: a row says which weights sampled it, and what they
 gave it. NaN as behaviour means the policy's own, so that the ratio of a fresh action is 1 by construction.
@@ -92,14 +92,14 @@ def _documents(
     trajectories = [trajectory_of(member.completion, block_length) for member in members]
     prompt_ids = trajectories[0].prompt_ids
     views = [
-        objective.views_of(trajectory, mask_token_id, stable_seed(member.group.draw, member.index))
+        objective.views_of(trajectory, mask_token_id, stable_seed(member.group.number, member.index))
         for trajectory, member in zip(trajectories, members, strict=True)
     ]
     lengths = [one.packed_length(len(prompt_ids), block_length) for one in views]
     trunk = len(prompt_ids) - len(prompt_ids) % block_length
     return [
-        (ViewedDocument(prompt_ids, [views[i] for i in part]), [members[i] for i in part])
-        for part in consecutive(range(len(members)), lambda i: lengths[i], budget - trunk)
+        (ViewedDocument(prompt_ids, [views[i] for i in chosen]), [members[i] for i in chosen])
+        for chosen in consecutive(range(len(members)), lambda i: lengths[i], budget - trunk)
     ]
 
 
@@ -109,7 +109,7 @@ def _policy_batch(
     packed = pack([document for document, _ in documents], block_length)
     if objective.likelihood == "reveal":
         packed = packed.reveals_only()
-    members = [member for _, part in documents for member in part]
+    members = [member for _, of_document in documents for member in of_document]
     branch_T = packed.actions.branch_T
     return replace(
         PolicyBatch.blank(packed),

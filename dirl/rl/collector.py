@@ -39,23 +39,23 @@ class RolloutConfig(SamplingConfig, EngineConfig):
 
     prompts_per_step: int = bounded(32, least=1)  # groups in a global batch
     num_generations: int = bounded(8, least=2)  # completions a group: a baseline needs two
-    dynamic_sampling: bool = True  # drop groups whose rewards are all equal and draw others for them
+    dynamic_sampling: bool = True  # drop groups whose rewards are all equal and roll out others for them
     max_sampling_rounds: int = bounded(2, least=1)  # rollout rounds a step may take to fill its batch; 1: never again
-    # prompts drawn per group still missing; what is then too much goes to the next step
+    # prompts taken per group still missing; what is then too much goes to the next step
     oversampling: float = bounded(1.0, least=1)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A prompt that is to be rolled out."""
+class TakenPrompt:
+    """A prompt of the stream that is to be rolled out."""
 
     prompt: Prompt
-    draw: int  # place in the order of all prompts the run has drawn
+    number: int  # counting all that the run has taken from the stream
     seed: int
 
 
 class Rollouts:
-    """Drawn prompts -> scored groups, by one engine and one rubric."""
+    """Prompts of the stream -> scored groups, by one engine and one rubric."""
 
     def __init__(
         self,
@@ -68,19 +68,19 @@ class Rollouts:
         self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
         self.cost_shape = cost_shape
 
-    def roll_out(self, drawn: Sequence[Drawn], step: int) -> tuple[list[RolloutGroup], dict[str, int]]:
+    def roll_out(self, taken: Sequence[TakenPrompt], step: int) -> tuple[list[RolloutGroup], dict[str, int]]:
         """A group for each, in order, and how often the grader gave each verdict."""
         size = self.config.num_generations
         with self.timings.phase("rollout"):
             completions = self.engine.generate(
-                [one.prompt.token_ids for one in drawn for _ in range(size)],
+                [one.prompt.token_ids for one in taken for _ in range(size)],
                 self.config,
-                [stable_seed(one.seed, sample) for one in drawn for sample in range(size)],
+                [stable_seed(one.seed, sample) for one in taken for sample in range(size)],
             )
         with self.timings.phase("reward"):
             scores = score(
                 self.rubric,
-                [one.prompt.problem for one in drawn for _ in range(size)],
+                [one.prompt.problem for one in taken for _ in range(size)],
                 completions,
                 max_completion_length=self.config.max_completion_length,
                 group_size=size,
@@ -90,11 +90,11 @@ class Rollouts:
                 prompt=one.prompt,
                 completions=list(completions[start : start + size]),
                 rewards=scores.total[start : start + size],
-                reward_parts={name: part[start : start + size] for name, part in scores.parts.items()},
-                draw=one.draw,
+                reward_parts={name: values[start : start + size] for name, values in scores.parts.items()},
+                number=one.number,
                 sampled_at=step,
             )
-            for start, one in zip(range(0, len(completions), size), drawn, strict=True)
+            for start, one in zip(range(0, len(completions), size), taken, strict=True)
         ]
         return groups, scores.counters
 
@@ -118,7 +118,7 @@ class Collected:
 
 
 class Collector:
-    """Draws prompts, has them rolled out and keeps the groups worth training on.
+    """Takes prompts from the stream, has them rolled out and keeps the groups worth training on.
 
     Args:
         should_stop: asked before each round; the same on every rank.
@@ -141,7 +141,7 @@ class Collector:
         data = fingerprint((p.token_ids, p.problem.answer, p.problem.columns) for p in prompts)
         self.stream = PromptStream(len(prompts), seed, data)
         self.waiting: list[RolloutGroup] = []  # rolled out on this rank and not trained on yet
-        self._num_drawn = 0
+        self._num_taken = 0
         self._num_rounds = 0  # of the step that is being collected
         self._counters: Counter[str] = Counter()
         self._should_stop, self._remember = should_stop, remember
@@ -186,7 +186,7 @@ class Collector:
         waiting = [group.to_row(index[id(group.prompt)]) for group in self.waiting]
         return {
             "stream": self.stream.state_dict(),
-            "num_drawn": self._num_drawn,
+            "num_taken": self._num_taken,
             "num_rounds": self._num_rounds,
             "ranks": self.distributed.gather([{"waiting": waiting, "counters": dict(self._counters)}]),
         }
@@ -194,7 +194,7 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; with another number of processes than saved it, the groups are shared out anew."""
         self.stream.load_state_dict(state["stream"])
-        self._num_drawn, self._num_rounds = state["num_drawn"], state["num_rounds"]
+        self._num_taken, self._num_rounds = state["num_taken"], state["num_rounds"]
         if len(state["ranks"]) == self.distributed.world_size:
             mine = state["ranks"][self.distributed.rank]
             rows, self._counters = mine["waiting"], Counter(mine["counters"])
@@ -208,32 +208,32 @@ class Collector:
         return group.is_informative or not self.config.dynamic_sampling
 
     def _roll_out_round(self, step: int, num_prompts: int) -> None:
-        drawn = [
-            Drawn(self.prompts[index], self._num_drawn + n, stable_seed(self.seed, step, self._num_rounds, n))
+        taken = [
+            TakenPrompt(self.prompts[index], self._num_taken + n, stable_seed(self.seed, step, self._num_rounds, n))
             for n, index in enumerate(self.stream.take(num_prompts))
         ]
-        self._num_drawn += num_prompts
-        groups, counters = self.rollouts.roll_out(self.distributed.share(drawn), step)
+        self._num_taken += num_prompts
+        groups, counters = self.rollouts.roll_out(self.distributed.share(taken), step)
         self.waiting = [*self.waiting, *groups]
         self._counters.update(counters)
         self._num_rounds += 1
 
     def _shared_out(self, groups: list[RolloutGroup]) -> tuple[list[RolloutGroup], list[RolloutGroup], int]:
-        """This rank's fair part of the groups that were drawn first, those too many on it, and their number on all.
+        """This rank's fair share of the earliest groups, those too many on it, and how many are too many on all.
 
         Only the groups that move travel, and everyone computes the same plan.
         """
         rank, world_size = self.distributed.rank, self.distributed.world_size
-        plan = sorted(self.distributed.gather([(group.draw, self.rollouts.cost(group), rank) for group in groups]))
+        plan = sorted(self.distributed.gather([(group.number, self.rollouts.cost(group), rank) for group in groups]))
         plan, surplus = plan[: self.config.prompts_per_step], plan[self.config.prompts_per_step :]
         owners = balanced_owners([cost for _, cost, _ in plan], [owner for _, _, owner in plan], world_size)
-        new_owner = {draw: owner for (draw, _, _), owner in zip(plan, owners, strict=True)}
-        waiting = [group for group in groups if group.draw not in new_owner]
-        mine = [group for group in groups if new_owner.get(group.draw) == rank]
-        leaving = [g for g in groups if g.draw in new_owner and new_owner[g.draw] != rank]
+        new_owner = {number: owner for (number, _, _), owner in zip(plan, owners, strict=True)}
+        waiting = [group for group in groups if group.number not in new_owner]
+        mine = [group for group in groups if new_owner.get(group.number) == rank]
+        leaving = [g for g in groups if g.number in new_owner and new_owner[g.number] != rank]
         if world_size > 1:
-            mine += [group for group in self.distributed.gather(leaving) if new_owner[group.draw] == rank]
-        return sorted(mine, key=lambda group: group.draw), waiting, len(surplus)
+            mine += [group for group in self.distributed.gather(leaving) if new_owner[group.number] == rank]
+        return sorted(mine, key=lambda group: group.number), waiting, len(surplus)
 
 
 def _example(groups: Sequence[RolloutGroup]) -> str:

@@ -12,7 +12,7 @@ probability ratio of the trainer's policy, as it sampled, and the engine's, cut 
 Nothing here makes the host wait for the device.
 
 Shapes: T actions. Source: DiRL (arXiv 2512.22234), Eq. 6-8; DAPO (arXiv 2503.14476); GSPO (arXiv 2507.18071) for the
-level `sequence`; correction: TRL.
+level `sequence`; the correction: TRL.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def importance_weights(
     has no logprob of count as equal: their log-ratio is 0.
 
     Args:
-        trainer_logprob_T: under the weights the engine sampled with.
+        trainer_logprob_T: by the trainer, under the weights that the engine sampled with.
         engine_logprob_T: as the engine recorded them; NaN where it recorded none.
         completion_T: int64, the completion of each action, all of whose actions are here; below T.
         correction: `none` is not cut.
@@ -154,9 +154,9 @@ def _raw_ratios(
 def _gauge(
     batch: PolicyBatch, own_T: Tensor, objective: ObjectiveConfig, fresh_since: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What trainer and engine gave the same actions under the same weights: sums, and what the largest counts of.
+    """How far trainer and engine differ on the same actions under the same weights: sums, and largest values.
 
-    Of fresh actions that is what the policy gives now, of those that had to wait what was remembered.
+    The trainer's side of fresh actions is what the policy gives now; of those that had to wait, what was remembered.
     """
     if fresh_since is None:
         is_compared_T, then_T = torch.zeros_like(own_T, dtype=torch.bool), own_T

@@ -32,7 +32,7 @@ class RolloutGroup:
     completions: list[Completion]  # (G,)
     rewards: list[float]  # (G,) weighted sums
     reward_parts: dict[str, list[float | None]]  # by reward function, (G,) each; None: did not apply
-    draw: int = 0  # place in the order of all prompts the run has drawn
+    number: int = 0  # of its prompt, counting all that the run has taken from the stream
     sampled_at: int = 0  # optimizer steps the weights it was sampled with had taken
     # (G,) what these weights gave each scored action, in nats; kept where they have moved on since. Else empty.
     behavior_logprobs: list[list[float]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class RolloutGroup:
 
     def to_row(self, prompt_index: int) -> dict[str, Any]:
         """Plain values for a checkpoint, the prompt as its number."""
-        names = ("rewards", "reward_parts", "draw", "sampled_at", "behavior_logprobs")
+        names = ("rewards", "reward_parts", "number", "sampled_at", "behavior_logprobs")
         row = {name: getattr(self, name) for name in names}
         return {"prompt": prompt_index, "completions": [asdict(c) for c in self.completions], **row}
 

@@ -122,7 +122,7 @@ def throughput(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def headline(metrics: Mapping[str, float]) -> str:
     """One step in a line."""
-    parts = [
+    numbers = [
         f"reward {metrics['reward']:.3f}",
         f"{metrics['completions/tokens_per_step']:.2f} tokens/step",
         f"length {metrics['completions/mean_length']:.0f}",
@@ -130,8 +130,8 @@ def headline(metrics: Mapping[str, float]) -> str:
         f"train {metrics['perf/train_tokens_per_s']:.0f} tok/s",
     ]
     if "eval/accuracy" in metrics:
-        parts.insert(1, f"eval {metrics['eval/accuracy']:.3f}")
-    return "  ".join(parts)
+        numbers.insert(1, f"eval {metrics['eval/accuracy']:.3f}")
+    return "  ".join(numbers)
 
 
 def sample_line(group: RolloutGroup) -> str:
@@ -153,6 +153,6 @@ def completion_rows(
                 "question": group.prompt.problem.question,
                 "answer": group.prompt.problem.answer,
                 "reward": group.rewards[index],
-                "rewards": {name: part[index] for name, part in group.reward_parts.items()},
+                "rewards": {name: values[index] for name, values in group.reward_parts.items()},
                 **vars(completion),
             }

@@ -1,8 +1,8 @@
-"""Scored groups -> optimizer steps on the clipped surrogate: the U in the loop.
+"""Scored groups -> optimizer steps on the clipped surrogate.
 
-Strictly on-policy (one step per rollout) the behaviour of fresh actions is the policy's own: ratios are 1 by
-construction and no second pass is needed. With several steps per rollout, and for groups that had to wait while the
-weights moved on, it is what the weights that sampled them gave them.
+Strictly on-policy (one optimizer step per batch of rollouts) the behaviour of fresh actions is the policy's own: ratios
+are 1 by construction and no second pass is needed. With several steps per batch, and for groups that had to wait while
+the weights moved on, it is what the weights that sampled an action gave it.
 
 What engine and trainer give the same token differs a little. The difference is measured at the first step of each batch
 of rollouts, corrected where `importance_sampling_correction` says so, and ends the run where it is too large to be
@@ -77,13 +77,13 @@ class PolicyUpdater:
             now: optimizer steps that the weights have taken; groups sampled by these are fresh.
         """
         config = self.config
-        parts = [
-            self._table(groups[part], advantages[part], now)
-            for part in _parts(len(groups), config.steps_per_generation)
+        minibatches = [
+            self._table(groups[rows], advantages[rows], now)
+            for rows in _slices(len(groups), config.steps_per_generation)
         ]
         steps: list[StepOutcome] = []
         for _ in range(config.num_iterations):
-            for batches in parts:
+            for batches in minibatches:
                 # Only before the first step are these still the weights that the engine sampled with.
                 fresh_since = None if any(step.sums for step in steps) else now
                 losses = [partial(self._loss, batch, fresh_since) for batch in batches]
@@ -167,7 +167,7 @@ class PolicyUpdater:
         return self.distributed.unwrap(self.learner.module).model
 
 
-def _parts(count: int, num_parts: int) -> Iterator[slice]:
+def _slices(count: int, num_slices: int) -> Iterator[slice]:
     """Contiguous slices that differ by at most one item."""
-    bounds = [count * i // num_parts for i in range(num_parts + 1)]
+    bounds = [count * i // num_slices for i in range(num_slices + 1)]
     return (slice(start, end) for start, end in pairwise(bounds))

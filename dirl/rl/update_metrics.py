@@ -1,4 +1,4 @@
-"""The optimizer steps of one batch of rollouts -> its metrics, and the guard against a foreign engine."""
+"""The optimizer steps of one batch of rollouts -> its metrics, and the guard against an engine with other weights."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Rows go through lm_head, the distributions and the float64 sums of the draw a chunk at a time, so that memory does not
 grow with their number. A host that schedules ahead must not wait for the device: without `index_T` nothing here does.
 
-Random numbers depend on (seed, position, step) only: the same logits and seed give the same completion in any engine,
-batch or order.
+Random numbers depend on (seed, position, denoising step) only: the same logits and seed give the same completion in any
+engine, batch or order.
 
 Shapes: N sequences, B block length, T rows, V vocabulary, X hidden or V.
 """
@@ -35,7 +35,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Step:
+class DenoisingStep:
     """What one denoising step does to some blocks; one with no masks stays as it is."""
 
     revealed_NB: Tensor  # bool
@@ -61,16 +61,16 @@ class Sampler:
     sampling: SamplingConfig
     suppressed_V: Tensor  # bool, ids that are never drawn
 
-    def step(self, rows_TX: Tensor, blocks: Blocks, index_T: Tensor | None = None) -> Step:
+    def denoise(self, rows_TX: Tensor, blocks: Blocks, index_T: Tensor | None = None) -> DenoisingStep:
         """One denoising step.
 
         Args:
             index_T: which positions of the flattened blocks the rows are of, at least all masked ones. None: all.
         """
         sampling, shape = self.sampling, blocks.masked_NB.shape
-        seed_NB, draw_NB = (x[:, None].expand(shape) for x in (blocks.seed_N, blocks.step_N))
-        # Two random numbers a step and position: for the token, and (for `random`) for the order of revealing.
-        uniform_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * draw_NB)
+        seed_NB, step_NB = (x[:, None].expand(shape) for x in (blocks.seed_N, blocks.step_N))
+        # Two random numbers a position and denoising step: for the token, and for the order in which `random` reveals.
+        uniform_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * step_NB)
         uniform_T = uniform_NB.flatten() if index_T is None else uniform_NB.flatten()[index_T]
 
         def placed(value_T: Tensor) -> Tensor:
@@ -80,16 +80,16 @@ class Sampler:
 
         drawn = self.draw(rows_TX, uniform_T)
         confidence_NB, entropy_NB = placed(drawn.confidences_T), placed(drawn.entropies_T)
-        order_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * draw_NB + 1)
+        order_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * step_NB + 1)
         revealed_NB = reveal_positions(sampling.unmasking, blocks.masked_NB, confidence_NB, entropy_NB, order_NB)
-        return Step(revealed_NB, placed(drawn.token_ids_T), placed(drawn.logprobs_T))
+        return DenoisingStep(revealed_NB, placed(drawn.token_ids_T), placed(drawn.logprobs_T))
 
     def draw(self, rows_TX: Tensor, uniform_T: Tensor) -> Draws:
         """One token a row, in chunks of rows; `uniform_T` in [0, 1) decides which."""
         num_rows = max(1, _LOGITS_PER_CHUNK // len(self.suppressed_V))
         chunks = zip(rows_TX.split(num_rows), uniform_T.split(num_rows), strict=True)
         columns = zip(*(self._draw_chunk(rows, uniform) for rows, uniform in chunks), strict=True)
-        return Draws(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+        return Draws(*(chunks[0] if len(chunks) == 1 else torch.cat(chunks) for chunks in columns))
 
     def _draw_chunk(self, rows_TX: Tensor, uniform_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of `Draws`."""

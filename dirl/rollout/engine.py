@@ -1,4 +1,4 @@
-"""Prompts (token ids) -> completions (token ids and the step at which each was revealed): the contract of every engine.
+"""Prompts (token ids) -> completions (token ids, and which denoising step revealed each): every engine's contract.
 
 An engine decodes block by block. Blocks are aligned to absolute position 0, so the tail of a prompt that does not fill
 a block shares its block with the first completion tokens. Token ids are the truth; text is made once, for people and

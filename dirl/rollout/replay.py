@@ -1,4 +1,4 @@
-"""Completions -> the log-probability of each token at the step it was revealed, without decoding again.
+"""Completions -> the log-probability of each token at the denoising step that revealed it, without decoding again.
 
 Shapes: R completion tokens, T actions.
 """
@@ -34,9 +34,9 @@ def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
 def logprobs(
     model: BlockDiffusionModel, completions: Sequence[Completion], sampling: SamplingConfig | None = None
 ) -> list[Tensor]:
-    """Log-probability (nats) of each completion token at the step it was revealed, one (R,) float32 tensor each.
+    """Log-probability (nats) of each completion token at the denoising step that revealed it.
 
-    With gradient, unless called under `torch.no_grad()`.
+    One (R,) float32 tensor a completion; with gradient, unless called under `torch.no_grad()`.
 
     Args:
         sampling: how the completions were sampled; temperature, top_k and top_p change what a token's probability was.
@@ -57,6 +57,6 @@ def logprobs(
         logprob_T = scorer(packed, rule).logprob_T
         for branch, index in enumerate(members):
             mine_T = packed.actions.branch_T == branch
-            # Actions stand in the order of steps; a completion wants them in the order of its tokens.
+            # Actions stand in the order of denoising steps; a completion wants them in the order of its tokens.
             found[index] = logprob_T[mine_T][packed.actions.completion_index_T[mine_T].argsort()]
     return [found[i] for i in range(len(completions))]

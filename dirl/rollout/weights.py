@@ -16,7 +16,8 @@ BUCKET_BYTES = 512 << 20
 def checkpoint_tensors(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     """Names and shapes of a checkpoint: transformers keeps the experts of a layer in one tensor, checkpoints do not.
 
-    Source: transformers' mapping for Qwen3-MoE: gate_up_proj (E, 2I, D) is gate over up, down_proj is (E, D, I).
+    Source: transformers' mapping for Qwen3-MoE: gate_up_proj (experts, 2 x width, hidden) is gate over up,
+    down_proj is (experts, hidden, width).
     """
     for name, tensor in named:
         stem, _, kind = name.rpartition(".")

@@ -1,6 +1,6 @@
 """Documents -> a model fine-tuned with random masking: the SFT trainer.
 
-Each step draws a global batch of documents, makes one noisy view of every completion block, packs them, and minimises
+Each step takes a global batch of documents, makes one noisy view of every completion block, packs them, and minimises
 the NELBO per completion token of the global batch.
 
 Source: DiRL (arXiv 2512.22234), section 3.1, with one noise level per block instead of per sequence by default.
@@ -98,12 +98,12 @@ class SFTTrainer(Trainer):
             on_skip=self.record_skipped,
         )
         self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
-        self._last_drawn: list[int] = []  # indices of the last step's documents
+        self._last_taken: list[int] = []  # indices of the last step's documents
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its metrics."""
-        self._last_drawn = self.stream.take(self.config.global_batch_size)
-        batch = [self.examples[i] for i in self._last_drawn]
+        self._last_taken = self.stream.take(self.config.global_batch_size)
+        batch = [self.examples[i] for i in self._last_taken]
         packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done))
         denominator = float(sum(example.num_scored for example in batch))
         losses = [partial(self._loss, packed, denominator) for packed in packs]
@@ -145,7 +145,7 @@ class SFTTrainer(Trainer):
         return {"perf/train_tokens_per_s": metrics["num_tokens"] / metrics["timing_s/step"]}
 
     def last_documents(self) -> list[Any]:
-        return list(self.distributed.share([self.rows[i] for i in self._last_drawn]))
+        return list(self.distributed.share([self.rows[i] for i in self._last_taken]))
 
     def write_final(self) -> Path:
         return write_final(

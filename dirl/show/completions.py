@@ -108,9 +108,9 @@ def _samples(completions: Sequence[ReadableRow]) -> Iterator[dict[str, Any]]:
 
 def _play_in_terminal(completions: Sequence[ReadableRow], seconds: float = 0.15) -> None:
     for completion in completions:
-        with live_text() as draw:
+        with live_text() as show:
             for texts, is_committed in frames(completion):
-                draw(draft_text(texts, is_committed))
+                show(draft_text(texts, is_committed))
                 time.sleep(seconds)
 
 

@@ -23,7 +23,7 @@ class Metric:
     tile: str = ""  # its name in the tiles of the report, if it has a `headline`; "": not there
     headline: int = 0  # place among the numbers a run is judged by, which the model card lists; 0: not among them
     error: str = ""  # the metric that is its standard error
-    part: str = ""  # a metric that is a part of it: where that is logged, only parts are drawn
+    part: str = ""  # a metric that is a part of it: where that is logged, only parts are plotted
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -62,7 +62,7 @@ class MetricTable:
         for row in filter(is_wanted, self.rows):
             yield from ((name, row) for name, found in known.items() if found is row)
 
-    def drawn(self, names: Collection[str], is_wanted: Callable[[Metric], object]) -> list[tuple[str, Metric]]:
+    def plotted(self, names: Collection[str], is_wanted: Callable[[Metric], object]) -> list[tuple[str, Metric]]:
         """The same, without sums whose parts are there too."""
         known = set(names)
         return [(name, row) for name, row in self.choose(names, is_wanted) if row.part not in known]

@@ -60,7 +60,7 @@ def card_text(record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stag
     config = record["config"]
     steps = rows[-1]["step"] if rows else 0
     name = config.get("run_name") or Path(config["output_dir"]).name
-    parts = [
+    sections = [
         f"---\n{yaml.safe_dump(_front_matter(config, stage), sort_keys=False)}---\n{MARK}",
         f"# {_inline(name)}",
         f"A block-diffusion language model after {_TITLES[stage]}, {steps} optimizer steps, trained with dirl.",
@@ -72,7 +72,7 @@ def card_text(record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stag
         'dirl.generate(model, tokenizer, ["..."], max_completion_length=1024)\n```',
         "These numbers are those of training; they were measured with the settings of the run, on its own data.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def push_model(final: Path, repository: str) -> bool:

@@ -38,7 +38,7 @@ STYLE: Any = {
 SMOOTHED_FROM = 20  # points; below, the raw curve is readable
 
 
-class Drawing(Figure):
+class ShownFigure(Figure):
     """A figure that a notebook shows by itself, without pyplot."""
 
     def _repr_png_(self) -> bytes:
@@ -69,8 +69,8 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_curves(axes: Axes, series: Series) -> None:
-    """One line per metric; long ones are drawn faintly with their running mean on top."""
+def plot_curves(axes: Axes, series: Series) -> None:
+    """One line per metric; long ones are faint, with their running mean on top."""
     for name, (steps, values) in series.items():
         is_long = len(values) >= SMOOTHED_FROM
         marker = None if is_long else "o"
@@ -80,7 +80,7 @@ def draw_curves(axes: Axes, series: Series) -> None:
             axes.plot(steps, smooth(values), color=line.get_color(), linewidth=2, label=name)
 
 
-def draw_layers(axes: Axes, series: Series) -> None:
+def plot_layers(axes: Axes, series: Series) -> None:
     """Layers on top of each other, such as the seconds of phases; one that a step did not log is nothing there."""
     layers = [dict(zip(*points, strict=True)) for points in series.values()]
     steps = sorted({step for points in layers for step in points})
@@ -89,10 +89,10 @@ def draw_layers(axes: Axes, series: Series) -> None:
     for label, points in zip(short_names(list(series)), layers, strict=True):
         height = [points.get(step, 0.0) for step in steps]
         axes.bar(steps, height, bottom=bottoms, width=width, label=label)
-        bottoms = [bottom + part for bottom, part in zip(bottoms, height, strict=True)]
+        bottoms = [bottom + top for bottom, top in zip(bottoms, height, strict=True)]
 
 
-def draw_deciles(axes: Axes, series: Series) -> None:
+def plot_deciles(axes: Axes, series: Series) -> None:
     """Held-out loss against noise level, one line per evaluation from the first (light) to the last (dark)."""
     deciles = {int(name.rpartition("_")[2]): dict(zip(*points, strict=True)) for name, points in series.items()}
     steps = sorted({step for points in deciles.values() for step in points})
@@ -105,10 +105,10 @@ def draw_deciles(axes: Axes, series: Series) -> None:
         axes.plot(levels, [deciles[decile][step] for decile in known], marker="o", color=color, label=label)
 
 
-_DRAW: dict[str, Callable[[Axes, Series], None]] = {
-    "lines": draw_curves,
-    "stacked": draw_layers,
-    "levels": draw_deciles,
+_PLOT: dict[str, Callable[[Axes, Series], None]] = {
+    "lines": plot_curves,
+    "stacked": plot_layers,
+    "levels": plot_deciles,
 }
 
 
@@ -116,18 +116,18 @@ def collect_series(rows: Sequence[dict[str, Any]], picture: Picture, table: Metr
     """The curves of a picture; numbers that were not finite (null) are left out."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     series: Series = {}
-    for name, _ in table.drawn(names, lambda metric: metric.picture == picture.file_name):
+    for name, _ in table.plotted(names, lambda metric: metric.picture == picture.file_name):
         if known := [row for row in rows if row.get(name) is not None]:
             series[name] = [row["step"] for row in known], [row[name] for row in known]
     return series
 
 
-def draw_picture(picture: Picture, series: Series, path: Path) -> None:
+def plot_picture(picture: Picture, series: Series, path: Path) -> None:
     """Write one picture."""
     with matplotlib.rc_context(STYLE):
-        figure = Drawing(figsize=(8, 4), dpi=120, layout="constrained")
+        figure = ShownFigure(figsize=(8, 4), dpi=120, layout="constrained")
         axes = figure.subplots()
-        _DRAW[picture.kind](axes, series)
+        _PLOT[picture.kind](axes, series)
         axes.set(title=picture.title, xlabel=picture.x_label, ylabel=picture.y_label)
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -135,7 +135,7 @@ def draw_picture(picture: Picture, series: Series, path: Path) -> None:
 
 
 def plot_run(run_dir: str | Path, table: MetricTable = TABLE) -> Pictures:
-    """Draw every picture the run has numbers for; returns the files written, in the order of the pictures."""
+    """Plot every picture the run has numbers for; returns the files written, in the order of the pictures."""
     source = Path(run_dir) / "metrics.jsonl"
     if not source.is_file():
         raise MissingFileError(f"{source}: no metrics to plot; give the output_dir of a training run")
@@ -144,17 +144,17 @@ def plot_run(run_dir: str | Path, table: MetricTable = TABLE) -> Pictures:
     for picture in table.pictures:
         if series := collect_series(rows, picture, table):
             written.append(Path(run_dir) / "plots" / f"{picture.file_name}.png")
-            draw_picture(picture, series, written[-1])
+            plot_picture(picture, series, written[-1])
     return written
 
 
 Point = tuple[float, float, float, str]  # x, y, the standard error of y, label
 
 
-def draw_points(lines: Mapping[str, Sequence[Point]], path: Path, *, title: str, x_label: str, y_label: str) -> None:
+def plot_points(lines: Mapping[str, Sequence[Point]], path: Path, *, title: str, x_label: str, y_label: str) -> None:
     """Write a picture with a line a name, through labelled points with error bars; a name without points has none."""
     with matplotlib.rc_context(STYLE):
-        figure = Drawing(figsize=(8, 4), dpi=120, layout="constrained")
+        figure = ShownFigure(figsize=(8, 4), dpi=120, layout="constrained")
         axes = figure.subplots()
         for name, points in lines.items():
             if not points:

@@ -68,14 +68,14 @@ class Terminal:
         self._progress.stop()
 
     def begin(self, name: str, total: int) -> None:
-        """A phase of so many parts begins: completions of a rollout, micro-batches of a training step."""
+        """A phase of so many items begins: completions of a rollout, micro-batches of a training step."""
         self.end()
         if self.is_live:
             self._phase = self._progress.add_task("", total=total, name=name)
         self._tokens, self._since = 0, time.monotonic()
 
     def advance(self, tokens: int) -> None:
-        """One part of the phase is done, with so many tokens."""
+        """One item of the phase is done, with so many tokens."""
         self._tokens += tokens
         if self._phase is not None:
             seconds = max(time.monotonic() - self._since, 1e-9)
@@ -126,6 +126,6 @@ def draft_text(texts: Sequence[str], is_committed: Sequence[bool]) -> Text:
 
 @contextmanager
 def live_text(console: Console | None = None) -> Iterator[Callable[[Text], None]]:
-    """A place in the terminal that is drawn again and again; what was drawn last stays."""
+    """A place in the terminal that is written again and again; what was written last stays."""
     with Live(Text(), console=console or Console(), auto_refresh=False, vertical_overflow="visible") as live:
         yield lambda text: live.update(text, refresh=True)

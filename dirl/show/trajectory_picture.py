@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 
 from dirl.errors import UserError
 from dirl.show.completions import ReadableRow, blocks
-from dirl.show.pictures import STYLE, Drawing
+from dirl.show.pictures import STYLE, ShownFigure
 
 _STATES = ("not begun", "masked", "revealed in this step", "revealed before")
 _COLORS = ("#f4f5f6", "#c3c9d0", "#2c9a55", "#b9d6c3")
@@ -28,7 +28,7 @@ def state_grid(completion: ReadableRow) -> list[list[int]]:
     return grid
 
 
-def plot_trajectory(completion: ReadableRow, path: str | Path | None = None) -> Drawing:
+def plot_trajectory(completion: ReadableRow, path: str | Path | None = None) -> ShownFigure:
     """Position by step: which tokens were masked, revealed and committed in each denoising step.
 
     Args:
@@ -44,7 +44,7 @@ def plot_trajectory(completion: ReadableRow, path: str | Path | None = None) -> 
     grid = state_grid(completion)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         width = min(14.0, 3 + 0.14 * len(grid[0]))
-        figure = Drawing(figsize=(width, min(9.0, 2 + 0.14 * len(grid))), dpi=120, layout="constrained")
+        figure = ShownFigure(figsize=(width, min(9.0, 2 + 0.14 * len(grid))), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.imshow(grid, cmap=ListedColormap(_COLORS), vmin=-0.5, vmax=3.5, aspect="auto", interpolation="nearest")
         for members in blocks(completion):

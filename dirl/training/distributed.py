@@ -145,7 +145,7 @@ class Distributed:
         return self.accelerator.unwrap_model(module)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This rank's contiguous part of a list all ranks hold; parts differ by at most one item."""
+        """This rank's contiguous share of a list that all ranks have; shares differ by at most one item."""
         start, end = (len(items) * (self.rank + i) // self.world_size for i in (0, 1))
         return items[start:end]
 

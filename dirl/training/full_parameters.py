@@ -1,7 +1,7 @@
 """A model as it is trained (sharded by ZeRO-3 or FSDP2, with LoRA) -> its parameters as a plain process has them.
 
-What an engine is pushed and what `final/` holds. Parameters are gathered one after another, so that a full copy of the
-model never exists where the caller does not make one.
+This is what engines are sent and what `final/` contains. Parameters are gathered one after another, so that a full copy
+of the model never exists where the caller does not make one.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Trainer(ABC):
 
     stage: Stage
     learner: Learner
-    source: Resumable  # what it draws its data from
+    source: Resumable  # what it takes its data from
     heldout: Sequence[Any] = ()  # what it is evaluated on
 
     def __init__(self, config: TrainingConfig) -> None:

@@ -28,7 +28,7 @@ LOOP_STATE = "loop.json"  # the part of a checkpoint that is not weights, optimi
 
 
 class Resumable(Protocol):
-    """What a loop draws its data from."""
+    """What a loop takes its data from."""
 
     @property
     def is_amid(self) -> bool:

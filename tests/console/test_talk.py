@@ -57,7 +57,7 @@ def test_a_terminal_sees_drafts(model_path: str) -> None:
     completion = talk.Talker(model_path, SAMPLING, seed=0, console=console).answer([{"role": "user", "content": "1"}])
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    assert shown.count("\x1b[2K") >= completion.num_denoising_steps - 1  # drawn again with every step
+    assert shown.count("\x1b[2K") >= completion.num_denoising_steps - 1  # shown again with every step
     assert "\x1b[2m" in shown  # drafts are dim
 
 

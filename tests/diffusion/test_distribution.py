@@ -109,16 +109,16 @@ def splitmix(state: int) -> int:
 def test_stream_is_splitmix64() -> None:
     inputs = [(0, 0, 0), (1, 2, 3), (2**40 + 7, 4095, 8), (2**63 - 1, 1, 1), (-1, 5, 2)]
     found = counter_uniform(*torch.tensor(inputs).unbind(1)).tolist()
-    for (seed, position, draw), uniform in zip(inputs, found, strict=True):
-        assert uniform == (splitmix(splitmix(splitmix(seed % 2**64) ^ position) ^ draw) >> 11) / 2**53
+    for (seed, position, counter), uniform in zip(inputs, found, strict=True):
+        assert uniform == (splitmix(splitmix(splitmix(seed % 2**64) ^ position) ^ counter) >> 11) / 2**53
 
 
-@pytest.mark.parametrize("varying", ["seed", "position", "draw"])
+@pytest.mark.parametrize("varying", ["seed", "position", "counter"])
 def test_stream_is_uniform_and_uncorrelated_along_each_input(varying: str) -> None:
     count, bins = 32_768, 64
-    inputs = {name: torch.full((count,), 3) for name in ("seed", "position", "draw")}
+    inputs = {name: torch.full((count,), 3) for name in ("seed", "position", "counter")}
     inputs[varying] = torch.arange(count)
-    uniform_T = counter_uniform(inputs["seed"], inputs["position"], inputs["draw"])
+    uniform_T = counter_uniform(inputs["seed"], inputs["position"], inputs["counter"])
     assert uniform_T.dtype == torch.float64
     assert float(uniform_T.min()) >= 0 and float(uniform_T.max()) < 1
     counts = (uniform_T * bins).long().bincount(minlength=bins)

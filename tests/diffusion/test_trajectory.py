@@ -38,5 +38,5 @@ def test_a_completion_must_end_at_a_block_border(prompt_length: int, step_map: l
 
 @pytest.mark.parametrize("step_map", [[1, 0, 1, 2], [1, 2]])
 def test_every_completion_token_needs_a_step(step_map: list[int]) -> None:
-    with pytest.raises(ValueError, match="step_map must hold 4 steps >= 1"):
+    with pytest.raises(ValueError, match="step_map must have 4 steps >= 1"):
         Trajectory(torch.arange(4), torch.arange(4), torch.tensor(step_map), 4)

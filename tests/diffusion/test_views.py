@@ -109,8 +109,8 @@ def test_sft_weights_are_those_of_the_block_level() -> None:
     assert 0 < int(views.revealed_VB.sum()) < int(maskable_KB.sum())
     assert views.target_ids_VB.equal(clean_KB)
     assert (views.token_ids_VB == MASK).equal(views.revealed_VB)
-    for level, weights_B in zip(levels_K.tolist(), views.weight_VB.tolist(), strict=True):
-        assert weights_B == pytest.approx([1 / level] * 4)
+    for level, weights in zip(levels_K.tolist(), views.weight_VB.tolist(), strict=True):
+        assert weights == pytest.approx([1 / level] * 4)
 
 
 def test_complementary_views_supervise_every_token_once_with_a_mean_weight_of_one() -> None:

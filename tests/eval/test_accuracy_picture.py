@@ -13,7 +13,7 @@ from dirl.eval.accuracy_picture import plot_accuracy, sweep_points, throughput_p
 from tests.eval.test_report import RESULT
 
 
-def test_a_sweep_is_drawn_from_the_results(tmp_path: Path) -> None:
+def test_a_sweep_is_plotted_from_the_results(tmp_path: Path) -> None:
     rows = [
         replace(RESULT, mode=f"dynamic@{t}", confidence_threshold=t, tokens_per_step=3 - t) for t in (0.5, 0.7, 0.9)
     ]

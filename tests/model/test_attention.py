@@ -74,7 +74,7 @@ def random_qkv(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_hand(qkv: tuple[Tensor, Tensor, Tensor], allowed_LL: Tensor) -> Tensor:
-    """Attention over all pairs in float64; (1, L, H, D)."""
+    """Attention over all pairs in float64; (1, L, H, E)."""
     query, key, value = (x[0].double() for x in qkv)
     key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=0) for x in (key, value))
     scores_HLL = (query @ key.transpose(1, 2) * SCALING).masked_fill(~allowed_LL, -torch.inf)
@@ -272,12 +272,12 @@ def test_a_pack_of_odd_length_is_refused_by_flex() -> None:
 
 def test_block_causal_rows_with_padding() -> None:
     positions, is_token = torch.arange(7).expand(2, 7), torch.tensor([[1] * 7, [1] * 5 + [0] * 2]).bool()
-    mask_B1LL = DensePlan.block_causal(positions, is_token, 2).mask_B1LL
+    mask_N1LL = DensePlan.block_causal(positions, is_token, 2).mask_N1LL
     for row in range(2):
         for q in range(7):
             for k in range(7):
                 expected = q == k or (q // 2 >= k // 2 and bool(is_token[row, k]))
-                assert bool(mask_B1LL[row, 0, q, k]) == expected, (row, q, k)
+                assert bool(mask_N1LL[row, 0, q, k]) == expected, (row, q, k)
 
 
 def test_the_cpu_trains_on_tiles() -> None:

@@ -38,9 +38,9 @@ def test_weights_gradients_and_optimizer_are_counted_exactly(config: ModelConfig
     size = 4.0 * sum(p.numel() for p in model.parameters())
     work = Workload(tokens_per_micro_batch=1024, bf16=False)
     for backend, shares in {"ddp": (1, 1, 1), "zero1": (1, 1, 4), "zero2": (1, 4, 4), "fsdp2": (4, 4, 4)}.items():
-        parts = estimate_memory(config, work, backend, 4).parts
+        uses = estimate_memory(config, work, backend, 4).uses
         expected = [size / shares[0], size / shares[1], 2 * size / shares[2]]
-        assert [parts[name] for name in ("weights", "gradients", "optimizer")] == pytest.approx(expected)
+        assert [uses[name] for name in ("weights", "gradients", "optimizer")] == pytest.approx(expected)
 
 
 def test_adapters_are_counted_exactly(config: ModelConfig) -> None:
@@ -74,9 +74,9 @@ def test_activations_are_near_what_autograd_keeps(config: ModelConfig) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         PackedScorer(model, "sdpa")(packed, rule).logprob_T.sum()
     work = Workload(tokens_per_micro_batch=len(packed), bf16=False)
-    parts = estimate_memory(config, work, "ddp", 1).parts
+    uses = estimate_memory(config, work, "ddp", 1).uses
     measured = sum(kept.values())
-    assert 0.5 < measured / (parts["activations"] + parts["logits"]) < 1.5, (measured, parts)
+    assert 0.5 < measured / (uses["activations"] + uses["logits"]) < 1.5, (measured, uses)
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ def recipe(path: str, *overrides: str) -> RLConfig:
 
 
 def gigabytes(config: RLConfig, backend: str) -> dict[str, float]:
-    parts = estimate_memory(config.model, rl_workload(config), backend, 8).parts
-    return {name: round(size / 1e9, 1) for name, size in parts.items()}
+    uses = estimate_memory(config.model, rl_workload(config), backend, 8).uses
+    return {name: round(size / 1e9, 1) for name, size in uses.items()}
 
 
 def test_the_shipped_recipe_of_8b_needs_what_its_page_says(big: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_the_shipped_recipe_of_8b_needs_what_its_page_says(big: str, capsys: pyt
 def test_only_the_engine_in_use_is_counted(big: str) -> None:
     per_token, weights, longest = 2 * 36 * 8 * 128 * 2 / 1e9, 16.4, 1024 + 8192
 
-    def engine_parts(backend: str, *overrides: str) -> tuple[float, float]:
+    def engine_uses(backend: str, *overrides: str) -> tuple[float, float]:
         found = gigabytes(recipe(big, *overrides), backend)
         return found["engine_weights"], found["kv_cache"]
 
@@ -138,13 +138,13 @@ def test_only_the_engine_in_use_is_counted(big: str) -> None:
         return round(count * per_token, 1)
 
     torch_engine = "rollout.engine=torch"
-    assert engine_parts("zero1", torch_engine) == (0, tokens(longest))
-    assert engine_parts("zero3", torch_engine) == (weights, tokens(longest))
-    assert engine_parts("zero1", torch_engine, "rollout.max_cached_tokens=100000") == (0, tokens(100_000))
+    assert engine_uses("zero1", torch_engine) == (0, tokens(longest))
+    assert engine_uses("zero3", torch_engine) == (weights, tokens(longest))
+    assert engine_uses("zero1", torch_engine, "rollout.max_cached_tokens=100000") == (0, tokens(100_000))
     bounds = ("rollout.max_cached_tokens=100000", "rollout.max_batch_size=4")
-    assert engine_parts("zero1", torch_engine, *bounds) == (0, tokens(4 * longest))
-    assert engine_parts("zero3", "rollout.engine=lmdeploy") == (weights, 0)
-    assert engine_parts("zero3", torch_engine, "rollout.mode=server") == (0, 0)
+    assert engine_uses("zero1", torch_engine, *bounds) == (0, tokens(4 * longest))
+    assert engine_uses("zero3", "rollout.engine=lmdeploy") == (weights, 0)
+    assert engine_uses("zero3", torch_engine, "rollout.mode=server") == (0, 0)
 
 
 def test_float32_weights_under_autocast_cache_in_half_precision(big: str) -> None:

@@ -49,7 +49,7 @@ def make_groups() -> list[RolloutGroup]:
                 completions=completions,
                 rewards=[0.0, 1.0],
                 reward_parts={},
-                draw=index,
+                number=index,
                 sampled_at=10 + index,
             )
         )

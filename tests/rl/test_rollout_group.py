@@ -1,4 +1,4 @@
-"""Which groups are trained on, which are dropped and drawn again."""
+"""Which groups are trained on, which are dropped and replaced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def collect(questions: list[str], config: RolloutConfig, *, seed: int = 0) -> tu
     return collector.collect(0), engine
 
 
-def test_groups_without_spread_are_dropped_counted_and_drawn_again() -> None:
+def test_groups_without_spread_are_dropped_counted_and_replaced() -> None:
     questions = ["easy 1", "easy 2", "hard 1", *(f"open {i}" for i in range(5))]
     config = RolloutConfig(prompts_per_step=4, num_generations=4, max_sampling_rounds=8)
     for seed in range(4):
@@ -78,7 +78,7 @@ def test_no_signal_is_an_error() -> None:
         collect(["easy", "hard"], RolloutConfig(prompts_per_step=2, num_generations=2, max_sampling_rounds=3))
 
 
-def test_every_draw_has_its_own_seed() -> None:
+def test_every_rollout_has_its_own_seed() -> None:
     seeds: list[int] = []
 
     def script(_prompt: str, seed: int, _sampling: SamplingConfig) -> str:

@@ -367,7 +367,7 @@ def test_the_reference_scores_a_batch_of_rollouts_once() -> None:
     reference.register_forward_hook(lambda *_: calls.append(1))
     groups = rolled_out(trained)
     update(trained, groups)
-    assert len(calls) == 2  # one pack a part, whatever the number of passes over it
+    assert len(calls) == 2  # one pack a minibatch, whatever the number of passes over it
 
 
 CARRYING = replace(

@@ -58,12 +58,12 @@ def test_informative_groups_that_are_too_many_begin_the_next_step() -> None:
     first = ours.collect(0)
     assert len(first.groups) == 4 and first.num_carried > 0
     assert {group.sampled_at for group in first.groups} == {0}
-    waiting = [group.draw for group in ours.waiting]
+    waiting = [group.number for group in ours.waiting]
     assert len(waiting) == first.num_carried
     second = ours.collect(1)
-    assert [group.draw for group in second.groups][: len(waiting)] == waiting
+    assert [group.number for group in second.groups][: len(waiting)] == waiting
     assert [group.sampled_at for group in second.groups] == [0] * len(waiting) + [1] * (4 - len(waiting))
-    used = [group.draw for group in first.groups + second.groups]
+    used = [group.number for group in first.groups + second.groups]
     assert len(set(used)) == len(used) == 8
 
 
@@ -78,11 +78,11 @@ def test_all_there_is_is_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is handed out has left it, what had no signal too; nobody has to say that a step is over."""
     ours = collector()
     for step in range(4):
-        before = [group.draw for group in ours.waiting]
+        before = [group.number for group in ours.waiting]
         collected = ours.collect(step)
         assert not ours.is_amid
-        assert {g.draw for g in ours.waiting}.isdisjoint(g.draw for g in [*collected.groups, *collected.dropped])
-        assert set(before) <= {g.draw for g in [*collected.groups, *ours.waiting]}
+        assert {g.number for g in ours.waiting}.isdisjoint(g.number for g in [*collected.groups, *collected.dropped])
+        assert set(before) <= {g.number for g in [*collected.groups, *ours.waiting]}
     monkeypatch.setattr(ours, "_is_useful", lambda group: False)
     with pytest.raises(NoSignal):
         ours.collect(4)
@@ -91,7 +91,7 @@ def test_all_there_is_is_one_list(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_rolled_out_survives_a_stop_between_rounds_and_after_them() -> None:
     whole = collector()
-    expected = [[(g.draw, g.rewards) for g in whole.collect(step).groups] for step in range(3)]
+    expected = [[(g.number, g.rewards) for g in whole.collect(step).groups] for step in range(3)]
     for stop_at in range(1, 8):
         got, step, calls = [], 0, 0
 
@@ -111,7 +111,7 @@ def test_what_was_rolled_out_survives_a_stop_between_rounds_and_after_them() -> 
                 ours.load_state_dict(state)
                 assert ours.waiting == waiting
                 continue
-            got.append([(g.draw, g.rewards) for g in collected.groups])
+            got.append([(g.number, g.rewards) for g in collected.groups])
             step += 1
         assert got == expected
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dirl.diffusion.unmasking import UnmaskingStrategy
 from dirl.rollout import block_step
-from dirl.rollout.block_step import Blocks, Sampler, Step
+from dirl.rollout.block_step import Blocks, DenoisingStep, Sampler
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from tests.oracle import sharp_tiny_model
@@ -46,7 +46,7 @@ def some_blocks() -> tuple[Tensor, Blocks]:
     return hidden_TX, Blocks(masked_NB, position_NB, step_N, torch.arange(SEQUENCES) + 5)
 
 
-def assert_same(found: Step, expected: Step) -> None:
+def assert_same(found: DenoisingStep, expected: DenoisingStep) -> None:
     assert bool(expected.revealed_NB.any()) and torch.equal(found.revealed_NB, expected.revealed_NB)
     for name in ("token_ids_NB", "logprobs_NB"):
         mine, theirs = (getattr(step, name)[expected.revealed_NB] for step in (found, expected))
@@ -59,15 +59,15 @@ def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
 ) -> None:
     hidden_TX, blocks = some_blocks()
     suppressed_V = torch.arange(VOCAB) >= 37
-    whole = Sampler(Head(), sampling, suppressed_V).step(hidden_TX, blocks)
+    whole = Sampler(Head(), sampling, suppressed_V).denoise(hidden_TX, blocks)
     of_logits = Sampler(lambda logits_TV: logits_TV, sampling, suppressed_V)
-    assert_same(of_logits.step(Head()(hidden_TX), blocks), whole)
+    assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
     monkeypatch.setattr(block_step, "_LOGITS_PER_CHUNK", 5 * VOCAB + 1)
     head, masked_T = Head(), blocks.masked_NB.flatten().nonzero().squeeze(1)
-    of_masked = Sampler(head, sampling, suppressed_V).step(hidden_TX[masked_T], blocks, masked_T)
+    of_masked = Sampler(head, sampling, suppressed_V).denoise(hidden_TX[masked_T], blocks, masked_T)
     assert_same(of_masked, whole)
     assert max(head.num_rows) == 5 and sum(head.num_rows) == len(masked_T)
-    assert_same(of_logits.step(Head()(hidden_TX), blocks), whole)
+    assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
     assert not bool((of_masked.revealed_NB & ~blocks.masked_NB).any())
 
 

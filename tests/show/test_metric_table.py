@@ -89,8 +89,8 @@ def test_a_chart_that_is_not_there_is_named(place: str) -> None:
 def test_sums_are_left_out_where_their_parts_are() -> None:
     total, part = Metric("total", "s", "", part="phase"), Metric("phase", "s", "")
     table = MetricTable((total, part))
-    assert [name for name, _ in table.drawn(["total"], lambda _: True)] == ["total"]
-    assert [name for name, _ in table.drawn(["total", "phase"], lambda _: True)] == ["phase"]
+    assert [name for name, _ in table.plotted(["total"], lambda _: True)] == ["total"]
+    assert [name for name, _ in table.plotted(["total", "phase"], lambda _: True)] == ["phase"]
 
 
 def test_a_new_metric_is_one_row(tmp_path: Path) -> None:

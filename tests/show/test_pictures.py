@@ -1,4 +1,4 @@
-"""plot_run draws what a run logged, leaves out what it did not, and shows the numbers it was given."""
+"""plot_run plots what a run logged, leaves out what it did not, and shows the numbers it was given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dirl.show.charts import PICTURES, Picture
-from dirl.show.pictures import collect_series, draw_curves, draw_deciles, draw_layers, plot_run, smooth
+from dirl.show.pictures import collect_series, plot_curves, plot_deciles, plot_layers, plot_run, smooth
 
 
 def write_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -48,17 +48,17 @@ def sft_row(step: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("make_row", "drawn"),
+    ("make_row", "plotted"),
     [
         (rl_row, ["loss", "reward", "tokens_per_step", "completion_length", "entropy", "grad_norm", "phases"]),
         (sft_row, ["loss", "loss_by_noise", "learning_rate"]),
         (lambda step: {"step": step, "epoch": 0.5}, []),
     ],
 )
-def test_a_run_gets_the_pictures_it_has_numbers_for(make_row: Any, drawn: list[str], tmp_path: Path) -> None:
+def test_a_run_gets_the_pictures_it_has_numbers_for(make_row: Any, plotted: list[str], tmp_path: Path) -> None:
     write_metrics(tmp_path, [make_row(step) for step in range(40)])
     written = plot_run(tmp_path)
-    assert written == [tmp_path / "plots" / f"{name}.png" for name in drawn]
+    assert written == [tmp_path / "plots" / f"{name}.png" for name in plotted]
     for path in written:
         data = path.read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -66,7 +66,7 @@ def test_a_run_gets_the_pictures_it_has_numbers_for(make_row: Any, drawn: list[s
     assert sorted(tmp_path.glob("plots/*")) == sorted(written)
 
 
-def test_a_single_step_is_drawn(tmp_path: Path) -> None:
+def test_a_single_step_is_plotted(tmp_path: Path) -> None:
     write_metrics(tmp_path, [rl_row(1)])
     assert len(plot_run(tmp_path)) == 7
 
@@ -100,7 +100,7 @@ def test_smooth_keeps_straight_lines_and_averages_around_each_point() -> None:
 def test_curves_show_the_logged_points() -> None:
     axes = Figure().subplots()
     steps, values = list(range(30)), [float(step % 7) for step in range(30)]
-    draw_curves(axes, {"short": ([1, 2], [3.0, 4.0]), "long": (steps, values)})
+    plot_curves(axes, {"short": ([1, 2], [3.0, 4.0]), "long": (steps, values)})
     short, raw, mean = axes.get_lines()
     assert numbers(short.get_ydata()) == [3.0, 4.0]
     assert numbers(raw.get_ydata()) == values
@@ -114,7 +114,7 @@ def test_phases_stack_to_the_time_of_the_step() -> None:
         {"step": 1, "timing_s/rollout": 2.0, "timing_s/train": 0.5, "timing_s/step": 99.0},
         {"step": 2, "timing_s/rollout": 3.0, "timing_s/train": 0.5, "timing_s/step": 99.0, "timing_s/eval": 10.0},
     ]
-    draw_layers(axes, collect_series(rows, picture("phases")))
+    plot_layers(axes, collect_series(rows, picture("phases")))
     tops: dict[float, float] = {}
     for bar in axes.patches:
         assert isinstance(bar, Rectangle)
@@ -129,7 +129,7 @@ def test_phases_stack_to_the_time_of_the_step() -> None:
 def test_deciles_are_in_order_and_the_first_and_last_evaluation_are_named() -> None:
     axes = Figure().subplots()
     series = {f"eval/loss_noise_decile_{d}": ([0, 5, 9], [d + 0.0, d + 10.0, d + 20.0]) for d in (9, 0, 1)}
-    draw_deciles(axes, series)
+    plot_deciles(axes, series)
     lines = axes.get_lines()
     assert [numbers(line.get_xdata()) for line in lines] == [pytest.approx([0.05, 0.15, 0.95])] * 3
     assert [numbers(line.get_ydata()) for line in lines] == [[0, 1, 9], [10, 11, 19], [20, 21, 29]]

@@ -78,11 +78,11 @@ def test_drafts_are_dim() -> None:
     assert [(span.start, span.end, span.style) for span in text.spans if span.style] == [(1, 2, "dim"), (3, 4, "dim")]
 
 
-def test_what_was_drawn_last_stays() -> None:
+def test_what_was_written_last_stays() -> None:
     console = screen(is_terminal=True)
-    with live_text(console) as draw:
-        draw(draft_text(["first"], [False]))
-        draw(draft_text(["last"], [True]))
+    with live_text(console) as show:
+        show(draft_text(["first"], [False]))
+        show(draft_text(["last"], [True]))
     assert written(console).endswith("last\n\x1b[?25h")
 
 

@@ -4,7 +4,7 @@ The stock classes (0.18.0) return no step map and no usable logprobs, draw all p
 requests from shared random numbers, compute logits in the model's dtype, fix the unmasking rule and the mask token at
 start, ignore an EOS in the prompt's own block and drop the tokens after one. Here the schedule, the paged KV cache, the
 kernels and the CUDA graphs stay theirs; what happens to the logits is `block_step.Sampler`, TorchEngine's own,
-with random streams per request, position and step.
+with random streams per request, position and denoising step.
 
 How a sequence travels: `make_extra_inputs` puts its seed and its block's history beside the stock mask;
 `post_sampling` advances them; `RecordingStepInputs` carries them from step to step on the device; `make_extra_outputs`
@@ -174,7 +174,7 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
         end_N1 = (inputs.history_lengths + inputs.seq_length)[:, None]
         position_NB = end_N1 - self.block_size + torch.arange(self.block_size, device=mask_NB.device)
         blocks = Blocks(mask_NB == _MASKED, position_NB, extra_inputs.steps.amax(dim=1), extra_inputs.seeds)
-        step = Sampler(_as_they_are, self.sampling, self.suppressed_V).step(logits, blocks)
+        step = Sampler(_as_they_are, self.sampling, self.suppressed_V).denoise(logits, blocks)
         is_whole_N1 = (mask_NB == _UNMASKED).all(dim=1, keepdim=True)
         new_mask_NB = mask_NB.masked_fill(step.revealed_NB, _UNMASKED).masked_fill(is_whole_N1, _CACHED)
         steps_NB = torch.where(step.revealed_NB, blocks.step_N[:, None] + 1, extra_inputs.steps)

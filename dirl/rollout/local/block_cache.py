@@ -1,12 +1,12 @@
 """The KV cache of block decoding: S slots of fixed length, written in place, read up to the end of a query's block.
 
-One forward pass may hold tokens of many slots, several blocks each: whole prompts, clean blocks that were just finished
+One forward pass may have tokens of many slots, several blocks each: whole prompts, clean blocks that were just finished
 and the noisy blocks that follow either. Every token writes its key and value at (slot, position) and then reads the
 positions before the end of its own block, so that reading a prompt or finishing a block and starting the next is one
 pass. A noisy block's entries are overwritten by its clean ones before any later block reads them.
 
-Shapes: S slots, X some of them, L cache length, B block length, T tokens of a pass, E entries they write, R rows of
-queries, W lanes a row, H and G heads, D head dimension.
+Shapes: S slots, A some of them, L cache length, B block length, T tokens of a pass, C cache entries they write, R rows
+of queries, W lanes a row, H query heads, G key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ _IN_PLACE_FROM = 2 / 3  # share of the slots that are read; below it copying the
 
 @dataclass(frozen=True)
 class Entries:
-    """Which token is written where: `place_E` counts positions in the cache's slots laid end to end."""
+    """Which token is written where: `place_C` counts positions in the cache's slots laid end to end."""
 
-    place_E: Tensor
-    token_E: Tensor | None  # None: each token once, in order
+    place_C: Tensor
+    token_C: Tensor | None  # None: each token once, in order
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values; (S, L, G, D) each."""
+    """One layer's keys and values; (S, L, G, E) each."""
 
     keys: Tensor
     values: Tensor
 
-    def write(self, entries: Entries, key_TGD: Tensor, value_TGD: Tensor) -> None:
+    def write(self, entries: Entries, key_TGE: Tensor, value_TGE: Tensor) -> None:
         """Store keys and values of a pass's tokens."""
-        for tensor, new_TGD in zip(self, (key_TGD, value_TGD), strict=True):
-            new = new_TGD.flatten(1)  # a token's heads in one row: copied in one piece
-            if entries.token_E is not None:
-                new = new.index_select(0, entries.token_E)
-            tensor.flatten(0, 1).flatten(1)[entries.place_E] = new.to(tensor.dtype)
+        for tensor, new_TGE in zip(self, (key_TGE, value_TGE), strict=True):
+            new = new_TGE.flatten(1)  # a token's heads in one row: copied in one piece
+            if entries.token_C is not None:
+                new = new.index_select(0, entries.token_C)
+            tensor.flatten(0, 1).flatten(1)[entries.place_C] = new.to(tensor.dtype)
 
 
 class Rotary:
-    """Rotary embedding of some positions: cosines, and sines whose first half is negated, (T, 1, D) each."""
+    """Rotary embedding of some positions: cosines, and sines whose first half is negated, (T, 1, E) each."""
 
-    def __init__(self, cosine_T1D: Tensor, signed_sine_T1D: Tensor) -> None:
-        self.cosine_T1D, self.signed_sine_T1D = cosine_T1D, signed_sine_T1D
+    def __init__(self, cosine_T1E: Tensor, signed_sine_T1E: Tensor) -> None:
+        self.cosine_T1E, self.signed_sine_T1E = cosine_T1E, signed_sine_T1E
 
     @classmethod
     def up_to(cls, length: int, model: BlockDiffusionModel, like: Tensor) -> Rotary:
         """Of the positions 0 to length - 1."""
         position_1T = torch.arange(length, device=like.device)[None]
-        cosine_T1D, sine_T1D = (x[0, :, None] for x in model.model.rotary_emb(like, position_1T))
-        first, second = sine_T1D.chunk(2, dim=-1)
-        return cls(cosine_T1D, torch.cat([-first, second], dim=-1))
+        cosine_T1E, sine_T1E = (x[0, :, None] for x in model.model.rotary_emb(like, position_1T))
+        first, second = sine_T1E.chunk(2, dim=-1)
+        return cls(cosine_T1E, torch.cat([-first, second], dim=-1))
 
     def __getitem__(self, positions: slice | Tensor) -> Rotary:
-        return Rotary(self.cosine_T1D[positions], self.signed_sine_T1D[positions])
+        return Rotary(self.cosine_T1E[positions], self.signed_sine_T1E[positions])
 
-    def turn(self, heads_THD: Tensor) -> Tensor:
+    def turn(self, heads_THE: Tensor) -> Tensor:
         """Queries or keys of those positions, turned."""
-        swapped_THD = heads_THD.roll(heads_THD.shape[-1] // 2, dims=-1)
-        return (heads_THD * self.cosine_T1D).add_(swapped_THD.mul_(self.signed_sine_T1D))
+        swapped_THE = heads_THE.roll(heads_THE.shape[-1] // 2, dims=-1)
+        return (heads_THE * self.cosine_T1E).add_(swapped_THE.mul_(self.signed_sine_T1E))
 
 
 class BlockCache:
@@ -96,13 +96,13 @@ class BlockCache:
         """Of the first layer: all have its shape, precision and device."""
         return self.layers[0].keys
 
-    def entries(self, parts: Sequence[QueryRows]) -> Entries:
+    def entries(self, sections: Sequence[QueryRows]) -> Entries:
         """What the tokens of a pass write, for `LayerCache.write` in every layer."""
-        *starts, num_tokens = accumulate((len(rows.position_T) for rows in parts), initial=0)
+        *starts, num_tokens = accumulate((len(rows.position_T) for rows in sections), initial=0)
         length = self.keys.shape[1]
-        place_E = torch.cat([rows.slot_E * length + rows.position_T[rows.token_E] for rows in parts])
-        token_E = torch.cat([rows.token_E + start for rows, start in zip(parts, starts, strict=True)])
-        return Entries(place_E, None if len(token_E) == num_tokens else token_E)
+        place_C = torch.cat([rows.slot_C * length + rows.position_T[rows.token_C] for rows in sections])
+        token_C = torch.cat([rows.token_C + start for rows, start in zip(sections, starts, strict=True)])
+        return Entries(place_C, None if len(token_C) == num_tokens else token_C)
 
     def keep_slots(self, slot_N: Tensor) -> None:
         """Drop all slots but these; slot_N[i] becomes slot i. Only those that change their number are copied."""
@@ -117,11 +117,11 @@ class QueryRows(Protocol):
     """Tokens of a pass that stand together, laid out as rows of queries, one row a slot."""
 
     position_T: Tensor
-    token_E: Tensor  # which of these tokens ...
-    slot_E: Tensor  # ... is written to which slot; each at least once
+    token_C: Tensor  # which of these tokens ...
+    slot_C: Tensor  # ... is written to which slot; each at least once
 
-    def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Output of these tokens, (T, H, D), from a layer's whole cache, (S, L, G, D) each."""
+    def attend(self, query_THE: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Output of these tokens, (T, H, E), from a layer's whole cache, (S, L, G, E) each."""
         ...
 
 
@@ -129,53 +129,53 @@ class BlockRows:
     """One block of each of some slots; its queries read up to the block's own end.
 
     Where most of the cache's slots are among them it is read in place, with a padding row for each of the others;
-    otherwise what these slots hold is copied.
+    otherwise the entries of these slots are copied.
 
     Args:
-        slot_X, block_X: the slots, each once, and which block of theirs it is.
-        keys: of any layer of the cache they will read, (S, L, G, D).
+        slot_A, block_A: the slots, each once, and which block of theirs it is.
+        keys: of any layer of the cache they will read, (S, L, G, E).
     """
 
-    def __init__(self, slot_X: Tensor, block_X: Tensor, keys: Tensor, block_length: int) -> None:
+    def __init__(self, slot_A: Tensor, block_A: Tensor, keys: Tensor, block_length: int) -> None:
         num_slots = len(keys)
-        reads_in_place = len(slot_X) >= _IN_PLACE_FROM * num_slots
-        self.slot_X, self.block_length = slot_X, block_length
+        reads_in_place = len(slot_A) >= _IN_PLACE_FROM * num_slots
+        self.slot_A, self.block_length = slot_A, block_length
         self.flash = flash_decode(keys.device.type, keys.dtype)
-        self.end_X = (block_X + 1) * block_length
-        lane_B = torch.arange(block_length, device=slot_X.device)
-        self.position_T = (block_X[:, None] * block_length + lane_B).flatten()
-        self.slot_E = slot_X.repeat_interleave(block_length)
-        self.token_E = torch.arange(len(self.slot_E), device=slot_X.device)
-        self.slot_R: Tensor | None = None if reads_in_place else slot_X
-        self.row_X: Tensor | None = None  # row of each slot; None: in order
-        end_R = self.end_X
-        if reads_in_place and len(slot_X) < num_slots:
+        self.end_A = (block_A + 1) * block_length
+        lane_B = torch.arange(block_length, device=slot_A.device)
+        self.position_T = (block_A[:, None] * block_length + lane_B).flatten()
+        self.slot_C = slot_A.repeat_interleave(block_length)
+        self.token_C = torch.arange(len(self.slot_C), device=slot_A.device)
+        self.slot_R: Tensor | None = None if reads_in_place else slot_A
+        self.row_A: Tensor | None = None  # row of each slot; None: in order
+        end_R = self.end_A
+        if reads_in_place and len(slot_A) < num_slots:
             # Padding rows read position 0 only: softmax over nothing is NaN.
-            end_R = torch.ones(num_slots, dtype=torch.int64, device=slot_X.device).index_put((slot_X,), self.end_X)
-            self.row_X = slot_X
+            end_R = torch.ones(num_slots, dtype=torch.int64, device=slot_A.device).index_put((slot_A,), self.end_A)
+            self.row_A = slot_A
         self.mask_R11L = _reads_up_to(end_R[:, None], keys.dtype)
 
-    def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        query_XBHD = query_THD.to(keys.dtype).unflatten(0, (-1, self.block_length))
+    def attend(self, query_THE: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        query_ABHE = query_THE.to(keys.dtype).unflatten(0, (-1, self.block_length))
         if self.flash is not None:
             return self.flash(
-                query_XBHD,
+                query_ABHE,
                 keys,
                 values,
-                cache_seqlens=self.end_X.int(),
-                cache_batch_idx=self.slot_X.int(),
+                cache_seqlens=self.end_A.int(),
+                cache_batch_idx=self.slot_A.int(),
                 softmax_scale=scaling,
                 causal=False,
             ).flatten(0, 1)
-        query_RBHD = query_XBHD
-        if self.row_X is not None:
-            query_RBHD = query_XBHD.new_zeros(len(self.mask_R11L), *query_XBHD.shape[1:])
-            query_RBHD[self.row_X] = query_XBHD
+        query_RBHE = query_ABHE
+        if self.row_A is not None:
+            query_RBHE = query_ABHE.new_zeros(len(self.mask_R11L), *query_ABHE.shape[1:])
+            query_RBHE[self.row_A] = query_ABHE
         keys, values = _read(keys, values, self.slot_R, self.mask_R11L.shape[-1])
-        output_RBHD = masked_attention(query_RBHD.transpose(1, 2), keys, values, self.mask_R11L, scaling).transpose(
+        output_RBHE = masked_attention(query_RBHE.transpose(1, 2), keys, values, self.mask_R11L, scaling).transpose(
             1, 2
         )
-        return (output_RBHD if self.row_X is None else output_RBHD[self.row_X]).flatten(0, 1)
+        return (output_RBHE if self.row_A is None else output_RBHE[self.row_A]).flatten(0, 1)
 
 
 class PromptRows:
@@ -184,7 +184,7 @@ class PromptRows:
     Args:
         lengths: of the prompts, multiples of the block length.
         slots: those of each prompt; the first one's keys are read, the others receive the same.
-        keys: of any layer of the cache they will read, (S, L, G, D).
+        keys: of any layer of the cache they will read, (S, L, G, E).
     """
 
     def __init__(self, lengths: Sequence[int], slots: Sequence[Sequence[int]], keys: Tensor, block_length: int) -> None:
@@ -194,23 +194,23 @@ class PromptRows:
         self.position_T = torch.cat([torch.arange(length, device=device) for length in lengths])
         self.place = (torch.arange(len(lengths), device=device).repeat_interleave(length_R), self.position_T)
         tokens = torch.arange(len(self.position_T), device=device).split(list(lengths))
-        self.token_E = torch.cat([tokens[row] for row, _ in copies])
-        self.slot_E = torch.cat([torch.full_like(tokens[row], slot) for row, slot in copies])
+        self.token_C = torch.cat([tokens[row] for row, _ in copies])
+        self.slot_C = torch.cat([torch.full_like(tokens[row], slot) for row, slot in copies])
         end_RW = torch.ones(len(lengths), max(lengths), dtype=torch.int64, device=device)
         end_RW[self.place] = (self.position_T // block_length + 1) * block_length
         self.mask_R1WL = _reads_up_to(end_RW, keys.dtype)
 
-    def attend(self, query_THD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def attend(self, query_THE: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         num_rows, _, num_lanes, read_length = self.mask_R1WL.shape
-        query_RWHD = keys.new_zeros(num_rows, num_lanes, *query_THD.shape[1:])
-        query_RWHD[self.place] = query_THD.to(keys.dtype)
+        query_RWHE = keys.new_zeros(num_rows, num_lanes, *query_THE.shape[1:])
+        query_RWHE[self.place] = query_THE.to(keys.dtype)
         keys, values = _read(keys, values, self.slot_R, read_length)
-        output_RHWD = masked_attention(query_RWHD.transpose(1, 2), keys, values, self.mask_R1WL, scaling)
-        return output_RHWD.transpose(1, 2)[self.place]
+        output_RHWE = masked_attention(query_RWHE.transpose(1, 2), keys, values, self.mask_R1WL, scaling)
+        return output_RHWE.transpose(1, 2)[self.place]
 
 
 def _read(keys: Tensor, values: Tensor, slot_R: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """The first positions of some slots, or of all, as attention wants them; (R, G, length, D) each."""
+    """The first positions of some slots, or of all, as attention wants them; (R, G, length, E) each."""
     keys, values = keys[:, :length], values[:, :length]
     if slot_R is not None:
         keys, values = keys.index_select(0, slot_R), values.index_select(0, slot_R)

@@ -4,7 +4,8 @@ The layers are the model's own modules; what differs from its plain forward is w
 row whatever their sequences, keys go straight into the cache, and the last layer computes no more than was asked for:
 of a finished block, or of a prompt, its keys and values; of a noisy block, the positions that are still masked.
 
-Shapes: T tokens of the pass, N those whose hidden states are wanted, D hidden; H, G heads, E head dimension.
+Shapes: T tokens of the pass, N those whose hidden states are wanted, D hidden; H query heads, G key/value
+heads, E head dimension, X = H * E.
 """
 
 from __future__ import annotations
@@ -36,30 +37,30 @@ class CachedForward:
         self._feed_forward: Callable[..., Tensor] = compiled_of(_feed_forward) if compiled else _feed_forward
 
     def __call__(
-        self, cache: BlockCache, token_ids_T: Tensor, parts: Sequence[QueryRows], wanted_N: Tensor | None = None
+        self, cache: BlockCache, token_ids_T: Tensor, sections: Sequence[QueryRows], wanted_N: Tensor | None = None
     ) -> Tensor:
         """Write the tokens' keys and values to the cache; (N, D), the wanted tokens' last hidden states.
 
         Args:
-            parts: the tokens, in order, as rows of queries.
-            wanted_N: indices into the last part's tokens. None: only the cache is wanted.
+            sections: the tokens, in order, as rows of queries.
+            wanted_N: indices into the last section's tokens. None: only the cache is wanted.
         """
         inner = self.model.model
         hidden_TD = inner.embed_tokens(token_ids_T)
-        rotary = cache.rotary[torch.cat([rows.position_T for rows in parts])]
-        entries = cache.entries(parts)
+        rotary = cache.rotary[torch.cat([rows.position_T for rows in sections])]
+        entries = cache.entries(sections)
         *layers, last = zip(inner.layers, cache.layers, strict=True)
-        for layer, held in layers:
+        for layer, layer_cache in layers:
             query_THE, key_TGE, value_TGE = self._project(layer, hidden_TD, rotary, 0)
-            held.write(entries, key_TGE, value_TGE)
-            hidden_TD = self._feed_forward(layer, hidden_TD, _attend(layer, query_THE, held, parts))
-        layer, held = last
-        start = len(hidden_TD) - (0 if wanted_N is None else len(parts[-1].position_T))
+            layer_cache.write(entries, key_TGE, value_TGE)
+            hidden_TD = self._feed_forward(layer, hidden_TD, _attend(layer, query_THE, layer_cache, sections))
+        layer, layer_cache = last
+        start = len(hidden_TD) - (0 if wanted_N is None else len(sections[-1].position_T))
         query_THE, key_TGE, value_TGE = self._project(layer, hidden_TD, rotary, start)
-        held.write(entries, key_TGE, value_TGE)
+        layer_cache.write(entries, key_TGE, value_TGE)
         if wanted_N is None:
             return hidden_TD[:0]
-        attended_TX = _attend(layer, query_THE, held, parts[-1:])
+        attended_TX = _attend(layer, query_THE, layer_cache, sections[-1:])
         hidden_ND = hidden_TD[start:].index_select(0, wanted_N)
         return inner.norm(self._feed_forward(layer, hidden_ND, attended_TX.index_select(0, wanted_N)))
 
@@ -74,11 +75,11 @@ def _project(layer: DecoderLayer, hidden_TD: Tensor, rotary: Rotary, start: int)
     return rotary[start:].turn(query_THE), rotary.turn(key_TGE), value_TGE
 
 
-def _attend(layer: DecoderLayer, query_THE: Tensor, held: LayerCache, parts: Sequence[QueryRows]) -> Tensor:
+def _attend(layer: DecoderLayer, query_THE: Tensor, layer_cache: LayerCache, sections: Sequence[QueryRows]) -> Tensor:
     """What the queries read, heads side by side; (T, H * E)."""
-    queries = query_THE.split([len(rows.position_T) for rows in parts])
+    queries = query_THE.split([len(rows.position_T) for rows in sections])
     scaling = layer.self_attn.scaling
-    outputs = [rows.attend(query, *held, scaling) for query, rows in zip(queries, parts, strict=True)]
+    outputs = [rows.attend(query, *layer_cache, scaling) for query, rows in zip(queries, sections, strict=True)]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
 
 

@@ -3,9 +3,10 @@
 Continuous batching: a sequence that ends leaves its slot to the next prompt at once. One forward pass a denoising step:
 the block that was just finished writes its clean keys in the same pass that denoises the block after it. Prompts that
 stand several times are read once. A sample depends on its prompt, its seed and the sampling configuration only: random
-numbers come from a counter (seed, position, step), not from a shared generator.
+numbers come from (seed, position, denoising step), not from a shared generator.
 
-Shapes: S slots, A active slots, M masked positions of the active slots, B block length, V vocabulary.
+Shapes: S slots, A active slots, P those with a finished block to commit, M masked positions of the active slots,
+B block length, D hidden.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dirl.training.full_parameters import full_parameter_shapes, named_full_para
 
 _PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
 
-_Part = tuple[Tensor, QueryRows]  # tokens of a pass and how they are laid out
+_Section = tuple[Tensor, QueryRows]  # tokens of a pass and how they are laid out
 
 
 class TorchEngine:
@@ -97,10 +98,10 @@ class TorchEngine:
             ours, theirs = dict(self.model.named_parameters()), full_parameter_shapes(model)
             for name in theirs.keys() | ours.keys():
                 pushed = theirs.get(name, "absent")
-                held = tuple(ours[name].shape) if name in ours else "absent"
-                if pushed != held:  # copy_ would broadcast, and skip what the engine lacks
+                own = tuple(ours[name].shape) if name in ours else "absent"
+                if pushed != own:  # copy_ would broadcast, and skip what the engine lacks
                     raise ValueError(
-                        f"update_weights: {name} is {pushed} in the pushed model and {held} in the engine; "
+                        f"update_weights: {name} is {pushed} in the pushed model and {own} in the engine; "
                         "push a model of the same configuration"
                     )
             with torch.no_grad():
@@ -137,7 +138,7 @@ class TorchEngine:
         sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
-            prompts: Sequence[_Part] = ()
+            prompts: Sequence[_Section] = ()
             if admitted := {slot: queue.popleft() for slot in slots.free() if queue}:
                 slots.admit(admitted)
                 prompts = self._read_prompts(admitted, cache)
@@ -149,7 +150,7 @@ class TorchEngine:
             blocks = slots.blocks(slot_A)
             masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
             hidden_MD = self._forward(slots, slot_A, masked_M, prompts, cache)
-            step = sampler.step(hidden_MD, blocks, masked_M)
+            step = sampler.denoise(hidden_MD, blocks, masked_M)
             slots.apply(step, slot_A)
             self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
@@ -175,8 +176,8 @@ class TorchEngine:
         num_tokens = self.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
         return max(1, num_tokens // length)
 
-    def _read_prompts(self, admitted: dict[int, Request], cache: BlockCache) -> Sequence[_Part]:
-        """The full blocks of admitted prompts, each distinct one once, as a part of the next pass.
+    def _read_prompts(self, admitted: dict[int, Request], cache: BlockCache) -> Sequence[_Section]:
+        """The full blocks of admitted prompts, each distinct one once, as a section of the next pass.
 
         What goes beyond a pass's budget is read at once.
         """
@@ -186,34 +187,34 @@ class TorchEngine:
             full = len(request.prompt_ids) - len(request.prompt_ids) % block_length
             slots_of.setdefault(tuple(request.prompt_ids[:full]), []).append(slot)
         slots_of.pop((), None)
-        parts = [
+        sections = [
             (
                 torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys.device),
                 PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, block_length),
             )
             for prompts in consecutive(slots_of, len, _PREFILL_TOKENS)
         ]
-        for token_ids_T, rows in parts[:-1]:
+        for token_ids_T, rows in sections[:-1]:
             self.forward(cache, token_ids_T, [rows])
-        return parts[-1:]
+        return sections[-1:]
 
     def _forward(
-        self, slots: Slots, slot_A: Tensor, masked_M: Tensor, prompts: Sequence[_Part], cache: BlockCache
+        self, slots: Slots, slot_A: Tensor, masked_M: Tensor, prompts: Sequence[_Section], cache: BlockCache
     ) -> Tensor:
         """Hidden states of the active slots' masked positions, (M, D).
 
         The same pass reads the prompts that were admitted and commits the blocks that were finished.
         """
         slot_P = slot_A[slots.has_previous_S[slot_A]]
-        parts = [*prompts, (slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache))]
+        sections = [*prompts, (slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache))]
         if len(slot_P):
             committed = self._blocks(slot_P, slots.block_S[slot_P] - 1, cache)
-            parts.insert(-1, (slots.previous_ids_SB[slot_P], committed))
-        token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in parts])
-        return self.forward(cache, token_ids_T, [rows for _, rows in parts], masked_M)
+            sections.insert(-1, (slots.previous_ids_SB[slot_P], committed))
+        token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in sections])
+        return self.forward(cache, token_ids_T, [rows for _, rows in sections], masked_M)
 
-    def _blocks(self, slot_X: Tensor, block_X: Tensor, cache: BlockCache) -> BlockRows:
-        return BlockRows(slot_X, block_X, cache.keys, self.model.config.block_size)
+    def _blocks(self, slot_A: Tensor, block_A: Tensor, cache: BlockCache) -> BlockRows:
+        return BlockRows(slot_A, block_A, cache.keys, self.model.config.block_size)
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]

@@ -1,7 +1,7 @@
 """The state of sequences that are being decoded: one slot each, all slots advanced together, no loop over sequences.
 
-A slot holds the current block (tokens, which are still masked, the step each was revealed at, its logprob), the block
-before it until its clean keys are in the cache, and everything finished so far.
+A slot has the current block (tokens, which are still masked, the denoising step each was revealed at, its logprob), the
+block before it until its clean keys are in the cache, and everything finished so far. A step is a denoising step here.
 
 Shapes: S slots, A active slots, F slots whose block is finished, B block length, K blocks of a completion at most.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dirl.rollout.block_step import Blocks, Step
+from dirl.rollout.block_step import Blocks, DenoisingStep
 from dirl.rollout.watch import Frame
 
 
@@ -77,7 +77,7 @@ class Slots:
         position_AB = self.block_S[slot_A, None] * self.block_length + lane_B
         return Blocks(self.masked_SB[slot_A], position_AB, self.step_S[slot_A], self.seed_S[slot_A])
 
-    def apply(self, step: Step, slot_A: Tensor) -> None:
+    def apply(self, step: DenoisingStep, slot_A: Tensor) -> None:
         """Reveal tokens in the active slots."""
         self.step_S[slot_A] += 1
         revealed_AB = step.revealed_NB
@@ -87,7 +87,7 @@ class Slots:
         self.masked_SB[slot_A] &= ~revealed_AB
         self.has_previous_S[slot_A] = False
 
-    def frames(self, step: Step, slot_A: Tensor) -> list[Frame]:
+    def frames(self, step: DenoisingStep, slot_A: Tensor) -> list[Frame]:
         """The active slots after `apply`, before their blocks are filed."""
         shown_AB = torch.where(self.masked_SB[slot_A], step.token_ids_NB, self.token_ids_SB[slot_A]).tolist()
         committed_AB = (~self.masked_SB[slot_A]).tolist()
@@ -111,7 +111,7 @@ class Slots:
         self.done_ids_SKB[filed] = token_ids_FB
         self.done_steps_SKB[filed] = step_map_FB
         self.done_logprobs_SKB[filed] = self.logprob_SB[slot_F]
-        # No step revealed what the first block holds of the prompt.
+        # No step revealed the prompt's tokens in the first block.
         has_stopped_F = (torch.isin(token_ids_FB, stop_ids) & (step_map_FB > 0)).any(dim=1)
         has_ended_F = has_stopped_F | (self.block_S[slot_F] + 1 >= self.end_block_S[slot_F])
         self._next_block(slot_F)

@@ -131,10 +131,11 @@ class ServerEngine:
         touched_tokens(prompts, seeds, sampling, self.block_length)
         rows = [PromptRow(i, list(prompt), seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
         count = len(self.servers)
-        parts = [rows[n::count] for n in range(count)]
+        shares = [rows[n::count] for n in range(count)]
         with ThreadPoolExecutor(count) as pool:
             asked = [
-                pool.submit(self._ask, server, part, sampling) for server, part in zip(self.servers, parts, strict=True)
+                pool.submit(self._ask, server, share, sampling)
+                for server, share in zip(self.servers, shares, strict=True)
             ]
             answers = {row.id: row for future in asked for row in future.result()}
         missing = [i for i in range(len(rows)) if i not in answers]

@@ -13,18 +13,18 @@ from dirl.show.metric_table import TABLE
 MAX_POINTS = 400  # of a curve; more are means of neighbours, so that a report of any length stays small
 
 
-def draw_panels(rows: Sequence[Mapping[str, Any]], table: MetricTable = TABLE) -> list[dict[str, Any]]:
+def panel_charts(rows: Sequence[Mapping[str, Any]], table: MetricTable = TABLE) -> list[dict[str, Any]]:
     """Every panel the rows have numbers for, as the page's script wants it."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    drawn = ((panel, _series(panel, rows, names, table)) for panel in table.panels)
-    return [_chart(panel, series) for panel, series in drawn if series]
+    all_series = ((panel, _series(panel, rows, names, table)) for panel in table.panels)
+    return [_chart(panel, series) for panel, series in all_series if series]
 
 
 def _series(
     panel: Panel, rows: Sequence[Mapping[str, Any]], names: Sequence[str], table: MetricTable
 ) -> list[dict[str, Any]]:
     """Its curves or layers; none where nothing it shows was logged."""
-    shown = table.drawn(names, lambda metric: metric.panel == panel.title)
+    shown = table.plotted(names, lambda metric: metric.panel == panel.title)
     if panel.kind in ("stacked", "shares"):
         series = _layers([name for name, _ in shown], rows)
     elif panel.kind == "levels":
@@ -50,14 +50,14 @@ def _chart(panel: Panel, series: list[dict[str, Any]]) -> dict[str, Any]:
 def _line(name: str, error: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One metric over steps; numbers that were not finite (null) are left out."""
     known = [row for row in rows if row.get(name) is not None]
-    drawn = {
+    line = {
         "name": name,
         "x": thin([row["step"] for row in known], whole=True),
         "y": thin([row[name] for row in known]),
     }
     if error and known and all(row.get(error) is not None for row in known):
-        drawn["e"] = thin([row[error] for row in known])
-    return drawn
+        line["e"] = thin([row[error] for row in known])
+    return line
 
 
 def _layers(names: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -73,13 +73,13 @@ def _levels(names: Iterable[str], rows: Sequence[Mapping[str, Any]]) -> list[dic
     deciles = sorted((int(name.rpartition("_")[2]), name) for name in names)
     known = [row for row in rows if any(row.get(name) is not None for _, name in deciles)]
     chosen = dict.fromkeys(round(i * (len(known) - 1) / 3) for i in range(4)) if known else {}
-    drawn = []
+    curves = []
     for row in (known[i] for i in chosen):
         points = [((decile + 0.5) / 10, row[name]) for decile, name in deciles if row.get(name) is not None]
-        drawn.append(
+        curves.append(
             {"name": f"step {row['step']}", "x": [x for x, _ in points], "y": [_short(float(y)) for _, y in points]}
         )
-    return drawn
+    return curves
 
 
 def _to_shares(series: Sequence[dict[str, Any]]) -> None:
@@ -94,8 +94,8 @@ def thin(values: Sequence[float], *, whole: bool = False) -> list[float]:
     if count <= MAX_POINTS:
         return [value if whole else _short(float(value)) for value in values]
     bounds = [count * i // MAX_POINTS for i in range(MAX_POINTS + 1)]
-    parts = [values[start:end] for start, end in pairwise(bounds)]
-    return [part[-1] if whole else _short(sum(part) / len(part)) for part in parts]
+    bunches = [values[start:end] for start, end in pairwise(bounds)]
+    return [bunch[-1] if whole else _short(sum(bunch) / len(bunch)) for bunch in bunches]
 
 
 def _short(value: float) -> float:

@@ -14,7 +14,7 @@ from dirl.errors import MissingFileError, UserError, one_line
 from dirl.files import write_whole
 from dirl.show.metric import MetricTable
 from dirl.show.metric_table import TABLE, read_metrics
-from dirl.show.report.curves import draw_panels
+from dirl.show.report.curves import panel_charts
 from dirl.show.report.page import report_page
 from dirl.show.report.samples import Decode, choose_samples
 
@@ -75,7 +75,7 @@ def _describe(folder: Path, name: str, decode: Decode | None, table: MetricTable
         "name": name,
         "date": str(record.get("date", "")),
         "tiles": _tiles(rows, config, table),
-        "charts": draw_panels(rows, table),
+        "charts": panel_charts(rows, table),
         "samples": choose_samples(folder, decode, _block_length(folder, config)),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "environment": list(_environment(record)),

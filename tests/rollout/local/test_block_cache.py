@@ -21,19 +21,19 @@ def cache() -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def by_hand(query_HD: Tensor, keys: Tensor, values: Tensor, slot: int, end: int) -> Tensor:
-    """One query over the first `end` positions of a slot; (H, D)."""
+def by_hand(query_HE: Tensor, keys: Tensor, values: Tensor, slot: int, end: int) -> Tensor:
+    """One query over the first `end` positions of a slot; (H, E)."""
     outputs = []
     for head in range(HEADS):
-        key_LD, value_LD = (x[slot, :end, head // (HEADS // KEY_HEADS)] for x in (keys, values))
-        outputs.append(((key_LD @ query_HD[head]) * SCALING).softmax(0) @ value_LD)
+        key_LE, value_LE = (x[slot, :end, head // (HEADS // KEY_HEADS)] for x in (keys, values))
+        outputs.append(((key_LE @ query_HE[head]) * SCALING).softmax(0) @ value_LE)
     return torch.stack(outputs)
 
 
 def flash_by_hand(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, cache_batch_idx: Tensor, **options: Any
 ) -> Tensor:
-    """What flash_attn_with_kvcache documents: q (N, W, H, D), caches (slots, L, G, D), int32 lengths and slots."""
+    """What flash_attn_with_kvcache documents: q (A, B, H, E), caches (S, L, G, E), int32 lengths and slots."""
     assert options == {"softmax_scale": SCALING, "causal": False}
     assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
     assert k_cache.shape == v_cache.shape == (SLOTS, LENGTH, KEY_HEADS, HEAD_DIM)
@@ -49,49 +49,49 @@ def test_blocks_read_up_to_their_end(slots: list[int], uses_flash: bool, monkeyp
     if uses_flash:
         monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: flash_by_hand)
     blocks = [(7 * slot + 1) % (LENGTH // BLOCK) for slot in slots]
-    query_THD = torch.randn(len(slots) * BLOCK, HEADS, HEAD_DIM)
+    query_THE = torch.randn(len(slots) * BLOCK, HEADS, HEAD_DIM)
     keys, values = cache()
     rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), keys, BLOCK)
-    found_THD = rows.attend(query_THD, keys, values, SCALING)
+    found_THE = rows.attend(query_THE, keys, values, SCALING)
     expected = [
-        by_hand(query_THD[i * BLOCK + lane], keys, values, slot, (block + 1) * BLOCK)
+        by_hand(query_THE[i * BLOCK + lane], keys, values, slot, (block + 1) * BLOCK)
         for i, (slot, block) in enumerate(zip(slots, blocks, strict=True))
         for lane in range(BLOCK)
     ]
-    torch.testing.assert_close(found_THD, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_THE, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_of_different_lengths() -> None:
     lengths, slots = [8, 20, 4], [3, 0, 2]
     row_T = torch.tensor([row for row, length in enumerate(lengths) for _ in range(length)])
     position_T = torch.tensor([position for length in lengths for position in range(length)])
-    query_THD = torch.randn(len(row_T), HEADS, HEAD_DIM)
+    query_THE = torch.randn(len(row_T), HEADS, HEAD_DIM)
     keys, values = cache()
     rows = PromptRows(lengths, [[slot] for slot in slots], keys, BLOCK)
     assert rows.position_T.tolist() == position_T.tolist()
-    found_THD = rows.attend(query_THD, keys, values, SCALING)
+    found_THE = rows.attend(query_THE, keys, values, SCALING)
     expected = [
-        by_hand(query_THD[i], keys, values, slots[row], (position // BLOCK + 1) * BLOCK)
+        by_hand(query_THE[i], keys, values, slots[row], (position // BLOCK + 1) * BLOCK)
         for i, (row, position) in enumerate(zip(row_T.tolist(), position_T.tolist(), strict=True))
     ]
-    torch.testing.assert_close(found_THD, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_THE, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_every_slot_of_a_prompt_receives_its_keys_and_moves_with_them() -> None:
     model, _ = tiny()
-    held = BlockCache(model, SLOTS, LENGTH)
-    rows = PromptRows([4, 8], [[3], [0, 4]], held.keys, BLOCK)
-    blocks = BlockRows(torch.tensor([1]), torch.tensor([2]), held.keys, BLOCK)
-    shape = (len(rows.position_T) + BLOCK, *held.keys.shape[2:])
-    key_TGD, value_TGD = torch.randn(2, *shape).unbind(0)
-    held.layers[1].write(held.entries([rows, blocks]), key_TGD, value_TGD)
-    expected = torch.zeros_like(held.keys)
-    expected[3, :4] = key_TGD[:4]
-    expected[0, :8] = expected[4, :8] = key_TGD[4:12]
-    expected[1, 8:12] = key_TGD[12:]
-    assert held.layers[1].keys.equal(expected) and not held.layers[0].keys.any()
-    held.keep_slots(torch.tensor([0, 4, 3]))
-    assert held.layers[1].keys.equal(expected[[0, 4, 3]])
+    ours = BlockCache(model, SLOTS, LENGTH)
+    rows = PromptRows([4, 8], [[3], [0, 4]], ours.keys, BLOCK)
+    blocks = BlockRows(torch.tensor([1]), torch.tensor([2]), ours.keys, BLOCK)
+    shape = (len(rows.position_T) + BLOCK, *ours.keys.shape[2:])
+    key_TGE, value_TGE = torch.randn(2, *shape).unbind(0)
+    ours.layers[1].write(ours.entries([rows, blocks]), key_TGE, value_TGE)
+    expected = torch.zeros_like(ours.keys)
+    expected[3, :4] = key_TGE[:4]
+    expected[0, :8] = expected[4, :8] = key_TGE[4:12]
+    expected[1, 8:12] = key_TGE[12:]
+    assert ours.layers[1].keys.equal(expected) and not ours.layers[0].keys.any()
+    ours.keep_slots(torch.tensor([0, 4, 3]))
+    assert ours.layers[1].keys.equal(expected[[0, 4, 3]])
 
 
 def test_flash_is_for_half_precision_on_cuda() -> None:

@@ -95,7 +95,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_all_charts_are_drawn(browser: Any, report: Path, size: str) -> None:
+def test_all_charts_are_shown(browser: Any, report: Path, size: str) -> None:
     found = visit(browser, report, size=size)
     assert opened_alone(found, report)
     figures = found.page.locator("figure[data-chart]")

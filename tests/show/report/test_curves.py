@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from dirl.show.report.curves import MAX_POINTS, draw_panels, thin
+from dirl.show.report.curves import MAX_POINTS, panel_charts, thin
 from tests.show.report.run_files import rl_row, sft_row
 
 
 def by_title(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {panel["title"]: panel for panel in draw_panels(rows)}
+    return {panel["title"]: panel for panel in panel_charts(rows)}
 
 
 def test_an_rl_run_has_all_its_curves() -> None:
@@ -49,10 +49,10 @@ def test_an_sft_run_shows_its_step_and_its_noise_levels() -> None:
 
 def test_numbers_that_were_not_finite_are_left_out() -> None:
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 3.0, "timing_s/eval": None}]
-    assert [(p["title"], p["series"][0]["x"], p["series"][0]["y"]) for p in draw_panels(rows)] == [
+    assert [(p["title"], p["series"][0]["x"], p["series"][0]["y"]) for p in panel_charts(rows)] == [
         ("Loss", [1, 3], [1.0, 3.0])
     ]
-    assert draw_panels([{"step": 1, "entropy": None}]) == [] == draw_panels([])
+    assert panel_charts([{"step": 1, "entropy": None}]) == [] == panel_charts([])
 
 
 def test_long_curves_are_means_of_neighbours() -> None:
