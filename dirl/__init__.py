@@ -29,6 +29,7 @@ _HOMES = {
     "plot_thresholds": "dirl.eval.accuracy_picture",
     "write_report": "dirl.show.report.write",
     "SamplingConfig": "dirl.rollout.engine",
+    "ObjectiveConfig": "dirl.rl.objective",
     "RolloutConfig": "dirl.rl.collector",
     "ModelConfig": "dirl.model.checkpoint",
     "SFTConfig": "dirl.sft.train",
@@ -44,6 +45,7 @@ __all__ = [
     "Completion",
     "Completions",
     "ModelConfig",
+    "ObjectiveConfig",
     "RLConfig",
     "RLDataConfig",
     "RLTrainer",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
     from dirl.rl.collector import RolloutConfig
+    from dirl.rl.objective import ObjectiveConfig
     from dirl.rl.train import RLConfig, RLDataConfig, RLTrainer
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import Completions, generate, with_texts
