@@ -114,6 +114,7 @@ class RLTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         problems: Sequence[Problem] | None = None,
         rubric: Rubric | None = None,
+        engine: RolloutEngine | None = None,
     ) -> None:
         super().__init__(config)
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
@@ -128,7 +129,7 @@ class RLTrainer(Trainer):
             on_micro_batch=self.show_micro_batch,
             on_skip=self.record_skipped,
         )
-        self.engine: RolloutEngine = build_engine(
+        self.engine = engine or build_engine(
             decoded,
             self.tokenizer,
             config.rollout,
@@ -175,8 +176,6 @@ class RLTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
         config = self.config
-        if not self.heldout:
-            return {}
         evaluator = Evaluator(
             self.engine,
             self.tokenizer,

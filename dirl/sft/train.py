@@ -117,8 +117,6 @@ class SFTTrainer(Trainer):
 
         The noise is the same at every call, so that curves show the model and not the draw.
         """
-        if not self.heldout:
-            return {}
         self.learner.module.eval()
         packs = self._packs(self.heldout, seed=stable_seed(self.config.seed, -1))
         filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)

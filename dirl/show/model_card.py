@@ -28,9 +28,9 @@ _TITLES: dict[Stage, str] = {
 }
 _KEYS = (
     *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed", "global_batch_size"),
-    *("likelihood", "loss_type", "scale_rewards", "epsilon", "epsilon_high", "beta", "num_iterations"),
+    *("num_iterations", "steps_per_generation"),
 )
-_SECTIONS = ("noise", "rollout", "reward")
+_SECTIONS = ("objective", "noise", "rollout", "reward")
 
 
 def finish_model(final: Path, output_dir: Path, stage: Stage, push_to_hub: str) -> None:

@@ -7,7 +7,7 @@ what survives a stop, what is written and shown is decided here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Trainer(ABC):
     stage: Stage
     learner: Learner
     source: Resumable  # what it takes its data from
+    heldout: Sequence[Any] = ()  # what it is evaluated on
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -76,7 +77,7 @@ class Trainer(ABC):
         """Called once, when the weights are those that the run starts or goes on with."""
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data; none where there is none."""
+        """Metrics on the held-out data; asked for where there are any."""
         return {}
 
     def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -111,7 +112,7 @@ class Trainer(ABC):
                     break
                 run.advance(self.steps_done)
                 self.record(run)
-                if run.is_due(config.eval_steps) or run.is_finished:
+                if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
                     with self.timings.phase("eval"):
                         metrics |= self.evaluate()
                 run.save_if_due(metrics)

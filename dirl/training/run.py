@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from dirl.config import save_config
-from dirl.errors import RunInterrupted, UserError
+from dirl.errors import RunInterrupted, UserError, one_line
 from dirl.files import write_json
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
@@ -199,7 +199,13 @@ class Run:
             return None
         state = json.loads((checkpoint / LOOP_STATE).read_text(encoding="utf-8"))
         check_identity(checkpoint, state["identity"], self._identity())
-        self.source.load_state_dict(state["source"])  # first: it refuses other data
+        try:
+            self.source.load_state_dict(state["source"])  # first: it refuses other data
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{checkpoint} does not hold what this run saves ({one_line(error)}): another stage or version of dirl "
+                "wrote it; resume with that one, or set resume_from_checkpoint=none to start afresh"
+            ) from error
         self.distributed.load_state(checkpoint)
         self.learner.load_state_dict(state["learner"])
         self.step = self._previous_step = self._saved_step = state["step"]

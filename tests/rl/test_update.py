@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.objective import ImportanceSampling, LossType, ObjectiveConfig
+from dirl.rl.objective import ImportanceSampling, Level, LossType, ObjectiveConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
 from dirl.rl.update_metrics import EngineMismatch
@@ -67,6 +67,15 @@ def test_first_update_is_on_policy(likelihood: Likelihood) -> None:
     assert second["kl"] > 0
     assert second["clip_ratio/region_mean"] == 0
     assert first["sampling/logp_difference/max"] < 1e-4
+
+
+@pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])
+def test_on_policy_every_level_takes_the_same_step(likelihood: Likelihood) -> None:
+    norms = []
+    for level in get_args(Level):
+        objective = ObjectiveConfig(likelihood=likelihood, importance_sampling_level=level)
+        norms.append(trainer(replace(CONFIG, objective=objective, max_tokens_per_micro_batch=256)).step()["grad_norm"])
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5) and norms[0] > 0
 
 
 @pytest.mark.parametrize(

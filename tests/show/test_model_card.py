@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dirl.rl.train import RLConfig
+from dirl.sft.train import SFTConfig
+from dirl.show import model_card
 from dirl.show.model_card import MARK, finish_model, push_model, write_model_card
 
 CONFIG: dict[str, Any] = {
@@ -17,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "run_name": "a | b <script>",
     "max_steps": 60,
     "learning_rate": 1e-6,
-    "likelihood": "trajectory",
+    "objective": {"likelihood": "trajectory"},
     "model": {"path": "JetLM/SDAR-1.7B-Chat"},
     "data": {"path": "data/problems.jsonl"},
     "rollout": {"num_generations": 8},
@@ -49,9 +53,15 @@ def test_a_card_says_what_it_was_trained_on_and_how_it_did(run: Path) -> None:
     assert body.startswith(MARK) and "20 optimizer steps" in body
     assert "# a \\| b &lt;script>" in body
     assert "| `reward` | 0.75 (step 20) |" in body and "| `eval/accuracy` | 0.625 (step 10) |" in body
-    assert "| `likelihood` | trajectory |" in body and "| `rollout.num_generations` | 8 |" in body
+    assert "| `objective.likelihood` | trajectory |" in body and "| `rollout.num_generations` | 8 |" in body
     assert "- data: `data/problems.jsonl`" in body and "- rewards: `accuracy speed`" in body
     assert "- commit: `abc with changes`" in body
+
+
+def test_every_setting_it_names_is_a_key_of_a_run() -> None:
+    """A key that moves would leave the card without a word."""
+    known = {field.name for schema in (SFTConfig, RLConfig) for field in fields(schema)}
+    assert {*model_card._KEYS, *model_card._SECTIONS} <= known
 
 
 def test_ours_is_renewed_and_somebody_elses_stays(run: Path, caplog: pytest.LogCaptureFixture) -> None:

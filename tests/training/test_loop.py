@@ -30,6 +30,7 @@ class Toy(Trainer):
     """Rows of ones -> one number; `acts[n]` is done in the n-th call of `step`, `calls` is what the loop asked for."""
 
     stage = "sft"
+    heldout = ("something",)
 
     def __init__(self, config: TrainingConfig, acts: Mapping[int, Act] | None = None, steps_at_a_time: int = 1) -> None:
         super().__init__(config)
@@ -150,7 +151,7 @@ def test_nothing_to_learn_later_ends_the_run_with_a_checkpoint_and_a_model(tmp_p
 def test_a_step_that_a_signal_cut_short_ends_the_run_after_a_checkpoint(tmp_path: Path) -> None:
     def stop(toy: Toy) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert toy.signals.is_stop_asked(toy.distributed)  # as a stage asks between two acts of a step
+        assert toy.signals.is_stop_asked()  # as a stage asks between two acts of a step
         raise StopAsked
 
     toy = Toy(config(tmp_path), {2: stop})

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from dirl.data.prompt_stream import PromptStream
-from dirl.errors import RunInterrupted
+from dirl.errors import RunInterrupted, UserError
 from dirl.show.terminal import Terminal
 from dirl.training.distributed import Distributed
 from dirl.training.interruption import SignalWatch
@@ -142,7 +142,7 @@ def test_a_signal_ends_the_run_after_one_checkpoint(tmp_path: Path) -> None:
             run.stop_if_asked()
         assert saved_steps(tmp_path / str(int(number))) == ["step_000001"]
         again = new_run(config)
-        assert signal.getsignal(number) is not None and not again.signals.is_stop_asked(again.distributed)
+        assert signal.getsignal(number) is not None and not again.signals.is_stop_asked()
 
 
 def test_a_signal_during_a_save_lets_it_end_and_makes_no_second(
@@ -164,3 +164,17 @@ def test_a_signal_during_a_save_lets_it_end_and_makes_no_second(
         run.stop_if_asked()
     assert saves == [1] and saved_steps(tmp_path) == ["step_000001"]
     assert new_run(RunConfig(output_dir=str(tmp_path))).step == 1
+
+
+def test_a_checkpoint_of_another_stage_is_refused_in_one_line(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=1)
+    go(new_run(config), 1)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    state = json.loads((checkpoint / "loop.json").read_text())
+    text = json.dumps({**state, "source": {"waiting": []}})
+    (checkpoint / "loop.json").write_text(text)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["loop.json"] = len(text)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"step_000001 does not hold what this run saves \(KeyError: .*another stage"):
+        new_run(config)
