@@ -22,19 +22,20 @@ from typing import Any, Literal
 from dirl.config import bounds_in_words, marks_of
 from dirl.eval.evaluate import EvalConfig
 from dirl.rl.train import RLConfig
+from dirl.rollout.server.wire import ServeConfig
 from dirl.sft.train import SFTConfig
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
-SCHEMAS = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig}
+SCHEMAS = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig, "serve": ServeConfig}
 HEAD = """\
 # Configuration
 
 *Generated from the dataclasses by `scripts/make_config_reference.py`; a test fails when it is stale.*
 
-`dirl sft|rl|eval CONFIG key=value ...` reads a YAML file and dotted overrides. Precedence: the defaults below, then the
-YAML file (where `${oc.env:NAME,default}` reads an environment variable), then the command line. An unknown key, a wrong
-type or an impossible value is one line that names it, and exit code 2. The resolved configuration is written to
-`output_dir/config.yaml`; running that file again repeats the run.
+`dirl sft|rl|eval|serve CONFIG key=value ...` reads a YAML file and dotted overrides. Precedence: the defaults below,
+then the YAML file (where `${oc.env:NAME,default}` reads an environment variable), then the command line. An unknown
+key, a wrong type or an impossible value is one line that names it, and exit code 2. The resolved configuration of a run
+is written to `output_dir/config.yaml`; running that file again repeats the run.
 
 A key that moved keeps working under its old name, and says so. A path may begin with `~`. Lists are written `[a,b]`,
 and a dictionary's entry as `reward.parameters.cosine.longest_right=0.5`.

@@ -16,6 +16,7 @@ import pytest
 from dirl.eval.evaluate import EvalConfig
 from dirl.model.tiny import tiny
 from dirl.rl.train import RLConfig
+from dirl.rollout.server.wire import ServeConfig
 from dirl.sft.train import SFTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +42,11 @@ def test_the_configuration_reference_is_fresh() -> None:
 
 
 def test_the_keys_that_pages_name_exist() -> None:
-    """Every key in the last column of the migration tables, and every section.key on any page."""
+    """Every key in the last column of the migration tables of keys, and every section.key on any page."""
     keys = {key for schema in (SFTConfig, RLConfig, EvalConfig) for key in dotted_keys(schema)}
     sections = {key.split(".")[0] for key in keys if "." in key}
-    rows = re.findall(r"^\|.*\|([^|]+)\|$", (ROOT / "docs" / "migration.md").read_text(), re.MULTILINE)
+    tables_of_keys = (ROOT / "docs" / "migration.md").read_text().partition("### Python")[0]
+    rows = re.findall(r"^\|.*\|([^|]+)\|$", tables_of_keys, re.MULTILINE)
     named = {name for cell in rows for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)(?:=[^`]*)?`", cell)}
     assert len(named) > 25
     # A key without its section (top_k) and values in backticks are known too.
@@ -55,6 +57,25 @@ def test_the_keys_that_pages_name_exist() -> None:
             continue
         dotted = re.findall(r"`((?:[a-z_]+)\.[a-z_]+)(?:=[^`]*)?`", page.read_text())
         assert sorted(key for key in dotted if key.split(".")[0] in sections and key not in keys) == [], page.name
+
+
+def test_every_key_that_moved_is_told() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text()
+    for schema in (SFTConfig, RLConfig, EvalConfig, ServeConfig):
+        for old, new in schema.ALIASES.items():
+            assert f"| `{old}` | `{new}` |" in page
+
+
+def test_the_files_that_pages_name_exist() -> None:
+    """All but those of the migration page, which also names what is gone."""
+    named: set[str] = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        if page.name != "migration.md":
+            named |= set(
+                re.findall(r"(?<![\w./-])(?:dirl|scripts|tests|examples|configs)/[\w/]+\.\w+", page.read_text())
+            )
+    assert len(named) > 25
+    assert sorted(path for path in named if not (ROOT / path).is_file()) == []
 
 
 def dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
