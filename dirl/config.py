@@ -1,7 +1,8 @@
 """YAML and dotted overrides -> frozen, typed dataclasses, or one line that says what is wrong.
 
 Precedence: dataclass default < YAML (with `${oc.env:NAME,default}`) < `key=value` on the command line. Configuration
-stands beside what it configures, in subclasses of `Config`; this file only checks, reads and writes it.
+stands beside what it configures, in subclasses of `Config`; this file only checks, reads and writes it. omegaconf is
+imported where files are read and written: who builds a model in Python needs none of it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
-
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dirl.errors import UserError, one_line
 from dirl.files import expand, write_whole
@@ -115,6 +112,9 @@ def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequen
     Raises:
         ConfigError: missing or unreadable file, unknown key, wrong type, bad choice, or a value the dataclass refuses.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     source = _Source(path, overrides, _aliases(schema))
     in_file = _read_yaml(Path(path)) if path is not None else {}
     in_overrides = [_read_override(override) for override in overrides]
@@ -159,11 +159,17 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
+    from omegaconf import OmegaConf
+
     # OmegaConf writes what OmegaConf reads: to it, unlike to YAML 1.1, an unquoted 1e-6 is a number.
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(_escape(config_to_dict(config)))))
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if path.is_dir():
         raise ConfigError(f"{path} is a directory; name a configuration file, such as {path}/rl.yaml")
     if not path.is_file():
@@ -177,7 +183,11 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _read_override(override: str) -> DictConfig:
+def _read_override(override: str) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r} must be key=value, such as learning_rate=1e-5 or model.path=DIR")
@@ -199,6 +209,8 @@ def _renamed(layer: Any, aliases: Mapping[str, str], where: str) -> Any:
     Raises:
         ConfigError: both names are given, and differ.
     """
+    from omegaconf import OmegaConf
+
     values: Any = OmegaConf.to_container(layer)
     for old, new in aliases.items():
         value = _take(values, old.split("."))
