@@ -238,7 +238,9 @@ def _take(values: dict[Any, Any], path: Sequence[str]) -> Any:
 def _put(values: dict[Any, Any], path: Sequence[str], value: Any) -> bool:
     """Set what stands at a path; False: something else does. Mappings are merged."""
     name, *rest = path
-    inner = values.setdefault(name, {} if rest else value)
+    if values.get(name) is None:  # not there, or a section left empty
+        values[name] = {} if rest else value
+    inner = values[name]
     if rest:
         return isinstance(inner, dict) and _put(inner, rest, value)
     if isinstance(inner, dict) and isinstance(value, dict):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
+from dirl.errors import UserError
 from dirl.rl.objective import LossType, ObjectiveConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rollout.engine import Completion
@@ -39,7 +40,7 @@ class PolicyBatch:
     sampled_at_T: Tensor  # int64, optimizer steps that the weights which sampled it had taken
     engine_logprob_T: Tensor  # float32 nats, recorded by the engine in this very state; NaN where none
     behavior_logprob_T: Tensor  # float32 nats, by the policy that sampled it; NaN: that is the policy itself
-    ref_logprob_T: Tensor  # float32 nats, by the reference; NaN without one
+    ref_logprob_T: Tensor  # float32 nats, by the reference; NaN: as the policy's own
     coefficient_T: Tensor  # float32, the normaliser of loss_type
     advantage_T: Tensor  # float32
 
@@ -51,7 +52,8 @@ class PolicyBatch:
         return cls(packed, zeros_T.long(), zeros_T.long(), nothing_T, nothing_T, nothing_T, zeros_T, zeros_T)
 
     def to(self, device: torch.device) -> PolicyBatch:
-        return PolicyBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        columns = (getattr(self, f.name) for f in fields(self) if f.name != "packed")
+        return PolicyBatch(self.packed.to(device), *(column.to(device, non_blocking=True) for column in columns))
 
     def needs_behavior_T(self, before: int) -> Tensor:
         """Actions of weights older than `before` optimizer steps whose behaviour is not known yet; bool."""
@@ -92,7 +94,7 @@ def _documents(
     trajectories = [trajectory_of(member.completion, block_length) for member in members]
     prompt_ids = trajectories[0].prompt_ids
     views = [
-        objective.views_of(trajectory, mask_token_id, stable_seed(member.group.number, member.index))
+        objective.views_of(trajectory, mask_token_id, stable_seed(member.group.seed, member.index))
         for trajectory, member in zip(trajectories, members, strict=True)
     ]
     lengths = [one.packed_length(len(prompt_ids), block_length) for one in views]
@@ -116,7 +118,7 @@ def _policy_batch(
         completion_T=torch.tensor([member.number for member in members])[branch_T],
         sampled_at_T=torch.tensor([member.group.sampled_at for member in members])[branch_T],
         engine_logprob_T=_engine_logprobs(packed, [member.completion for member in members]),
-        behavior_logprob_T=_remembered(packed, members),
+        behavior_logprob_T=_remembered(packed, members, objective),
     )
 
 
@@ -132,11 +134,21 @@ def _engine_logprobs(packed: PackedViews, completions: Sequence[Completion]) -> 
     return recorded_T.masked_fill(~(actions.is_reveal_T & actions.is_visited_T), torch.nan)
 
 
-def _remembered(packed: PackedViews, members: Sequence[_Member]) -> Tensor:
-    """What groups that had to wait were given by the weights that sampled them; NaN for all others."""
+def _remembered(packed: PackedViews, members: Sequence[_Member], objective: ObjectiveConfig) -> Tensor:
+    """What groups that had to wait were given by the weights that sampled them; NaN for all others.
+
+    Raises:
+        UserError: a checkpoint brought groups whose actions were others.
+    """
     remembered_T = torch.full((len(packed.actions),), torch.nan)
     for branch, member in enumerate(members):
         if member.group.behavior_logprobs:
+            if member.group.scored_as != objective.scored_as:
+                raise UserError(
+                    f"objective: groups that wait since step {member.group.sampled_at} were scored with "
+                    f"{member.group.scored_as}, this run has {objective.scored_as}; resume with what the run was "
+                    "started with, or set resume_from_checkpoint=none"
+                )
             values = member.group.behavior_logprobs[member.index]
             remembered_T[packed.actions.branch_T == branch] = torch.tensor(values)
     return remembered_T
@@ -161,7 +173,7 @@ def annotate(
         filler: a pack for the passes that only keep other ranks company.
     """
     if trusts_engine:
-        batches = [_with_recorded_behavior(batch, before) for batch in batches]
+        batches = [_with_behavior(batch, batch.engine_logprob_T, before) for batch in batches]
     needs = [bool(batch.needs_behavior_T(before).any()) for batch in batches]
     if distributed.is_sharded:  # passes are collective: what one rank needs, all take part in
         needs = [distributed.max(float(any(needs))) > 0] * len(batches)
@@ -186,13 +198,9 @@ def scores_of(
     return [scorer(packed) for packed in distributed.evened(packs, filler)][: len(packs)]
 
 
-def _with_recorded_behavior(batch: PolicyBatch, before: int) -> PolicyBatch:
-    behavior_T = torch.where(batch.needs_behavior_T(before), batch.engine_logprob_T, batch.behavior_logprob_T)
-    return replace(batch, behavior_logprob_T=behavior_T)
-
-
-def _with_behavior(batch: PolicyBatch, scored_T: Tensor, before: int) -> PolicyBatch:
-    behavior_T = torch.where(batch.needs_behavior_T(before), scored_T, batch.behavior_logprob_T)
+def _with_behavior(batch: PolicyBatch, known_T: Tensor, before: int) -> PolicyBatch:
+    """The table with what is known of actions whose behaviour is wanted and missing; NaN stays missing."""
+    behavior_T = torch.where(batch.needs_behavior_T(before), known_T, batch.behavior_logprob_T)
     return replace(batch, behavior_logprob_T=behavior_T)
 
 

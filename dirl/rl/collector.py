@@ -92,6 +92,7 @@ class Rollouts:
                 rewards=scores.total[start : start + size],
                 reward_parts={name: values[start : start + size] for name, values in scores.parts.items()},
                 number=one.number,
+                seed=one.seed,
                 sampled_at=step,
             )
             for start, one in zip(range(0, len(completions), size), taken, strict=True)
@@ -163,22 +164,22 @@ class Collector:
             if self._should_stop():
                 raise StopAsked
             missing = self.config.prompts_per_step - num_useful
-            if missing <= 0 or self._num_rounds == self.config.max_sampling_rounds:
+            if missing <= 0 or self._num_rounds >= self.config.max_sampling_rounds:
                 break
             self._roll_out_round(step, math.ceil(missing * self.config.oversampling))
         useful = [group for group in self.waiting if self._is_useful(group)]
         dropped = [group for group in self.waiting if not self._is_useful(group)]
-        counters, self._counters, self._num_rounds = dict(self._counters), Counter(), 0
         if num_useful == 0:
-            self.waiting = []
+            self._step_ends([])
             raise NoSignal(
                 f"step {step}: the rewards of every group were equal in {self.config.max_sampling_rounds} rounds of "
                 f"{self.config.prompts_per_step} prompts; the problems are all too easy or too hard, or the reward is "
                 f"broken{_example(dropped)}"
             )
         groups, waiting, num_carried = self._shared_out(useful)
-        self.waiting = self._remember(waiting) if num_carried else waiting
-        return Collected(groups, dropped, counters, num_carried)
+        collected = Collected(groups, dropped, dict(self._counters), num_carried)
+        self._step_ends(self._remember(waiting) if num_carried else waiting)
+        return collected
 
     def state_dict(self) -> dict[str, Any]:
         """The list of every rank, and the place in the stream; collective."""
@@ -203,6 +204,10 @@ class Collector:
             counters = [rank["counters"] for rank in state["ranks"]] if self.distributed.is_main else []
             self._counters = sum(map(Counter, counters), Counter())
         self.waiting = [RolloutGroup.from_row(row, self.prompts) for row in rows]
+
+    def _step_ends(self, waiting: list[RolloutGroup]) -> None:
+        """Last of all: what fails before leaves a step that is half collected."""
+        self.waiting, self._counters, self._num_rounds = waiting, Counter(), 0
 
     def _is_useful(self, group: RolloutGroup) -> bool:
         return group.is_informative or not self.config.dynamic_sampling

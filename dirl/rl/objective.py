@@ -53,6 +53,17 @@ class ObjectiveConfig(Config):
             raise UserError(f"views must be one of {', '.join(VIEWS)}, got {self.views!r}")
         if self.likelihood == "trajectory" and self.shrink > 1:
             raise UserError(f"shrink={self.shrink} needs likelihood=reveal: merged steps have no hold probabilities")
+        is_wide = self.importance_sampling_level in ("step", "block", "sequence")
+        if is_wide and self.importance_sampling_correction.startswith("token"):
+            raise UserError(
+                f"importance_sampling_correction={self.importance_sampling_correction} weighs single actions, and "
+                f"importance_sampling_level={self.importance_sampling_level} has one ratio for many; use sequence_*"
+            )
+
+    @property
+    def scored_as(self) -> str:
+        """What decides which actions a completion has, and in which order."""
+        return f"views={self.views} shrink={self.shrink} likelihood={self.likelihood}"
 
     def views_of(self, trajectory: Trajectory, mask_token_id: int, seed: int) -> Views:
         """The states of a completion that are scored.

@@ -59,7 +59,8 @@ def policy_loss(
         )
     kl_T = torch.zeros_like(logprob_T)
     if objective.beta > 0:
-        kl_T = _KL_ESTIMATORS[objective.kl_estimator](logprob_T, batch.ref_logprob_T)
+        ref_T = torch.where(batch.ref_logprob_T.isnan(), own_T, batch.ref_logprob_T)
+        kl_T = _KL_ESTIMATORS[objective.kl_estimator](logprob_T, ref_T)
         objective_T = objective_T - objective.beta * kl_T
     sums = {
         "actions": torch.ones_like(own_T).sum(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,9 +34,11 @@ class RolloutGroup:
     rewards: list[float]  # (G,) weighted sums
     reward_parts: dict[str, list[float | None]]  # by reward function, (G,) each; None: did not apply
     number: int = 0  # of its prompt, counting all that the run has taken from the stream
+    seed: int = 0  # of its prompt in this run
     sampled_at: int = 0  # optimizer steps the weights it was sampled with had taken
     # (G,) what these weights gave each scored action, in nats; kept where they have moved on since. Else empty.
     behavior_logprobs: list[list[float]] = field(default_factory=list)
+    scored_as: str = ""  # which actions these are: `ObjectiveConfig.scored_as`
 
     @property
     def reward_G(self) -> Tensor:
@@ -59,14 +62,24 @@ class RolloutGroup:
 
     def to_row(self, prompt_index: int) -> dict[str, Any]:
         """Plain values for a checkpoint, the prompt as its number."""
-        names = ("rewards", "reward_parts", "number", "sampled_at", "behavior_logprobs")
+        names = ("rewards", "reward_parts", "number", "seed", "sampled_at", "behavior_logprobs", "scored_as")
         row = {name: getattr(self, name) for name in names}
-        return {"prompt": prompt_index, "completions": [asdict(c) for c in self.completions], **row}
+        completions = [{**asdict(c), "logprobs": _json_numbers(c.logprobs)} for c in self.completions]
+        return {"prompt": prompt_index, "completions": completions, **row}
 
     @classmethod
     def from_row(cls, row: dict[str, Any], prompts: Sequence[Prompt]) -> RolloutGroup:
-        completions = [Completion(**completion) for completion in row["completions"]]
+        completions = [Completion(**{**c, "logprobs": _numbers(c["logprobs"])}) for c in row["completions"]]
         return cls(**{**row, "prompt": prompts[row["prompt"]], "completions": completions})
+
+
+def _json_numbers(values: list[float] | None) -> list[float | None] | None:
+    """What an engine recorded, for JSON: null for a number that is none."""
+    return None if values is None else [value if math.isfinite(value) else None for value in values]
+
+
+def _numbers(values: list[float | None] | None) -> list[float] | None:
+    return None if values is None else [math.nan if value is None else value for value in values]
 
 
 def render_prompts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,10 @@ def sample_line(group: RolloutGroup) -> str:
 def completion_rows(
     groups: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, block_length: int
 ) -> Iterator[dict[str, object]]:
-    """One JSON row a completion: everything needed to judge, replay or show it."""
+    """One JSON row a completion: everything needed to judge, replay or show it.
+
+    Log-probabilities that are no numbers, of an engine gone wrong, are left out: JSON has none for them.
+    """
     for number, group in enumerate(groups):
         for index, completion in enumerate(with_texts(group.completions, tokenizer, block_length)):
             yield {
@@ -155,4 +159,5 @@ def completion_rows(
                 "reward": group.rewards[index],
                 "rewards": {name: values[index] for name, values in group.reward_parts.items()},
                 **vars(completion),
+                "logprobs": completion.logprobs if all(map(math.isfinite, completion.logprobs or ())) else None,
             }

@@ -151,7 +151,7 @@ class RLTrainer(Trainer):
             should_stop=self.signals.is_stop_asked,
             remember=self.updater.remember,
         )
-        self._warn_of_long_completions()
+        self._check_lengths()
         split = "heldout" if config.eval.path.startswith("task:") else "test"  # of a hub data set; files have none
         self.heldout = self._load(config.eval.path, split, config.eval.limit) if config.eval.path else []
         self.last: Collected | None = None  # the rollouts of the last step, to look at
@@ -160,7 +160,10 @@ class RLTrainer(Trainer):
         self.engine.update_weights(self.model)
 
     def step(self) -> dict[str, float]:
-        """Roll out, reward, update, push: one batch of rollouts; its metrics."""
+        """Roll out, reward, update, push: one batch of rollouts; its metrics.
+
+        An exception in the update (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
+        """
         collected = self.last = self.collector.collect(self.steps_done)
         advantages = advantages_of(collected.groups, self.config.objective.scale_rewards, self.distributed)
         with self.timings.phase("update_weights"):
@@ -243,11 +246,18 @@ class RLTrainer(Trainer):
             nn.Module.to(decoded, self.distributed.device)
         return reference, decoded
 
-    def _warn_of_long_completions(self) -> None:
-        """One that is decoded token by token may not fit a micro-batch, which would end the run."""
+    def _check_lengths(self) -> None:
+        """A completion that is decoded token by token may not fit a micro-batch, which would end the run."""
         config = self.config
         longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
         tokens = longest_prompt + config.rollout.max_completion_length * (1 + self.model.config.block_size)
+        longest = longest_prompt + config.rollout.max_completion_length
+        if 0 < config.rollout.max_cached_tokens < longest:
+            raise UserError(
+                f"rollout.max_cached_tokens={config.rollout.max_cached_tokens} has no room for the longest prompt with "
+                f"a completion, {longest} tokens; raise it, or lower data.max_prompt_length or "
+                "rollout.max_completion_length"
+            )
         if tokens > config.max_tokens_per_micro_batch:
             logger.warning(
                 "max_tokens_per_micro_batch=%d: the longest prompt with a completion of one token a step takes %d and "

@@ -98,17 +98,18 @@ class PolicyUpdater:
         The weights are about to move on: from then on nobody could tell.
         """
         lacking = [group for group in groups if not group.behavior_logprobs]
-        batches = [batch.to(self.distributed.device) for batch in self._packed(lacking)]
-        scored = scores_of([batch.packed for batch in batches], self._policy, self._filler(), self.distributed)
-        found: dict[int, list[float]] = {}
+        batches = self._packed(lacking)
+        packs = [batch.packed.to(self.distributed.device) for batch in batches]
+        scored = scores_of(packs, self._policy, self._filler(), self.distributed)
+        found: list[list[float]] = [[] for group in lacking for _ in group.completions]
         for batch, logprob_T in zip(batches, scored, strict=True):
-            for number in batch.completion_T.unique().tolist():
-                found[number] = logprob_T[batch.completion_T == number].tolist()
-        in_order = iter([found[number] for number in range(len(found))])
+            for number, logprob in zip(batch.completion_T.tolist(), logprob_T.tolist(), strict=True):
+                found[number].append(logprob)
+        in_order, scored_as = iter(found), self.config.objective.scored_as
         return [
             group
             if group.behavior_logprobs
-            else replace(group, behavior_logprobs=[next(in_order) for _ in group.completions])
+            else replace(group, behavior_logprobs=[next(in_order) for _ in group.completions], scored_as=scored_as)
             for group in groups
         ]
 
@@ -149,8 +150,7 @@ class PolicyUpdater:
 
     def _empty_loss(self, fresh_since: int | None) -> Loss:
         """Zero with a gradient of zero for every parameter, for a rank that has no completions left."""
-        batch = PolicyBatch.blank(self._filler())
-        return self._loss(replace(batch, ref_logprob_T=batch.advantage_T), fresh_since).nothing()
+        return self._loss(PolicyBatch.blank(self._filler()), fresh_since).nothing()
 
     def _policy(self, packed: PackedViews) -> Tensor:
         return self.learner.module(packed, self.rule).logprob_T

@@ -48,6 +48,7 @@ class SignalWatch:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        self.received = 0  # answered: a notebook may go on
 
     def is_stop_asked(self) -> bool:
         """Whether a signal came to any rank; collective, and so the same on every rank."""

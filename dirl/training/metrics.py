@@ -191,6 +191,11 @@ class Timings:
         self._open: list[str] = []
         self._latest = ("before the first phase", clock())  # where a phase last began or ended, and when
 
+    def restart(self) -> None:
+        """A run begins now: what came before it is not its time."""
+        self._seconds.clear()
+        self._latest = ("before the first phase", self._clock())
+
     def standing(self) -> tuple[str, float]:
         """Where the run stands, in words, and the seconds since a phase last began or ended: either is progress."""
         where, since = self._latest

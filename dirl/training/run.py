@@ -76,15 +76,16 @@ class Run:
 
     def __enter__(self) -> Run:
         self.signals.__enter__()
+        self.timings.restart()
         self._phases.__enter__()
         self.terminal.start(self.max_steps, self.step)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._phases.__exit__()  # first: a tracker that takes long to finish is no rank that is stuck
         self.terminal.stop()
         self.metrics.close()
         self._report()
-        self._phases.__exit__()
         self.signals.__exit__()
 
     def advance(self, step: int) -> None:

@@ -44,7 +44,6 @@ LEFTOVERS = {
     "rollout/scoring.py": "rollouts and evaluations score with it, and neither may know the other",
     "sft/loss.py": "the paper's NELBO: tensors in, tensors out",
     "show/report/page.py": "the one door through which a run's texts enter a page, small enough to audit",
-    "rl/objective.py": "the objective as values, which every method of the literature is",
     "rollout/watch.py": "what an engine tells who looks on; engines may not know terminals",
     "rollout/weights.py": "how weights travel to whatever engine is not in this process",
     "show/trajectory_picture.py": "`dirl.plot_trajectory`: one picture of a completion, none of a run",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,21 @@ def rl_trainer(output_dir: Path, budget: int, lora: LoraConfig | None = None) ->
     return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
 
 
+def carrying_trainer(output_dir: Path, budget: int) -> RLTrainer:
+    """Two passes over each batch, groups that wait for the next step, and ranks that have none."""
+    trainer = rl_trainer(output_dir, budget)
+    config = replace(
+        trainer.config,
+        max_steps=6,
+        num_iterations=2,
+        learning_rate=1e-3,
+        rollout=replace(trainer.config.rollout, prompts_per_step=1, oversampling=3.0, dynamic_sampling=True),
+    )
+    problems = [prompt.problem for prompt in trainer.collector.prompts]
+    model, tokenizer = tiny()
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
 def count_micro_batches(learner: Learner) -> list[int]:
     counts: list[int] = []
     update = learner.update
@@ -96,7 +112,12 @@ def count_micro_batches(learner: Learner) -> list[int]:
 def run_all(output_dir: Path) -> None:
     """Every split, SFT and RL; writes record.json and the weights of each."""
     record: dict[str, Any] = {}
-    cases = (("sft", sft_trainer, BUDGETS), ("rl", rl_trainer, RL_BUDGETS), ("lora", lora_trainer, {"1x8": 4096}))
+    cases = (
+        ("sft", sft_trainer, BUDGETS),
+        ("rl", rl_trainer, RL_BUDGETS),
+        ("lora", lora_trainer, {"1x8": 4096}),
+        ("carried", carrying_trainer, {"1x8": 4096}),
+    )
     for kind, make, budgets in cases:
         for split, budget in budgets.items():
             trainer = make(output_dir / kind / split, budget)
@@ -151,7 +172,7 @@ def assert_same(folder: Path, reference: Path, run: str) -> None:
     assert max(float((expected[name] - start[name]).abs().max()) for name in expected) > 1e-3
 
 
-RUNS = [*(f"{kind}_{split}" for kind in ("sft", "rl") for split in BUDGETS), "lora_1x8"]
+RUNS = [*(f"{kind}_{split}" for kind in ("sft", "rl") for split in BUDGETS), "lora_1x8", "carried_1x8"]
 
 
 @pytest.mark.parametrize("run", RUNS)

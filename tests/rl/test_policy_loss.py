@@ -185,6 +185,10 @@ def test_k3_is_never_negative_and_kl_to_itself_is_zero() -> None:
         ({"loss_type": "gspo"}, "loss_type must be one of dapo, grpo, dr_grpo, bnpo, got 'gspo'"),
         ({"views": "visions"}, "views must be one of replay.*got 'visions'"),
         ({"shrink": 2, "likelihood": "trajectory"}, "shrink=2 needs likelihood=reveal"),
+        (
+            {"importance_sampling_level": "step", "importance_sampling_correction": "token_mask"},
+            "importance_sampling_correction=token_mask weighs single actions.*level=step",
+        ),
     ],
 )
 def test_impossible_objectives_are_errors(settings: dict[str, object], named: str) -> None:

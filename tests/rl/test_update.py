@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -15,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
-from dirl.diffusion.packing import PackedViews, TokenTable
+from dirl.diffusion.packing import PackedViews, TokenTable, Views
+from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.views import replay_views
 from dirl.errors import UserError
 from dirl.model.attention import AttentionPlan, DensePlan
 from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan
@@ -24,8 +28,9 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.objective import ImportanceSampling, Level, LossType, ObjectiveConfig
+from dirl.rl.objective import VIEWS, ImportanceSampling, Level, LossType, ObjectiveConfig
 from dirl.rl.rollout_group import RolloutGroup
+from dirl.rl.rollout_metrics import completion_rows
 from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
 from dirl.rl.update_metrics import EngineMismatch
 from dirl.rollout.engine import Completion
@@ -421,3 +426,62 @@ def test_an_engine_that_goes_wrong_later_ends_the_run_although_groups_are_carrie
     with pytest.raises(EngineMismatch):
         for _ in range(3):
             trained.step()
+
+
+def test_groups_without_actions_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random masks may leave a completion nothing to score."""
+
+    def rarely(trajectory: Trajectory, mask_token_id: int, objective: ObjectiveConfig, seed: int) -> Views:
+        views = replay_views(trajectory, mask_token_id)
+        return views if seed % 2 else replace(views, revealed_VB=views.held_VB & False, held_VB=views.held_VB & False)
+
+    monkeypatch.setitem(VIEWS, "rarely", rarely)
+    trained = trainer(replace(CARRYING, objective=ObjectiveConfig(views="rarely")))
+    metrics = [trained.step() for _ in range(3)]
+    assert any(step["groups/carried_over"] for step in metrics)
+    assert all(math.isfinite(step["loss"]) and step["skipped_steps"] == 0 for step in metrics)
+
+
+def test_groups_that_wait_are_refused_by_another_objective() -> None:
+    """What was remembered of other actions would be taken for theirs."""
+    trained = trainer(CARRYING)
+    trained.step()
+    state = trained.collector.state_dict()
+    for objective in (ObjectiveConfig(), ObjectiveConfig(shrink=2)):
+        other = trainer(replace(CARRYING, objective=objective))
+        other.collector.load_state_dict(state)
+        with pytest.raises(UserError, match=r"objective: groups that wait .* likelihood=trajectory, this run has"):
+            other.step()
+
+
+def test_numbers_of_an_engine_that_are_none_survive_a_checkpoint(tmp_path: Path) -> None:
+    trained = trainer(replace(CARRYING, output_dir=str(tmp_path), completions_steps=1))
+    generate = trained.engine.generate
+
+    def broken(*arguments: Any) -> list[Completion]:
+        return [replace(c, logprobs=[math.nan, *(c.logprobs or [])[1:]]) for c in generate(*arguments)]
+
+    trained.engine.generate = broken  # type: ignore[method-assign]
+    trained.step()
+    waiting = trained.collector.waiting
+    state = json.loads(json.dumps(trained.collector.state_dict(), allow_nan=False))
+    again = trainer(CARRYING)
+    again.collector.load_state_dict(state)
+    assert str(again.collector.waiting[0].completions) == str(waiting[0].completions)
+    groups = [*trained.last.groups, *trained.last.dropped] if trained.last else []
+    assert all(row["logprobs"] is None for row in completion_rows(groups, trained.tokenizer, 4))
+
+
+def test_a_rank_without_work_adds_nothing_whatever_the_model_says() -> None:
+    """Its placeholder may be as unlikely as it likes: zero times infinity would be no number."""
+    trained = trainer(replace(CONFIG, objective=ObjectiveConfig(beta=0.1)))
+    with torch.no_grad():
+        trained.model.lm_head.weight.mul_(4000)
+    loss = trained.updater._empty_loss(0)
+    assert loss.value.item() == 0 and loss.num_tokens == 0
+
+
+def test_a_cache_too_small_for_the_longest_completion_is_refused_at_the_start() -> None:
+    rollout = replace(CONFIG.rollout, max_cached_tokens=16)
+    with pytest.raises(UserError, match=r"max_cached_tokens=16 has no room for the longest prompt .* 21 tokens"):
+        trainer(replace(CONFIG, rollout=rollout))

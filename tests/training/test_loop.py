@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -189,3 +190,23 @@ def test_a_skipped_step_writes_down_what_it_was_made_of(tmp_path: Path) -> None:
 def test_a_joined_configuration_checks_the_keys_of_both(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(change))} "):
         replace(config(tmp_path), **change)
+
+
+def test_a_run_that_is_waited_for_is_not_stuck(tmp_path: Path) -> None:
+    """Loading before it, and a tracker that takes its time after it, are no phases that hang."""
+    toy = Toy(replace(config(tmp_path), phase_timeout=1))
+    time.sleep(1.3)  # the model loads, or a notebook is left alone
+    toy.train()
+    assert toy.calls[-1] == "write_final"
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    def stop(_: Toy) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    toy = Toy(config(tmp_path), {1: stop})
+    with pytest.raises(RunInterrupted):
+        toy.train()
+    assert not toy.signals.is_stop_asked()
+    toy.train()
+    assert toy.calls[-1] == "write_final"

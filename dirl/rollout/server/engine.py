@@ -111,16 +111,22 @@ class ServerEngine:
     """A rollout engine whose work is done elsewhere."""
 
     def __init__(
-        self, servers: Sequence[Server], model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, pushes: bool
+        self,
+        servers: Sequence[Server],
+        model: BlockDiffusionModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pushes: bool,  # False: another rank pushes to these servers
+        bf16: bool = False,  # how the trainer scores
     ) -> None:
         self.servers, self.tokenizer = list(servers), tokenizer
         self.block_length = model.config.block_size
         self.weights_version = 0
-        self._pushes = pushes  # False: another rank pushes to these servers
+        self._pushes = pushes
         self._model: nn.Module = model  # what was pushed last, for a server that has to start again
         self._is_stale = True
         for server in self.servers:
-            _check_same_model(server, model)
+            _check_same_model(server, model, bf16=bf16)
         self._push(model)
 
     def generate(
@@ -229,17 +235,17 @@ def connect(
     """The engine of `mode: server`: over the given servers, or over one that is started here.
 
     Args:
-        bf16: of a server that is started here; others were told when they were started.
+        bf16: how the trainer scores; a server that is started here decodes so, others must have been told.
     Raises:
         UserError: servers are given without their key.
     """
     if not config.server_urls:
-        return ServerEngine([_start(model, tokenizer, config, bf16=bf16)], model, tokenizer, pushes=True)
+        return ServerEngine([_start(model, tokenizer, config, bf16=bf16)], model, tokenizer, pushes=True, bf16=bf16)
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
         raise UserError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
     servers = [Server(url, key) for url in config.server_urls]
-    return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0)
+    return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0, bf16=bf16)
 
 
 def _start(
@@ -264,10 +270,10 @@ def _start(
     return Server(process.url, key, process)
 
 
-def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
+def _check_same_model(server: Server, model: BlockDiffusionModel, *, bf16: bool) -> None:
     try:
         health = Health(**server.call(HEALTH))
-    except RolloutError as error:
+    except (RolloutError, TypeError) as error:  # the latter: of another version of dirl
         if server.process is not None:
             raise
         raise UserError(f"rollout.server_urls: {error}; is `dirl serve` running there?") from error
@@ -279,3 +285,9 @@ def _check_same_model(server: Server, model: BlockDiffusionModel) -> None:
     ):
         if (theirs := getattr(health, name)) != ours:
             raise UserError(f"server {server.url} has {name} {theirs}, the trainer {ours}; serve the same model")
+    if health.bf16 is not None and health.bf16 != bf16:
+        theirs, ours = str(health.bf16).lower(), str(bf16).lower()
+        raise UserError(
+            f"server {server.url} decodes with bf16={theirs}, the trainer scores with bf16={ours}: their numbers would "
+            f"differ by rounding; start it with bf16={ours}"
+        )

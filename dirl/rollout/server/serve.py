@@ -61,8 +61,10 @@ class Conflict(Exception):
 class RolloutServer:
     """An engine, the module its weights come through, and the version of them."""
 
-    def __init__(self, model: BlockDiffusionModel, engine: RolloutEngine, *, has_weights: bool) -> None:
-        self.model, self.engine = model, engine
+    def __init__(
+        self, model: BlockDiffusionModel, engine: RolloutEngine, *, has_weights: bool, bf16: bool | None = False
+    ) -> None:
+        self.model, self.engine, self.bf16 = model, engine, bf16
         self.weights_version: int | None = 0 if has_weights else None  # None: in the middle of a push, or never any
         self._next_part = 0
         self._lock = threading.Lock()
@@ -75,6 +77,7 @@ class RolloutServer:
             block_length=config.block_size,
             mask_token_id=config.mask_token_id,
             vocab_size=config.vocab_size,
+            bf16=self.bf16,
         )
 
     def generate(self, request: GenerateRequest) -> list[CompletionRow]:
@@ -154,7 +157,8 @@ def _load(config: ServeConfig) -> RolloutServer:
     if chosen_engine(config.engine) == "torch":
         model.to(default_device())  # it decodes with the module itself
     engine = build_engine(model, tokenizer, config.engine, bf16=config.bf16)
-    return RolloutServer(model, engine, has_weights=not config.empty)
+    bf16 = config.bf16 if chosen_engine(config.engine) == "torch" else None
+    return RolloutServer(model, engine, has_weights=not config.empty, bf16=bf16)
 
 
 def _die_with_parent(http: ThreadingHTTPServer) -> None:

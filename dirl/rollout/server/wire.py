@@ -50,6 +50,7 @@ class Health:
     block_length: int
     mask_token_id: int
     vocab_size: int
+    bf16: bool | None  # decodes under autocast to bfloat16; None: in a precision of the engine's own
 
 
 @dataclass(frozen=True)
