@@ -23,7 +23,7 @@ from dirl.diffusion.packing import Actions, PackedViews
 from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan, uses_flex
 from dirl.model.sdar import BlockDiffusionModel
 
-_LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MB
+LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MB, and twice that where a decoder sums them in float64
 
 
 class ActionScores(NamedTuple):
@@ -69,7 +69,7 @@ def score_actions(hidden_TD: Tensor, lm_head: nn.Module, actions: Actions, rule:
     def score(hidden: Tensor, chunk: Actions) -> tuple[Tensor, Tensor]:
         return action_logprobs(lm_head(hidden), chunk, rule)
 
-    chunks = _chunks_of_views(actions.view_ends, max_rows=max(1, _LOGITS_PER_CHUNK // len(rule.suppressed_V)))
+    chunks = _chunks_of_views(actions.view_ends, max_rows=max(1, LOGITS_PER_CHUNK // len(rule.suppressed_V)))
     if len(chunks) == 1:
         return ActionScores(*score(hidden_TD, actions))
     scored = [checkpoint(score, hidden_TD[rows], actions.rows(rows), use_reentrant=False) for rows in chunks]

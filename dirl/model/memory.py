@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dirl.errors import UserError, one_line
 from dirl.files import is_hub_id
 from dirl.model.checkpoint import ModelConfig
-from dirl.model.logprobs import _LOGITS_PER_CHUNK
+from dirl.model.logprobs import LOGITS_PER_CHUNK
 from dirl.model.lora import LoraConfig
 
 _GB = 1e9
@@ -128,7 +128,7 @@ def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world
             "copies": workload.num_copies * num_parameters * weight_bytes,
             "engine_weights": engine.weight_bytes(num_parameters, weight_bytes, is_sharded=is_sharded) if engine else 0,
             "activations": workload.tokens_per_micro_batch * activation_bytes(shape, config, compute_bytes),
-            "logits": 2 * 4 * min(_LOGITS_PER_CHUNK, workload.tokens_per_micro_batch * shape.vocab_size),
+            "logits": 2 * 4 * min(LOGITS_PER_CHUNK, workload.tokens_per_micro_batch * shape.vocab_size),
             "kv_cache": engine.needed_tokens * cache_bytes_per_token(shape, compute_bytes) if engine else 0,
         },
     )

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from dirl.diffusion.distribution import counter_uniform, entropy, sample
 from dirl.diffusion.unmasking import reveal_positions
+from dirl.model.logprobs import LOGITS_PER_CHUNK
 from dirl.rollout.engine import SamplingConfig
-
-_LOGITS_PER_CHUNK = 1 << 26  # float32 logits handled at once: 256 MB, and twice that for their float64 sums
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Sampler:
 
     def draw(self, rows_TX: Tensor, uniform_T: Tensor) -> Draws:
         """One token a row, in chunks of rows; `uniform_T` in [0, 1) decides which."""
-        num_rows = max(1, _LOGITS_PER_CHUNK // len(self.suppressed_V))
+        num_rows = max(1, LOGITS_PER_CHUNK // len(self.suppressed_V))
         chunks = zip(rows_TX.split(num_rows), uniform_T.split(num_rows), strict=True)
         columns = zip(*(self._draw_chunk(rows, uniform) for rows, uniform in chunks), strict=True)
         return Draws(*(chunks[0] if len(chunks) == 1 else torch.cat(chunks) for chunks in columns))

@@ -14,7 +14,7 @@ from dirl.show.metric import Metric, MetricTable
 
 _DECILES = "held-out cross-entropy per masked token at noise levels from d/10 to (d+1)/10"
 _BINS = "groups with no right completion (`0`), up to a quarter, half, three quarters, below all, all (`100`)"
-_RATIO = "probability ratio, trainer over engine, of a token before the first update and before any cut"
+_RATIO = "probability ratio, trainer over engine, of a token under the weights that sampled it, before any cut"
 
 TABLE = MetricTable(
     (
@@ -173,7 +173,7 @@ TABLE = MetricTable(
         Metric(
             "sampling/logp_difference/mean",
             "nats",
-            "mean difference of trainer and engine on the same tokens, before the first update",
+            "mean difference of trainer and engine on the same tokens, under the weights that sampled them",
             "Trainer against engine",
         ),
         Metric("sampling/logp_difference/max", "nats", "the largest of these differences", "Trainer against engine"),

@@ -60,7 +60,7 @@ def test_chunks_change_neither_scores_nor_gradients(rows_per_chunk: int, monkeyp
         return torch.autograd.grad((torch.arange(len(actions)) * logprob_T).sum(), inputs)
 
     expected = action_logprobs(lm_head(hidden_TD), actions, RULE)
-    monkeypatch.setattr("dirl.model.logprobs._LOGITS_PER_CHUNK", rows_per_chunk * VOCABULARY)
+    monkeypatch.setattr("dirl.model.logprobs.LOGITS_PER_CHUNK", rows_per_chunk * VOCABULARY)
     scores = score_actions(hidden_TD, lm_head, actions, RULE)
     torch.testing.assert_close(scores.logprob_T, expected[0])
     torch.testing.assert_close(scores.entropy_T, expected[1])
@@ -77,7 +77,7 @@ def test_lm_head_sees_scored_positions_only_a_chunk_at_a_time(
     assert isinstance(tokenizer.mask_token_id, int)
     packed = pack([random_document(*shape, 4, tokenizer.mask_token_id) for shape in ((9, [2, 3]), (2, [4]))], 4)
     rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
-    monkeypatch.setattr("dirl.model.logprobs._LOGITS_PER_CHUNK", rows_per_chunk * len(rule.suppressed_V))
+    monkeypatch.setattr("dirl.model.logprobs.LOGITS_PER_CHUNK", rows_per_chunk * len(rule.suppressed_V))
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     scores = PackedScorer(model)(packed, rule)

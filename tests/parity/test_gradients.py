@@ -155,7 +155,7 @@ def test_gradient_checkpointing_and_chunked_logits_change_nothing(monkeypatch: p
         return gradient((weight_T * replayed(pack_, model, sampling)).sum(), model)
 
     expected = step()
-    monkeypatch.setattr("dirl.model.logprobs._LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
+    monkeypatch.setattr("dirl.model.logprobs.LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert_same_gradient(step(), expected)

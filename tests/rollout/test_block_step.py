@@ -62,7 +62,7 @@ def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
     whole = Sampler(Head(), sampling, suppressed_V).denoise(hidden_TX, blocks)
     of_logits = Sampler(lambda logits_TV: logits_TV, sampling, suppressed_V)
     assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
-    monkeypatch.setattr(block_step, "_LOGITS_PER_CHUNK", 5 * VOCAB + 1)
+    monkeypatch.setattr(block_step, "LOGITS_PER_CHUNK", 5 * VOCAB + 1)
     head, masked_T = Head(), blocks.masked_NB.flatten().nonzero().squeeze(1)
     of_masked = Sampler(head, sampling, suppressed_V).denoise(hidden_TX[masked_T], blocks, masked_T)
     assert_same(of_masked, whole)
@@ -82,7 +82,7 @@ def test_an_engines_logits_are_bounded_whatever_is_masked(monkeypatch: pytest.Mo
     def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows.append(len(inputs[0]))
 
-    monkeypatch.setattr(block_step, "_LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
+    monkeypatch.setattr(block_step, "LOGITS_PER_CHUNK", 10 * model.config.vocab_size)
     model.lm_head.register_forward_pre_hook(count)
     found = TorchEngine(model, tokenizer).generate(prompts, sampling, seeds)
     assert max(rows) == 10
