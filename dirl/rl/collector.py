@@ -91,6 +91,7 @@ class Rollouts:
                 completions=list(completions[start : start + size]),
                 rewards=scores.total[start : start + size],
                 reward_parts={name: values[start : start + size] for name, values in scores.parts.items()},
+                step_rewards=scores.by_step[start : start + size],
                 number=one.number,
                 seed=one.seed,
                 sampled_at=step,

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import PATH, Config, bounded
+from dirl.config import CONFIGS, PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.problem_sources import load_problems
 from dirl.data.problems import Problem
@@ -79,6 +79,7 @@ class RLConfig(TrainingConfig, UpdateConfig):
     """Everything of an RL run."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
+    PRESETS: ClassVar[Mapping[str, Path]] = {"objective": CONFIGS / "objectives"}
 
     output_dir: str = "outputs/rl"
     learning_rate: float = bounded(1e-6, least=0)
@@ -165,7 +166,7 @@ class RLTrainer(Trainer):
         An exception in the update (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
         """
         collected = self.last = self.collector.collect(self.steps_done)
-        advantages = advantages_of(collected.groups, self.config.objective.scale_rewards, self.distributed)
+        advantages = advantages_of(collected.groups, self.config.objective, self.distributed)
         with self.timings.phase("update_weights"):
             self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
@@ -235,7 +236,7 @@ class RLTrainer(Trainer):
     def _frozen_copies(self) -> tuple[Reference | None, BlockDiffusionModel]:
         """The reference where there is one, and the model that the engine decodes with."""
         config, reference, decoded = self.config, None, self.model
-        if config.objective.beta > 0:
+        if config.objective.reference_is_read:
             reference = self._without_adapters
             if config.lora.r == 0:
                 frozen = self._scorer(copy.deepcopy(self.model)).requires_grad_(False).eval()
@@ -315,6 +316,6 @@ def rl_workload(config: RLConfig) -> Workload:
         trained_fraction=trained_fraction(config.model, config.lora),
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
-        num_copies=int(config.objective.beta > 0 and config.lora.r == 0),
+        num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
         engine=engine,
     )
