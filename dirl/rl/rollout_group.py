@@ -50,6 +50,11 @@ class RolloutGroup:
         """Whether the rewards differ. Judged on them: z-scores of equal ones are not zero in floats."""
         return bool(self.reward_G.max() > self.reward_G.min())
 
+    def spread(self, part: str) -> float:
+        """Range of a reward function's values in the group; 0 where it applies to none."""
+        values = [value for value in self.reward_parts[part] if value is not None]
+        return max(values) - min(values) if values else 0.0
+
     @property
     def is_right(self) -> list[bool]:
         """(G,) What the reward `accuracy` (the total, in a rubric without it) puts above 0."""

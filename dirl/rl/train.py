@@ -99,6 +99,14 @@ class RLConfig(TrainingConfig, UpdateConfig):
             )
         if self.rollout.temperature == 0:
             raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
+        names = [reference.rpartition(":")[2] for reference in self.reward.functions]
+        if unknown := [name for name in self.rollout.min_spread if name not in names]:
+            raise UserError(f"rollout.min_spread names {unknown[0]!r}, which is none of reward.functions: {names}")
+        if self.rollout.needs_right and self.reward.combine == "normalize_then_sum" and "accuracy" not in names:
+            raise UserError(
+                "rollout.needs_right needs accuracy among reward.functions: reward.combine=normalize_then_sum leaves "
+                "no total that says what is right"
+            )
 
 
 class RLTrainer(Trainer):
@@ -210,7 +218,7 @@ class RLTrainer(Trainer):
         """Show one completion, and now and then write all of the main rank's to completions/."""
         if self.last is None or not self.distributed.is_main:
             return
-        groups = [*self.last.groups, *self.last.dropped]
+        groups = self.last.everyone
         if not groups:  # fewer prompts than ranks
             return
         run.say(sample_line(groups[0]))
