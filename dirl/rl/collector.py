@@ -64,7 +64,7 @@ class RolloutConfig(SamplingConfig, EngineConfig):
             return "equal_rewards"
         if self.needs_right and group.num_right == 0:
             return "none_right"
-        is_flat = any(group.spread(part) < least for part, least in self.min_spread.items())
+        is_flat = any(least > 0 and group.spread(part) < least for part, least in self.min_spread.items())
         return "small_spread" if is_flat else None
 
 
