@@ -67,7 +67,7 @@ def test_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = trainer.step()
     assert metrics["grad_norm"] > 0 and metrics["kl"] > 0
     assert 0 < metrics["clip_ratio/region_mean"] < 1, "the second pass has left the policy that sampled"
-    assert not any(name.startswith("sampling/") for name in metrics), "the engine saw none of these states"
+    assert metrics["sampling/logp_difference/mean"] < 1e-3, "a few completions are replayed for it"
 
 
 # An engine: whatever has these members.

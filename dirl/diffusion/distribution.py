@@ -74,8 +74,10 @@ def suppressed_tokens(vocab_size: int, tokenizer_length: int, mask_token_id: int
 
 
 def entropy(logprobs_TV: Tensor) -> Tensor:
-    """Entropy in nats of each row; (T,)."""
-    return torch.special.entr(logprobs_TV.exp()).sum(dim=-1)
+    """Entropy in nats of each row; (T,). What is ruled out adds nothing, to the gradient neither."""
+    if not (logprobs_TV.requires_grad and torch.is_grad_enabled()):
+        return torch.special.entr(logprobs_TV.exp()).sum(dim=-1)
+    return -(logprobs_TV.exp() * logprobs_TV.masked_fill(logprobs_TV == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def sample(logprobs_TV: Tensor, uniform_T: Tensor) -> Tensor:

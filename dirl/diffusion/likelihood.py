@@ -40,19 +40,23 @@ class ScoringRule:
     unmasking: UnmaskingRule
     suppressed_V: Tensor  # bool, tokens that may never be sampled
     wants_entropy: bool = False  # a sum over T x V that most passes have no use for
+    entropy_has_gradient: bool = False
 
 
 def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> tuple[Tensor, Tensor]:
-    """Log-probability (nats, with gradient) and entropy (nats, without) of each action; float32, (T,) each.
+    """Log-probability (nats, with gradient) and entropy (nats) of each action; float32, (T,) each.
 
-    A hold's log-probability is zero where the strategy does not look at tokens. The entropy is that of the distribution
-    a position is sampled from, whatever was done there; zeros unless the rule asks for it. Nothing here makes the host
-    wait for the device.
+    A hold's log-probability is zero where the strategy does not look at tokens. A token in a state the decoder did not
+    visit is scored before top-k and top-p, under which it need not have been possible there. The entropy is that of the
+    distribution a position is sampled from, whatever was done there; zeros unless the rule asks for it, and without a
+    gradient unless it asks for that as well. Nothing here makes the host wait for the device.
     """
     confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V)
     sampling_TV = rule.distribution.sampling_logprobs(confidence_TV, drawn=(actions.target_T, actions.is_reveal_T))
     reveal_T = sampling_TV.gather(1, actions.target_T[:, None]).squeeze(1)
-    with torch.no_grad():
+    if sampling_TV is not confidence_TV:  # something is cut
+        reveal_T = torch.where(actions.is_visited_T, reveal_T, confidence_TV.gather(1, actions.target_T[:, None])[:, 0])
+    with torch.set_grad_enabled(rule.entropy_has_gradient and torch.is_grad_enabled()):
         entropy_T = entropy(sampling_TV) if rule.wants_entropy else torch.zeros_like(reveal_T)
     if not actions.has_holds:
         return reveal_T, entropy_T

@@ -36,9 +36,15 @@ class Views:
     held_VB: Tensor  # bool, masked positions that stay masked
     weight_VB: Tensor  # float32, weight of each scored token
     visited_VB: Tensor  # bool, positions the decoder decided about in this very state
+    importance_V: Tensor  # float32, 1 over how often a view like this was expected to be drawn; 1: it always is
 
     def __len__(self) -> int:
         return len(self.block_V)
+
+    def rows(self, rows: slice | Tensor) -> Views:
+        """Some views of the same completion, in their order."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "completion_ids"}
+        return Views(completion_ids=self.completion_ids, **columns)
 
     def packed_length(self, prompt_length: int, block_length: int) -> int:
         """Tokens these add to the trunk of a document with such a prompt."""
@@ -102,7 +108,8 @@ class Actions:
     target_T: Tensor  # int64, the clean token
     is_reveal_T: Tensor  # bool, False: hold
     is_visited_T: Tensor  # bool, the decoder did this in this very state
-    weight_T: Tensor  # float32, weight of a revealed token; 0 for a hold
+    weight_T: Tensor  # float32, weight of a revealed token in the estimate of a likelihood; 0 for a hold
+    importance_T: Tensor  # float32, 1 over how often its view was expected to be drawn
     view_T: Tensor  # int64, sorted; the actions of one view are one step
     block_T: Tensor  # int64, absolute block
     branch_T: Tensor  # int64, number of the action's branch in the pack, from 0
@@ -112,7 +119,8 @@ class Actions:
 
     @classmethod
     def of(cls, **columns: Tensor) -> Actions:
-        """The table of these columns, which are on the host."""
+        """The table of these columns, which are on the host; without `importance_T`, views that are always there."""
+        columns.setdefault("importance_T", torch.ones_like(columns["weight_T"]))
         ends = columns["view_T"].unique_consecutive(return_counts=True)[1].cumsum(0)
         return cls(**columns, has_holds=not bool(columns["is_reveal_T"].all()), view_ends=tuple(ends.tolist()))
 
@@ -196,6 +204,7 @@ def _actions_of(
         "is_reveal_T": is_reveal_T,
         "is_visited_T": views.visited_VB.flatten()[place_T],
         "weight_T": views.weight_VB.flatten()[place_T] * is_reveal_T,
+        "importance_T": views.importance_V[place_T // block_length],
         "view_T": view_VB.flatten()[place_T],
         "block_T": views.block_V[place_T // block_length],
         "branch_T": torch.full_like(place_T, branch),

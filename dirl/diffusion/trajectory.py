@@ -29,6 +29,7 @@ class Trajectory:
     completion_ids: Tensor  # (R,) int64
     step_map: Tensor  # (R,) int64, >= 1
     block_length: int
+    logprobs: Tensor | None = None  # (R,) float32 nats, as the engine recorded them
 
     def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)

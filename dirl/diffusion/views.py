@@ -7,12 +7,19 @@ Shapes: K blocks touched by a completion, V views, B block length.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from torch import Generator, Tensor
 
 from dirl.diffusion.noising import NoiseConfig, draw_mask, nelbo_weights
 from dirl.diffusion.packing import PackedViews, ViewedDocument, Views, pack
 from dirl.diffusion.trajectory import Trajectory
+from dirl.errors import UserError
+
+Scored = Literal["revealed", "masked"]
+StepSampling = Literal["uniform", "surprisal"]
 
 
 def noisy_views(
@@ -52,15 +59,18 @@ def noisy_views(
         held_VB=nowhere_KB,
         weight_VB=weights_K[:, None].expand(masked_KB.shape).contiguous(),
         visited_VB=nowhere_KB,
+        importance_V=torch.ones(len(block_K)),
     )
 
 
-def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1) -> Views:
+def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1, score: Scored = "revealed") -> Views:
     """Exact replay: one view per denoising step the decoder took, in the state it saw, with the actions it chose.
 
     Args:
         shrink: so many neighbouring steps of a block are merged into the state before the first of them, and all their
             tokens are scored there. 1 is exact; more is an approximation that costs fewer tokens (TraceRL).
+        score: `masked`: what a step left masked is scored as well, a guess of the future; a step's tokens count their
+            mean, and all of a completion's as much as otherwise (RLDF).
     """
     # Steps of a block are 1, 2, ... without gaps: each step reveals something.
     merged_KB = (trajectory.steps_KB + shrink - 1) // shrink  # 0 stays 0: the prompt's
@@ -72,7 +82,7 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1)
     revealed_VB = merged_VB == number_V1
     is_first_VB = steps_VB == (number_V1 - 1) * shrink + 1
     held_VB = merged_VB > number_V1
-    return Views(
+    views = Views(
         completion_ids=trajectory.completion_ids,
         block_V=block_V + trajectory.first_block,
         token_ids_VB=token_ids_VB.masked_fill(merged_VB >= number_V1, mask_token_id),
@@ -81,7 +91,59 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1)
         held_VB=held_VB,
         weight_VB=torch.ones(steps_VB.shape),
         visited_VB=(revealed_VB & is_first_VB) | held_VB,
+        importance_V=torch.ones(len(block_V)),
     )
+    return views if score == "revealed" else _with_masked_scored(views)
+
+
+def _with_masked_scored(views: Views) -> Views:
+    scored_VB = views.revealed_VB | views.held_VB
+    weight_V1 = len(views.completion_ids) / (len(views) * scored_VB.sum(dim=1, keepdim=True))
+    return replace(
+        views,
+        revealed_VB=scored_VB,
+        held_VB=torch.zeros_like(scored_VB),
+        weight_VB=weight_V1.expand(scored_VB.shape).contiguous(),
+        visited_VB=views.visited_VB & views.revealed_VB,
+    )
+
+
+def sampled_steps(views: Views, trajectory: Trajectory, num_steps: int, sampling: StepSampling, seed: int) -> Views:
+    """About `num_steps` of a completion's views, each weighted by 1 over how often it was expected to be drawn.
+
+    Drawn at even distances along the cumulated probabilities, from one random offset: a sum over the drawn views, so
+    weighted, has the sum over all views as its expectation, whatever the probabilities. `surprisal` draws a step in
+    proportion to the nats of what it revealed, mixed with a tenth of `uniform`, so that no weight is out of bounds.
+
+    Raises:
+        UserError: `surprisal` of a completion whose engine recorded no log-probabilities.
+    Source: AGRPO (arXiv 2510.04019), which draws by entropy; RLDF for the surprisal, without weights.
+    """
+    if len(views) <= num_steps:
+        return views
+    share_V = torch.full((len(views),), 1 / len(views), dtype=torch.float64)
+    if sampling == "surprisal":
+        surprisal_V = _surprisal(views, trajectory)
+        if float(surprisal_V.sum()) > 0:
+            share_V = 0.9 * surprisal_V / surprisal_V.sum() + 0.1 * share_V
+    expected_V = share_V * num_steps
+    offset = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    end_V = expected_V.cumsum(0)
+    end_V[-1] = num_steps  # rounding must not lose the last draw
+    drawn_V = (end_V - offset).ceil().clamp(min=0).diff(prepend=torch.zeros(1, dtype=torch.float64))
+    importance_V = (views.importance_V * drawn_V / expected_V).float()
+    return replace(views, importance_V=importance_V).rows(drawn_V > 0)
+
+
+def _surprisal(views: Views, trajectory: Trajectory) -> Tensor:
+    """Nats of what each view scores, as the engine recorded them; (V,) float64."""
+    logprobs_R = trajectory.logprobs
+    if logprobs_R is None or not bool(logprobs_R.isfinite().all()):
+        raise UserError("step_sampling=surprisal: the engine recorded no log-probabilities of its tokens; use uniform")
+    tail = trajectory.token_ids_KB.numel() - len(logprobs_R)
+    surprisal_KB = torch.cat([torch.zeros(tail), -logprobs_R]).double().view(trajectory.token_ids_KB.shape)
+    surprisal_VB = surprisal_KB[views.block_V - trajectory.first_block]
+    return (surprisal_VB * views.revealed_VB).sum(dim=1).clamp(min=0)
 
 
 def placeholder_pack(block_length: int, mask_token_id: int) -> PackedViews:

@@ -30,7 +30,7 @@ class ActionScores(NamedTuple):
     """A named tuple, so that DDP finds the tensors in it."""
 
     logprob_T: Tensor  # float32, nats, with gradient
-    entropy_T: Tensor  # float32, nats, without gradient; zeros unless the rule asks for it
+    entropy_T: Tensor  # float32, nats; zeros unless the rule asks for it, without gradient unless it asks for that
 
 
 class PackedScorer(nn.Module):

@@ -1,8 +1,10 @@
 """Named rewards and weights -> one reward per completion, and its parts.
 
 A reward function is `f(prompts, completions, *, completion_ids, step_maps, **columns) -> list[float | None]`, called
-with keywords as in TRL; None means that it does not apply to that completion. Keyword arguments with a default are its
-parameters; a function that names `is_right` gets the grader's judgement of each completion.
+with keywords as in TRL; None means that it does not apply to that completion. Instead of a number it may give a list of
+them, one for each denoising step of the completion, whose sum is its reward (`objective.advantage=given`). Keyword
+arguments with a default are its parameters; a function that names `is_right` gets the grader's judgement of each
+completion.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class Scores:
     total: list[float]  # weighted sum of the parts that apply, as `combine` says
     parts: dict[str, list[float | None]]  # by function name, unweighted
     counters: dict[str, int]  # how often the grader gave each verdict; empty when nothing was graded
+    # weighted sums for each denoising step; empty where no function gives them
+    by_step: list[list[float]] = field(default_factory=list)
 
 
 def reward_function(name: str) -> Callable[[RewardFunction], RewardFunction]:
@@ -143,13 +147,17 @@ class Rubric:
                 raise RewardError(f"column {name!r} has {len(values)} entries for {len(completions)} completions")
         verdicts = self._grade(completions, columns) if self._is_grading else []
         is_right = [bool(verdict) for verdict in verdicts]
-        parts = {}
+        parts, steps = {}, {}
         for name, function in self.functions.items():
             granted = {"is_right": is_right} if _wants_grades(function) else {}
             rewards = _call(name, function, {**arguments, **granted, **self._parameters[name]})
-            parts[name] = _check_rewards(name, rewards, len(completions))
+            rewards = _as_list(name, rewards, len(completions))
+            if any(isinstance(reward, list | tuple) for reward in rewards):
+                steps[name] = [_check_steps(name, row, reward) for row, reward in enumerate(rewards)]
+                rewards = [math.fsum(of_completion) for of_completion in steps[name]]
+            parts[name] = [_check_reward(name, row, reward) for row, reward in enumerate(rewards)]
         total = combine_parts(parts, list(self.weights.values()), group_size=group_size, combine=self.combine)
-        return Scores(total, parts, count_verdicts(verdicts) if verdicts else {})
+        return Scores(total, parts, count_verdicts(verdicts) if verdicts else {}, self._added_steps(steps))
 
     def close(self) -> None:
         """End the grader's processes."""
@@ -160,6 +168,20 @@ class Rubric:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _added_steps(self, steps: Mapping[str, list[list[float]]]) -> list[list[float]]:
+        """The weighted sum over the functions that judge steps."""
+        added: list[list[float]] = []
+        for name, rows in steps.items():
+            weighted = [[self.weights[name] * value for value in row] for row in rows]
+            added = added or [[0.0] * len(row) for row in rows]
+            for row, (mine, others) in enumerate(zip(weighted, added, strict=True)):
+                if len(mine) != len(others):
+                    raise RewardError(
+                        f"reward function {name!r}, row {row}: {len(mine)} steps, another has {len(others)}"
+                    )
+                added[row] = [a + b for a, b in zip(mine, others, strict=True)]
+        return added
 
     def _grade(self, completions: list[str], columns: Mapping[str, list[Any]]) -> list[Verdict]:
         if "answer" not in columns:
@@ -276,14 +298,24 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> 
         raise RewardError(f"reward function {name!r} raised {one_line(error)} ({place})") from error
 
 
-def _check_rewards(name: str, rewards: object, num_completions: int) -> list[float | None]:
-    """The rewards as floats and Nones, or an error that names the function, the row and the value."""
+def _as_list(name: str, rewards: object, num_completions: int) -> list[Any]:
+    """One entry a completion, or an error that names the function."""
     if isinstance(rewards, str) or not hasattr(rewards, "__len__") or not hasattr(rewards, "__iter__"):
         raise RewardError(f"reward function {name!r} must return a list, got {rewards!r}")
     values = list(rewards)
     if len(values) != num_completions:
         raise RewardError(f"reward function {name!r} returned {len(values)} rewards for {num_completions} completions")
-    return [_check_reward(name, row, value) for row, value in enumerate(values)]
+    return values
+
+
+def _check_steps(name: str, row: int, values: object) -> list[float]:
+    """Rewards of a completion's denoising steps."""
+    if not isinstance(values, list | tuple):
+        raise RewardError(f"reward function {name!r}, row {row}: other rows have a list of steps, got {values!r}")
+    checked = [_check_reward(name, row, value) for value in values]
+    if None in checked:
+        raise RewardError(f"reward function {name!r}, row {row}: the reward of a step is a number, got None")
+    return [value for value in checked if value is not None]
 
 
 def _check_reward(name: str, row: int, value: object) -> float | None:

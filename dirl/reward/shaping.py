@@ -180,6 +180,15 @@ def speed(
     return [share if right else 0.0 for share, right in zip(shares, is_right, strict=True)]
 
 
+def tokens_per_step(prompts: list[str], completions: list[str], **columns: Any) -> Rewards:
+    """Tokens up to and including EOS per denoising step, right or wrong. Range [0, block length].
+
+    To be scaled in its group: `reward.combine=normalize_then_sum`. Source: LightningRL (tokens per forward).
+    """
+    lengths_and_steps = zip(columns["completion_length"], columns["num_denoising_steps"], strict=True)
+    return [num_tokens / num_steps for num_tokens, num_steps in lengths_and_steps]
+
+
 def speed_penalty(
     prompts: list[str],
     completions: list[str],
@@ -195,11 +204,8 @@ def speed_penalty(
 
 def _speed_shares(columns: dict[str, Any], max_tokens_per_step: float) -> list[float]:
     """Tokens per step of each completion, from 0 (one) to 1 (max_tokens_per_step or more)."""
-    lengths_and_steps = zip(columns["completion_length"], columns["num_denoising_steps"], strict=True)
-    return [
-        min(1.0, max(0.0, (num_tokens / num_steps - 1) / (max_tokens_per_step - 1)))
-        for num_tokens, num_steps in lengths_and_steps
-    ]
+    tokens_of_a_step = tokens_per_step([], [], **columns)
+    return [min(1.0, max(0.0, (tokens - 1) / (max_tokens_per_step - 1))) for tokens in tokens_of_a_step]
 
 
 REWARD_FUNCTIONS: dict[str, RewardFunction] = {
@@ -216,5 +222,6 @@ REWARD_FUNCTIONS: dict[str, RewardFunction] = {
         soft_overlong,
         speed,
         speed_penalty,
+        tokens_per_step,
     )
 }

@@ -5,9 +5,10 @@ it until enough of them teach something; those too many begin the next step; a s
 resume are that list and the stream's place.
 
 Groups whose rewards are all equal have no gradient; with dynamic sampling they are dropped, counted, and replaced by
-groups of further prompts, a limited number of times.
+groups of further prompts, a limited number of times. Likewise, where asked for, groups without a right completion, and
+those in which some reward hardly varies.
 
-Source: DAPO (arXiv 2503.14476), section 3.2.
+Source: DAPO (arXiv 2503.14476), section 3.2; LightningRL for the further reasons.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dirl.config import bounded
 from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.data.rows import shorten
+from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rollout.engine import EngineConfig, RolloutEngine, SamplingConfig
@@ -31,6 +33,9 @@ from dirl.training.interruption import StopAsked
 from dirl.training.loop import NothingToLearn
 from dirl.training.metrics import Timings
 from dirl.training.seeds import stable_seed
+
+# Why a group is not trained on: equal rewards; `needs_right`; `min_spread`.
+DropReason = Literal["equal_rewards", "none_right", "small_spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,24 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     max_sampling_rounds: int = bounded(2, least=1)  # rollout rounds a step may take to fill its batch; 1: never again
     # prompts taken per group still missing; what is then too much goes to the next step
     oversampling: float = bounded(1.0, least=1)
+    needs_right: bool = False  # also drop groups without a right completion
+    # also drop groups in which a reward function's values differ by less: LightningRL has {tokens_per_step: 0.01}
+    min_spread: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        if (self.needs_right or self.min_spread) and not self.dynamic_sampling:
+            raise UserError("needs_right and min_spread drop groups: they need dynamic_sampling=true")
+
+    def reason_to_drop(self, group: RolloutGroup) -> DropReason | None:
+        """The first reason not to train on a group; None: it teaches."""
+        if not self.dynamic_sampling:
+            return None
+        if not group.is_informative:
+            return "equal_rewards"
+        if self.needs_right and group.num_right == 0:
+            return "none_right"
+        is_flat = any(group.spread(part) < least for part, least in self.min_spread.items())
+        return "small_spread" if is_flat else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,7 @@ class Rollouts:
                 completions=list(completions[start : start + size]),
                 rewards=scores.total[start : start + size],
                 reward_parts={name: values[start : start + size] for name, values in scores.parts.items()},
+                step_rewards=scores.by_step[start : start + size],
                 number=one.number,
                 seed=one.seed,
                 sampled_at=step,
@@ -105,7 +129,7 @@ class Rollouts:
 
 
 class NoSignal(NothingToLearn):
-    """No group of a step had differing rewards."""
+    """No group of a step taught anything."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +137,15 @@ class Collected:
     """What one step's rollouts gave on this rank."""
 
     groups: list[RolloutGroup]  # to train on
-    dropped: list[RolloutGroup]  # no spread in the rewards
+    dropped: list[RolloutGroup]  # not trained on
+    drop_reasons: list[DropReason]  # of each of these
     counters: dict[str, int]  # of the graders: timeouts, crashes, ...
     num_carried: int  # informative groups that were too many, over all ranks: the next step begins with them
+
+    @property
+    def everyone(self) -> list[RolloutGroup]:
+        """All groups, those that are trained on first."""
+        return [*self.groups, *self.dropped]
 
 
 class Collector:
@@ -157,7 +187,7 @@ class Collector:
 
         Raises:
             StopAsked: it was; the next call goes on from there.
-            NoSignal: no group on any rank had differing rewards after the last round.
+            NoSignal: no group on any rank taught anything after the last round.
         """
         while True:
             num_useful = int(self.distributed.sum(sum(map(self._is_useful, self.waiting)))[0])
@@ -172,12 +202,13 @@ class Collector:
         if num_useful == 0:
             self._step_ends([])
             raise NoSignal(
-                f"step {step}: the rewards of every group were equal in {self.config.max_sampling_rounds} rounds of "
-                f"{self.config.prompts_per_step} prompts; the problems are all too easy or too hard, or the reward is "
-                f"broken{_example(dropped)}"
+                f"step {step}: the rewards of every group were equal{_further_reasons(self.config)} in "
+                f"{self.config.max_sampling_rounds} rounds of {self.config.prompts_per_step} prompts; the problems are "
+                f"all too easy or too hard, or the reward is broken{_example(dropped)}"
             )
         groups, waiting, num_carried = self._shared_out(useful)
-        collected = Collected(groups, dropped, dict(self._counters), num_carried)
+        reasons = [reason for group in dropped if (reason := self.config.reason_to_drop(group))]
+        collected = Collected(groups, dropped, reasons, dict(self._counters), num_carried)
         self._step_ends(self._remember(waiting) if num_carried else waiting)
         return collected
 
@@ -210,7 +241,7 @@ class Collector:
         self.waiting, self._counters, self._num_rounds = waiting, Counter(), 0
 
     def _is_useful(self, group: RolloutGroup) -> bool:
-        return group.is_informative or not self.config.dynamic_sampling
+        return self.config.reason_to_drop(group) is None
 
     def _roll_out_round(self, step: int, num_prompts: int) -> None:
         taken = [
@@ -239,6 +270,13 @@ class Collector:
         if world_size > 1:
             mine += [group for group in self.distributed.gather(leaving) if new_owner[group.number] == rank]
         return sorted(mine, key=lambda group: group.number), waiting, len(surplus)
+
+
+def _further_reasons(config: RolloutConfig) -> str:
+    """What else may have dropped groups, for a message."""
+    further = {"needs_right": config.needs_right, "min_spread": bool(config.min_spread)}
+    names = [f"rollout.{name}" for name, is_set in further.items() if is_set]
+    return f", or {' or '.join(names)} dropped it," if names else ""
 
 
 def _example(groups: Sequence[RolloutGroup]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class RolloutGroup:
     completions: list[Completion]  # (G,)
     rewards: list[float]  # (G,) weighted sums
     reward_parts: dict[str, list[float | None]]  # by reward function, (G,) each; None: did not apply
+    step_rewards: list[list[float]] = field(default_factory=list)  # (G,) of each denoising step; empty: none were given
     number: int = 0  # of its prompt, counting all that the run has taken from the stream
     seed: int = 0  # of its prompt in this run
     sampled_at: int = 0  # optimizer steps the weights it was sampled with had taken
@@ -49,11 +50,24 @@ class RolloutGroup:
         """Whether the rewards differ. Judged on them: z-scores of equal ones are not zero in floats."""
         return bool(self.reward_G.max() > self.reward_G.min())
 
+    def spread(self, part: str) -> float:
+        """Range of a reward function's values in the group; 0 where it applies to none."""
+        values = [value for value in self.reward_parts[part] if value is not None]
+        return max(values) - min(values) if values else 0.0
+
+    @property
+    def is_right(self) -> list[bool]:
+        """(G,) What the reward `accuracy` (the total, in a rubric without it) puts above 0."""
+        return [(value or 0.0) > 0 for value in self.reward_parts.get("accuracy", self.rewards)]
+
     @property
     def num_right(self) -> int:
-        """Right completions: what the reward `accuracy` (the total, in a rubric without it) puts above 0."""
-        judged = self.reward_parts.get("accuracy", self.rewards)
-        return sum((value or 0.0) > 0 for value in judged)
+        return sum(self.is_right)
+
+    def of_first(self, count: int) -> RolloutGroup:
+        """The group as if it had only so many completions."""
+        parts = {name: values[:count] for name, values in self.reward_parts.items()}
+        return replace(self, completions=self.completions[:count], rewards=self.rewards[:count], reward_parts=parts)
 
     def replay_cost(self, block_length: int, hidden_size: int) -> float:
         """Estimated work of training on the group; a view is one block, at each denoising step."""
@@ -62,7 +76,16 @@ class RolloutGroup:
 
     def to_row(self, prompt_index: int) -> dict[str, Any]:
         """Plain values for a checkpoint, the prompt as its number."""
-        names = ("rewards", "reward_parts", "number", "seed", "sampled_at", "behavior_logprobs", "scored_as")
+        names = (
+            "rewards",
+            "reward_parts",
+            "step_rewards",
+            "number",
+            "seed",
+            "sampled_at",
+            "behavior_logprobs",
+            "scored_as",
+        )
         row = {name: getattr(self, name) for name in names}
         completions = [{**asdict(c), "logprobs": _json_numbers(c.logprobs)} for c in self.completions]
         return {"prompt": prompt_index, "completions": completions, **row}

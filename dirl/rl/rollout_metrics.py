@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dirl.rl.collector import Collected
+from dirl.rl.collector import Collected, DropReason
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rollout.generate import with_texts
 from dirl.training.distributed import Distributed
@@ -29,7 +29,7 @@ PASS_RATE_BINS = {
 class GroupSummary:
     """A group without its tokens: what ranks tell each other."""
 
-    is_kept: bool  # trained on; False: dropped, its rewards being all equal
+    dropped_for: DropReason | None  # None: trained on
     rewards: list[float]
     reward_parts: dict[str, list[float | None]]
     completion_lengths: list[int]
@@ -49,9 +49,10 @@ class GroupSummary:
 
 def summarise(collected: Collected) -> list[GroupSummary]:
     """Every group of a step, the dropped ones included."""
+    reasons = [*(None for _ in collected.groups), *collected.drop_reasons]
     return [
         GroupSummary(
-            is_kept=is_kept,
+            dropped_for=reason,
             rewards=group.rewards,
             reward_parts=group.reward_parts,
             completion_lengths=[completion.completion_length for completion in group.completions],
@@ -59,8 +60,7 @@ def summarise(collected: Collected) -> list[GroupSummary]:
             num_truncated=sum(completion.is_truncated for completion in group.completions),
             num_right=group.num_right,
         )
-        for is_kept, groups in ((True, collected.groups), (False, collected.dropped))
-        for group in groups
+        for group, reason in zip(collected.everyone, reasons, strict=True)
     ]
 
 
@@ -78,7 +78,7 @@ def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
     rewards = [reward for group in groups for reward in group.rewards]
     lengths = [length for group in groups for length in group.completion_lengths]
     num_tokens = sum(lengths)
-    dropped = [group for group in groups if not group.is_kept]
+    equal = [group for group in groups if group.dropped_for == "equal_rewards"]
     metrics: dict[str, float] = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.fmean(group.reward_std for group in groups),
@@ -88,10 +88,12 @@ def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(group.num_truncated for group in groups) / len(rewards),
         "completions/tokens_per_step": num_tokens / sum(sum(group.denoising_steps) for group in groups),
-        "groups/kept": len(groups) - len(dropped),
-        "groups/dropped_all_correct": sum(group.pass_rate == 1 for group in dropped),
-        "groups/dropped_all_wrong": sum(group.pass_rate == 0 for group in dropped),
-        "groups/dropped_mixed": sum(0 < group.pass_rate < 1 for group in dropped),  # right and wrong, rewarded alike
+        "groups/kept": sum(group.dropped_for is None for group in groups),
+        "groups/dropped_all_correct": sum(group.pass_rate == 1 for group in equal),
+        "groups/dropped_all_wrong": sum(group.pass_rate == 0 for group in equal),
+        "groups/dropped_mixed": sum(0 < group.pass_rate < 1 for group in equal),  # right and wrong, rewarded alike
+        "groups/dropped_none_right": sum(group.dropped_for == "none_right" for group in groups),
+        "groups/dropped_small_spread": sum(group.dropped_for == "small_spread" for group in groups),
         "num_completion_tokens": num_tokens,
         **pass_rate_histogram([group.pass_rate for group in groups]),
     }

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import PATH, Config, bounded
+from dirl.config import CONFIGS, PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.problem_sources import load_problems
 from dirl.data.problems import Problem
@@ -79,6 +79,7 @@ class RLConfig(TrainingConfig, UpdateConfig):
     """Everything of an RL run."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
+    PRESETS: ClassVar[Mapping[str, Path]] = {"objective": CONFIGS / "objectives"}
 
     output_dir: str = "outputs/rl"
     learning_rate: float = bounded(1e-6, least=0)
@@ -98,6 +99,14 @@ class RLConfig(TrainingConfig, UpdateConfig):
             )
         if self.rollout.temperature == 0:
             raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
+        names = [reference.rpartition(":")[2] for reference in self.reward.functions]
+        if unknown := [name for name in self.rollout.min_spread if name not in names]:
+            raise UserError(f"rollout.min_spread names {unknown[0]!r}, which is none of reward.functions: {names}")
+        if self.rollout.needs_right and self.reward.combine == "normalize_then_sum" and "accuracy" not in names:
+            raise UserError(
+                "rollout.needs_right needs accuracy among reward.functions: reward.combine=normalize_then_sum leaves "
+                "no total that says what is right"
+            )
 
 
 class RLTrainer(Trainer):
@@ -165,7 +174,7 @@ class RLTrainer(Trainer):
         An exception in the update (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
         """
         collected = self.last = self.collector.collect(self.steps_done)
-        advantages = advantages_of(collected.groups, self.config.objective.scale_rewards, self.distributed)
+        advantages = advantages_of(collected.groups, self.config.objective, self.distributed)
         with self.timings.phase("update_weights"):
             self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
@@ -209,7 +218,7 @@ class RLTrainer(Trainer):
         """Show one completion, and now and then write all of the main rank's to completions/."""
         if self.last is None or not self.distributed.is_main:
             return
-        groups = [*self.last.groups, *self.last.dropped]
+        groups = self.last.everyone
         if not groups:  # fewer prompts than ranks
             return
         run.say(sample_line(groups[0]))
@@ -235,7 +244,7 @@ class RLTrainer(Trainer):
     def _frozen_copies(self) -> tuple[Reference | None, BlockDiffusionModel]:
         """The reference where there is one, and the model that the engine decodes with."""
         config, reference, decoded = self.config, None, self.model
-        if config.objective.beta > 0:
+        if config.objective.reference_is_read:
             reference = self._without_adapters
             if config.lora.r == 0:
                 frozen = self._scorer(copy.deepcopy(self.model)).requires_grad_(False).eval()
@@ -315,6 +324,6 @@ def rl_workload(config: RLConfig) -> Workload:
         trained_fraction=trained_fraction(config.model, config.lora),
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
-        num_copies=int(config.objective.beta > 0 and config.lora.r == 0),
+        num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
         engine=engine,
     )

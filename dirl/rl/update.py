@@ -1,4 +1,4 @@
-"""Scored groups -> optimizer steps on the clipped surrogate.
+"""Scored groups -> optimizer steps on the objective.
 
 Strictly on-policy (one optimizer step per batch of rollouts) the behaviour of fresh actions is the policy's own: ratios
 are 1 by construction and no second pass is needed. With several steps per batch, and for groups that had to wait while
@@ -26,9 +26,12 @@ from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.views import placeholder_pack
 from dirl.model.logprobs import ActionScores
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rl.actions import PolicyBatch, annotate, pack_groups, scores_of, with_advantages, with_coefficients
+from dirl.rl.actions import PolicyBatch, annotate, scores_of, with_advantages, with_coefficients
+from dirl.rl.gauge import gauge, gauged_over_ranks
+from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.policy_loss import policy_loss
+from dirl.rl.ratios import Elsewhere, elsewhere, has_sequences
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.update_metrics import update_metrics
 from dirl.training.optimizer import Learner, Loss, StepOutcome
@@ -65,7 +68,8 @@ class PolicyUpdater:
         reference: Reference | None,
     ) -> None:
         self.learner, self.config, self.reference = learner, config, reference
-        self.rule, self._training_rule = rule, replace(rule, wants_entropy=True)
+        has_gradient = config.objective.entropy_coef != 0
+        self.rule, self._training_rule = rule, replace(rule, wants_entropy=True, entropy_has_gradient=has_gradient)
         self.max_completion_length = max_completion_length
         self.distributed = learner.distributed
 
@@ -76,21 +80,36 @@ class PolicyUpdater:
             advantages: (G,) float32 for each group.
             now: optimizer steps that the weights have taken; groups sampled by these are fresh.
         """
-        config = self.config
+        config, is_redrawn = self.config, self.config.objective.refresh_masks
+        # All of them before the first step: only these weights know what they gave.
         minibatches = [
-            self._table(groups[rows], advantages[rows], now)
-            for rows in _slices(len(groups), config.steps_per_generation)
+            [
+                self._table(groups[rows], advantages[rows], now, iteration)
+                for rows in _slices(len(groups), config.steps_per_generation)
+            ]
+            for iteration in range(config.num_iterations if is_redrawn else 1)
         ]
+        gauged = self._replayed_gauge(groups, now)
         steps: list[StepOutcome] = []
-        for _ in range(config.num_iterations):
-            for batches in minibatches:
+        for iteration in range(config.num_iterations):
+            for batches in minibatches[iteration % len(minibatches)]:
                 # Only before the first step are these still the weights that the engine sampled with.
                 fresh_since = None if any(step.sums for step in steps) else now
-                losses = [partial(self._loss, batch, fresh_since) for batch in batches]
-                steps.append(self.learner.update(losses, partial(self._empty_loss, fresh_since)))
+                steps.append(self._step(batches, fresh_since))
         return update_metrics(
-            steps, has_reference=self.reference is not None, max_logp_difference=config.max_logp_difference
+            steps,
+            gauged=gauged,
+            has_reference=config.objective.beta > 0,
+            max_logp_difference=config.max_logp_difference,
         )
+
+    def _step(self, batches: Sequence[PolicyBatch], fresh_since: int | None) -> StepOutcome:
+        """One optimizer step on all ranks' micro-batches."""
+        losses = [
+            partial(self._loss, batch, fresh_since, others)
+            for batch, others in zip(batches, self._elsewhere(batches), strict=True)
+        ]
+        return self.learner.update(losses, partial(self._empty_loss, fresh_since))
 
     def remember(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """Groups that must wait, with what the weights that sampled them give their actions; collective if sharded.
@@ -101,11 +120,13 @@ class PolicyUpdater:
         batches = self._packed(lacking)
         packs = [batch.packed.to(self.distributed.device) for batch in batches]
         scored = scores_of(packs, self._policy, self._filler(), self.distributed)
-        found: list[list[float]] = [[] for group in lacking for _ in group.completions]
+        found: list[dict[int, float]] = [{} for group in lacking for _ in group.completions]
         for batch, logprob_T in zip(batches, scored, strict=True):
-            for number, logprob in zip(batch.completion_T.tolist(), logprob_T.tolist(), strict=True):
-                found[number].append(logprob)
-        in_order, scored_as = iter(found), self.config.objective.scored_as
+            rows = zip(batch.completion_T.tolist(), batch.row_T.tolist(), logprob_T.tolist(), strict=True)
+            for number, row, logprob in rows:
+                found[number][row] = logprob
+        in_order = iter([[rows[row] for row in sorted(rows)] for rows in found])
+        scored_as = self.config.objective.scored_as
         return [
             group
             if group.behavior_logprobs
@@ -113,11 +134,13 @@ class PolicyUpdater:
             for group in groups
         ]
 
-    def _table(self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor], now: int) -> list[PolicyBatch]:
+    def _table(
+        self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor], now: int, iteration: int
+    ) -> list[PolicyBatch]:
         """Micro-batches with every column filled."""
         config, objective = self.config, self.config.objective
         batches = annotate(
-            self._packed(groups),
+            self._packed(groups, iteration, objective.max_tokens_per_update // self.distributed.world_size),
             before=now if config.steps_per_rollout == 1 else now + 1,
             trusts_engine=objective.importance_sampling_correction == "none",
             policy=self._policy,
@@ -129,24 +152,51 @@ class PolicyUpdater:
             batches,
             groups,
             self.distributed,
-            loss_type=objective.loss_type,
+            objective=objective,
             max_completion_length=self.max_completion_length,
         )
         return with_advantages(batches, advantages)
 
-    def _packed(self, groups: Sequence[RolloutGroup]) -> list[PolicyBatch]:
-        shape = self._model().config
+    def _packed(
+        self, groups: Sequence[RolloutGroup], iteration: int = 0, tokens_per_update: int = 0
+    ) -> list[PolicyBatch]:
         return pack_groups(
-            groups,
-            self.config.objective,
-            block_length=shape.block_size,
-            mask_token_id=shape.mask_token_id,
-            budget=self.learner.config.max_tokens_per_micro_batch,
+            groups, self.config.objective, self._layout(), iteration=iteration, tokens_per_update=tokens_per_update
         )
 
-    def _loss(self, batch: PolicyBatch, fresh_since: int | None) -> Loss:
+    def _layout(self) -> Layout:
+        shape = self._model().config
+        return Layout(shape.block_size, shape.mask_token_id, self.learner.config.max_tokens_per_micro_batch)
+
+    def _elsewhere(self, batches: Sequence[PolicyBatch]) -> Sequence[Elsewhere | None]:
+        """What each micro-batch needs to know of completions that go on in others: a pass where there are such."""
+        objective = self.config.objective
+        is_needed = has_sequences(objective) and any(batch.is_split for batch in batches)
+        if self.distributed.is_sharded and has_sequences(objective):
+            is_needed = self.distributed.max(float(is_needed)) > 0  # passes are collective
+        if not is_needed:
+            return [None] * len(batches)
+        own = scores_of([batch.packed for batch in batches], self._policy, self._filler(), self.distributed)
+        num_completions = 1 + max((int(batch.completion_T.max()) for batch in batches), default=0)
+        return elsewhere(batches, own, num_completions, objective)
+
+    def _replayed_gauge(self, groups: Sequence[RolloutGroup], now: int) -> StepOutcome | None:
+        """Engine against trainer on a few completions, where the objective scores no state that the engine visited."""
+        objective = self.config.objective
+        if objective.views == "replay" or objective.gauge_completions == 0:
+            return None
+        fresh = next((group for group in groups if group.sampled_at == now), None)
+        few = [] if fresh is None else [fresh.of_first(objective.gauge_completions)]
+        batches = pack_groups(few, ObjectiveConfig(), self._layout())
+        packs = [batch.packed.to(self.distributed.device) for batch in batches]
+        own = scores_of(packs, self._policy, self._filler(), self.distributed)
+        batches = [batch.to(self.distributed.device) for batch in batches]
+        found = [gauge(batch, own_T, objective, now) for batch, own_T in zip(batches, own, strict=True)]
+        return gauged_over_ranks(found, self.distributed)
+
+    def _loss(self, batch: PolicyBatch, fresh_since: int | None, others: Elsewhere | None = None) -> Loss:
         scores = self.learner.module(batch.packed, self._training_rule)
-        return policy_loss(scores, batch, self.config.objective, fresh_since=fresh_since)
+        return policy_loss(scores, batch, self.config.objective, fresh_since=fresh_since, elsewhere=others)
 
     def _empty_loss(self, fresh_since: int | None) -> Loss:
         """Zero with a gradient of zero for every parameter, for a rank that has no completions left."""

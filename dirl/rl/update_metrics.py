@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dirl.errors import UserError
 from dirl.training.optimizer import StepOutcome
@@ -13,10 +13,12 @@ class EngineMismatch(UserError):
 
 
 def update_metrics(
-    steps: Sequence[StepOutcome], *, has_reference: bool, max_logp_difference: float
+    steps: Sequence[StepOutcome], *, gauged: StepOutcome | None, has_reference: bool, max_logp_difference: float
 ) -> dict[str, float]:
     """Means over the steps, and over all their actions; the same on every rank.
 
+    Args:
+        gauged: engine against trainer, where the steps themselves could not compare them.
     Raises:
         EngineMismatch: trainer and engine differ by more than `max_logp_difference` nats an action (0: never).
     """
@@ -35,11 +37,15 @@ def update_metrics(
     }
     if has_reference:
         metrics["kl"] = total.get("kl", 0.0) / actions
+    if total.get("nll"):
+        metrics["nll"] = total["nll"] / len(moved)
+    if gauged is not None:
+        return metrics | _mismatch_metrics([gauged], gauged.sums, max_logp_difference)
     return metrics | _mismatch_metrics(moved, total, max_logp_difference)
 
 
 def _mismatch_metrics(
-    steps: Sequence[StepOutcome], total: dict[str, float], max_logp_difference: float
+    steps: Sequence[StepOutcome], total: Mapping[str, float], max_logp_difference: float
 ) -> dict[str, float]:
     """Trainer against engine, over all ranks; ratios as they are before a correction cuts them."""
     compared = total.get("compared", 0.0)

@@ -28,7 +28,8 @@ def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
         torch.tensor(ids, dtype=torch.int64)
         for ids in (completion.prompt_ids, completion.token_ids, completion.step_map)
     )
-    return Trajectory(prompt_ids, completion_ids, step_map, block_length)
+    recorded = None if completion.logprobs is None else torch.tensor(completion.logprobs, dtype=torch.float32)
+    return Trajectory(prompt_ids, completion_ids, step_map, block_length, recorded)
 
 
 def logprobs(

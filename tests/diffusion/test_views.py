@@ -180,7 +180,8 @@ def actions_of(packed: PackedViews) -> list[Action]:
         actions.branch_T,
         actions.completion_index_T,
     )
-    assert len(columns) == len(actions.columns())
+    assert bool((actions.importance_T == 1).all())
+    assert len(columns) + 1 == len(actions.columns())
     return list(zip(*(c.tolist() for c in columns), strict=True))
 
 

@@ -118,6 +118,7 @@ def test_speed_and_its_penalty() -> None:
     }
     assert shape("speed", **columns) == pytest.approx([0.0, 0.5, 1.0, 0.0, 0.0])
     assert shape("speed_penalty", **columns) == pytest.approx([0.0, 0.0, 0.0, -0.5, 0.0])
+    assert shape("tokens_per_step", **columns) == [1.0, 2.5, 10.0, 2.5, 0.9]
     assert shape("speed", **columns, max_tokens_per_step=2.5) == pytest.approx([0.0, 1.0, 1.0, 0.0, 0.0])
 
 

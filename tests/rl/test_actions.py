@@ -9,7 +9,8 @@ import torch
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
-from dirl.rl.actions import PolicyBatch, pack_groups, with_advantages, with_coefficients
+from dirl.rl.actions import PolicyBatch, with_advantages, with_coefficients
+from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import LossType, ObjectiveConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rollout.engine import Completion
@@ -59,8 +60,8 @@ def make_groups() -> list[RolloutGroup]:
 def batches(objective: ObjectiveConfig, budget: int) -> list[PolicyBatch]:
     groups = make_groups()
     advantages = [torch.tensor([2.0 * i + 1, 2.0 * i + 2]) for i in range(len(groups))]
-    packs = pack_groups(groups, objective, block_length=BLOCK, mask_token_id=MASK, budget=budget)
-    packs = with_coefficients(packs, groups, Distributed(), loss_type=objective.loss_type, max_completion_length=16)
+    packs = pack_groups(groups, objective, Layout(BLOCK, MASK, budget))
+    packs = with_coefficients(packs, groups, Distributed(), objective=objective, max_completion_length=16)
     return with_advantages(packs, advantages)
 
 
@@ -75,6 +76,7 @@ def test_actions_belong_to_their_completions(loss_type: LossType, likelihood: Li
         "bnpo": [1 / sum(lengths)] * 6,
         "dr_grpo": [1 / (16 * 6)] * 6,
         "grpo": [1 / (6 * length) for length in lengths],
+        "luspo": [1 / 6] * 6,
     }[loss_type]
     packs = batches(ObjectiveConfig(loss_type=loss_type, likelihood=likelihood), budget)
     assert len(packs) > 1 if budget == 60 else len(packs) == 1
@@ -118,6 +120,30 @@ def test_merged_steps_know_the_engine_at_their_first_step_only() -> None:
     assert len(batch.packed) < len(batches(ObjectiveConfig(), 4096)[0].packed)
 
 
-def test_a_completion_over_the_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 40"):
-        batches(ObjectiveConfig(), 40)
+@pytest.mark.parametrize("likelihood", get_args(Likelihood))
+def test_a_completion_over_the_budget_lies_in_several_micro_batches(likelihood: Likelihood) -> None:
+    """Every action once, in its own state: the same table as unsplit, and blocks stay whole."""
+    objective = ObjectiveConfig(likelihood=likelihood)
+    (whole,), parts = batches(objective, 4096), batches(objective, 30)
+    assert any(batch.is_split for batch in parts)
+
+    def rows_of(batch: PolicyBatch) -> dict[tuple[int, int], tuple[object, ...]]:
+        actions = batch.packed.actions
+        columns = (
+            *(batch.step_T, batch.length_T, batch.num_covered_T, batch.advantage_T, batch.coefficient_T),
+            *(actions.target_T, actions.is_reveal_T, actions.block_T, actions.completion_index_T),
+        )
+        keys = zip(batch.completion_T.tolist(), batch.row_T.tolist(), strict=True)
+        return dict(zip(keys, zip(*(column.tolist() for column in columns), strict=True), strict=True))
+
+    found: dict[tuple[int, int], tuple[object, ...]] = {}
+    for batch in parts:
+        assert len(batch.packed) <= 30
+        assert not found.keys() & rows_of(batch).keys()
+        found |= rows_of(batch)
+    assert found == rows_of(whole)
+
+
+def test_a_block_over_the_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch is 10"):
+        batches(ObjectiveConfig(), 10)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dirl.rl.actions import completion_coefficients
+from dirl.rl.gauge import importance_weights
 from dirl.rl.objective import ImportanceSampling, KLEstimator, Level, LossType, ObjectiveConfig
-from dirl.rl.policy_loss import importance_weights
 from tests.rl.tables import loss_of, table
 
 LENGTHS = [3, 1, 6]
@@ -28,6 +28,8 @@ def expected_objective(ratios: list[list[float]], advantages: list[float], loss_
     num_tokens = sum(len(row) for row in terms)
     if loss_type == "grpo":
         return sum(sum(row) / len(row) for row in terms) / len(terms)
+    if loss_type == "luspo":
+        return sum(map(sum, terms)) / len(terms)
     return sum(map(sum, terms)) / (len(terms) * MAX_LENGTH if loss_type == "dr_grpo" else num_tokens)
 
 
@@ -182,12 +184,12 @@ def test_k3_is_never_negative_and_kl_to_itself_is_zero() -> None:
         ({"epsilon": 1.0}, "epsilon must be .*below 1"),
         ({"beta": -1.0}, "beta must be at least 0"),
         ({"importance_sampling_clip_max": 0.0}, "importance_sampling_clip_max must be above 0, got 0"),
-        ({"loss_type": "gspo"}, "loss_type must be one of dapo, grpo, dr_grpo, bnpo, got 'gspo'"),
+        ({"loss_type": "gspo"}, "loss_type must be one of dapo, grpo, dr_grpo, bnpo, luspo, got 'gspo'"),
         ({"views": "visions"}, "views must be one of replay.*got 'visions'"),
-        ({"shrink": 2, "likelihood": "trajectory"}, "shrink=2 needs likelihood=reveal"),
+        ({"shrink": 2, "likelihood": "trajectory"}, "shrink=2 with likelihood=trajectory: merged steps"),
         (
             {"importance_sampling_level": "step", "importance_sampling_correction": "token_mask"},
-            "importance_sampling_correction=token_mask weighs single actions.*level=step",
+            "importance_sampling_level=step with importance_sampling_correction=token_mask: .*single ones",
         ),
     ],
 )

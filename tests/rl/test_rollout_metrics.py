@@ -10,8 +10,8 @@ from dirl.rl.rollout_metrics import GroupSummary, pass_rate_histogram, rollout_m
 
 
 def summary(rewards: list[float], num_right: int, *, is_kept: bool = True) -> GroupSummary:
-    count = len(rewards)
-    return GroupSummary(is_kept, rewards, {}, [3 + i for i in range(count)], [2] * count, 0, num_right)
+    count, dropped_for = len(rewards), None if is_kept else "equal_rewards"
+    return GroupSummary(dropped_for, rewards, {}, [3 + i for i in range(count)], [2] * count, 0, num_right)
 
 
 def group(rewards: list[float], accuracy: list[float | None] | None = None) -> RolloutGroup:

@@ -73,7 +73,9 @@ def test_batch_scaling_divides_by_the_deviation_of_the_whole_batch() -> None:
     plain = trainer(config)
     groups = plain.collector.collect(0).groups
     std = statistics.stdev(reward for group in groups for reward in group.rewards)
-    centred_and_divided = (advantages_of(groups, scale, plain.distributed) for scale in ("none", "batch"))
+    centred_and_divided = (
+        advantages_of(groups, ObjectiveConfig(scale_rewards=scale), plain.distributed) for scale in ("none", "batch")
+    )
     for centred, divided in zip(*centred_and_divided, strict=True):
         assert divided.tolist() == pytest.approx((centred / std).tolist(), rel=1e-3)
 

@@ -59,7 +59,7 @@ def rolled_out(trained: RLTrainer) -> list[RolloutGroup]:
 
 
 def update(trained: RLTrainer, groups: list[RolloutGroup], now: int = 0) -> dict[str, float]:
-    advantages = advantages_of(groups, trained.config.objective.scale_rewards, trained.distributed)
+    advantages = advantages_of(groups, trained.config.objective, trained.distributed)
     return trained.updater.update(groups, advantages, now)
 
 
@@ -193,7 +193,7 @@ def test_off_policy_ratios_use_what_the_engine_recorded(shift: float, clipped: s
     """An engine that recorded one nat more or less: every ratio starts at exp(-shift), beyond the clip."""
     trained = trainer(replace(CONFIG, num_iterations=2, learning_rate=0.0, max_logp_difference=0.0))
     groups = shifted(rolled_out(trained), shift)
-    advantages = advantages_of(groups, "none", trained.distributed)
+    advantages = advantages_of(groups, ObjectiveConfig(), trained.distributed)
     metrics = update(trained, groups)
     tokens = [
         (float(a), len(c.token_ids))
