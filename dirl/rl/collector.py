@@ -53,7 +53,7 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     min_spread: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        if (self.needs_right or self.min_spread) and not self.dynamic_sampling:
+        if (self.needs_right or any(self.min_spread.values())) and not self.dynamic_sampling:
             raise UserError("needs_right and min_spread drop groups: they need dynamic_sampling=true")
 
     def reason_to_drop(self, group: RolloutGroup) -> DropReason | None:
