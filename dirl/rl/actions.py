@@ -43,13 +43,15 @@ class PolicyBatch:
     ref_logprob_T: Tensor  # float32 nats, by the reference; NaN: as the policy's own
     coefficient_T: Tensor  # float32, the normaliser of loss_type
     advantage_T: Tensor  # float32
+    value_T: Tensor  # float32, by the critic before the update; zeros without one
+    return_T: Tensor  # float32, what the critic learns to foretell; zeros without one
 
     @classmethod
     def blank(cls, packed: PackedViews) -> PolicyBatch:
         """Fresh actions of one completion of which nothing is known or wanted."""
         zeros_T = torch.zeros_like(packed.actions.weight_T)
         nothing_T = torch.full_like(zeros_T, torch.nan)
-        return cls(packed, zeros_T.long(), zeros_T.long(), nothing_T, nothing_T, nothing_T, zeros_T, zeros_T)
+        return cls(packed, zeros_T.long(), zeros_T.long(), nothing_T, nothing_T, nothing_T, *[zeros_T] * 4)
 
     def to(self, device: torch.device) -> PolicyBatch:
         columns = (getattr(self, f.name) for f in fields(self) if f.name != "packed")

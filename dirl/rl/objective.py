@@ -25,6 +25,7 @@ from dirl.errors import UserError
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo"]
 KLEstimator = Literal["k1", "k2", "k3"]
 ScaleRewards = Literal["none", "group", "batch"]
+Advantage = Literal["group", "leave_one_out", "softmax", "gae", "given"]
 ImportanceSampling = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 # Over which actions one ratio is taken: one action; those of one completion token; of one view (a denoising step); of
 # the views of one block; of one completion. On-policy they have one gradient.
@@ -45,6 +46,9 @@ class ObjectiveConfig(Config):
     kl_estimator: KLEstimator = "k3"
     loss_type: LossType = "dapo"
     scale_rewards: ScaleRewards = "none"  # none: the paper; group: GRPO's z-score; batch
+    advantage: Advantage = "group"  # gae: of each action, from a critic's values and the group's advantage
+    gae_gamma: float = bounded(1.0, least=0, most=1)  # gae: discount from a denoising step to the one before it
+    gae_lambda: float = bounded(1.0, least=0, most=1)  # gae: 1 trusts the outcome, 0 the critic's value a step later
     importance_sampling_correction: ImportanceSampling = "none"  # for the mismatch of engine and trainer
     importance_sampling_clip_max: float = bounded(3.0, above=0)  # truncate: larger ratios become this; mask: 0
 
@@ -53,6 +57,8 @@ class ObjectiveConfig(Config):
             raise UserError(f"views must be one of {', '.join(VIEWS)}, got {self.views!r}")
         if self.likelihood == "trajectory" and self.shrink > 1:
             raise UserError(f"shrink={self.shrink} needs likelihood=reveal: merged steps have no hold probabilities")
+        if self.advantage == "gae" and self.views != "replay":
+            raise UserError(f"advantage=gae needs the decoder's steps: set views=replay, got {self.views!r}")
         is_wide = self.importance_sampling_level in ("step", "block", "sequence")
         if is_wide and self.importance_sampling_correction.startswith("token"):
             raise UserError(

@@ -27,6 +27,7 @@ from dirl.diffusion.views import placeholder_pack
 from dirl.model.logprobs import ActionScores
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.actions import PolicyBatch, annotate, pack_groups, scores_of, with_advantages, with_coefficients
+from dirl.rl.critic import Critic, CriticConfig, critic_metrics
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.policy_loss import policy_loss
 from dirl.rl.rollout_group import RolloutGroup
@@ -42,6 +43,7 @@ class UpdateConfig(Config):
     """How a batch of rollouts becomes optimizer steps."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)  # of objective.advantage=gae
     num_iterations: int = bounded(1, least=1)  # passes over a batch of rollouts
     steps_per_generation: int = bounded(1, least=1)  # optimizer steps a pass is split into
     # nats; a larger mean |trainer - engine| over a batch ends the run. 0: never
@@ -63,8 +65,9 @@ class PolicyUpdater:
         *,
         max_completion_length: int,
         reference: Reference | None,
+        critic: Critic | None = None,
     ) -> None:
-        self.learner, self.config, self.reference = learner, config, reference
+        self.learner, self.config, self.reference, self.critic = learner, config, reference, critic
         self.rule, self._training_rule = rule, replace(rule, wants_entropy=True)
         self.max_completion_length = max_completion_length
         self.distributed = learner.distributed
@@ -82,15 +85,21 @@ class PolicyUpdater:
             for rows in _slices(len(groups), config.steps_per_generation)
         ]
         steps: list[StepOutcome] = []
+        critic_steps: list[StepOutcome] = []
         for _ in range(config.num_iterations):
             for batches in minibatches:
                 # Only before the first step are these still the weights that the engine sampled with.
                 fresh_since = None if any(step.sums for step in steps) else now
                 losses = [partial(self._loss, batch, fresh_since) for batch in batches]
+                if self.critic is not None and self.critic.is_alone(now + len(steps)):
+                    losses = []
                 steps.append(self.learner.update(losses, partial(self._empty_loss, fresh_since)))
-        return update_metrics(
+                if self.critic is not None:
+                    critic_steps.append(self.critic.update(batches, self._filler()))
+        metrics = update_metrics(
             steps, has_reference=self.reference is not None, max_logp_difference=config.max_logp_difference
         )
+        return metrics | critic_metrics(critic_steps) if critic_steps else metrics
 
     def remember(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """Groups that must wait, with what the weights that sampled them give their actions; collective if sharded.
@@ -132,7 +141,8 @@ class PolicyUpdater:
             loss_type=objective.loss_type,
             max_completion_length=self.max_completion_length,
         )
-        return with_advantages(batches, advantages)
+        batches = with_advantages(batches, advantages)
+        return batches if self.critic is None else self.critic.judge(batches, self._filler())
 
     def _packed(self, groups: Sequence[RolloutGroup]) -> list[PolicyBatch]:
         shape = self._model().config
