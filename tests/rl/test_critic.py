@@ -29,6 +29,7 @@ from dirl.rl.objective import VIEWS, ObjectiveConfig
 from dirl.rl.train import RLConfig, RLTrainer, rl_workload
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Loss, StepOutcome
+from tests.launching import launch_script
 from tests.rl.tables import table
 
 GAE = ObjectiveConfig(advantage="gae", likelihood="trajectory", gae_gamma=0.99, gae_lambda=0.9)
@@ -414,6 +415,28 @@ def test_a_run_goes_on_with_a_critic_or_without_as_it_began(tmp_path: Path) -> N
         trainer(longer).train()
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_logprobs_and_values_are_float32_although_the_passes_are_bfloat16(backend: str) -> None:
+    done = launch_script(__file__, backend=backend, num_processes=2, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("computed in bfloat16: float32 float32") == 2
+
+
+def print_precisions() -> None:
+    """The script of the processes: what a policy and a critic return under bf16=true."""
+    trained = trainer(replace(CONFIG, bf16=True))
+    assert trained.critic is not None
+    seen: set[torch.dtype] = set()
+    layer = next(module for name, module in trained.model.named_modules() if name.endswith("q_proj"))
+    layer.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
+    filler = trained.updater._filler()
+    precisions = [trained.updater._policy(filler).dtype, trained.critic.learner.module(filler).dtype]
+    words = [str(precision).removeprefix("torch.") for precision in (*seen, *precisions)]
+    print(f"computed in {words[0]}: {' '.join(words[1:])}", flush=True)
+    trained.distributed.close()
+
+
 # What is refused, and what it costs.
 
 
@@ -445,3 +468,7 @@ def test_memory_of_a_critic(tmp_path: Path) -> None:
     shared = Workload(tokens_per_micro_batch=64, bf16=False, trained_fraction=0.01, critic="shared")
     uses_shared = estimate_memory(config.model, shared, "ddp", 1).uses
     assert uses_shared["critic"] == pytest.approx(uses_shared["gradients"] + uses_shared["optimizer"])
+
+
+if __name__ == "__main__":
+    print_precisions()
