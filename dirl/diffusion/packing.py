@@ -17,6 +17,7 @@ Shapes: P prompt tokens, R completion tokens, V views, B block length, L packed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -36,6 +37,7 @@ class Views:
     held_VB: Tensor  # bool, masked positions that stay masked
     weight_VB: Tensor  # float32, weight of each scored token
     visited_VB: Tensor  # bool, positions the decoder decided about in this very state
+    confidence_threshold: float = math.nan  # the decoder's, where the completion had one of its own; NaN: the rule's
 
     def __len__(self) -> int:
         return len(self.block_V)
@@ -107,12 +109,14 @@ class Actions:
     block_T: Tensor  # int64, absolute block
     branch_T: Tensor  # int64, number of the action's branch in the pack, from 0
     completion_index_T: Tensor  # int64, index of the action's token in its completion
+    threshold_T: Tensor  # float32, its completion's own confidence threshold; NaN: the rule's
     has_holds: bool
     view_ends: tuple[int, ...]  # after which row the actions of each view end
 
     @classmethod
     def of(cls, **columns: Tensor) -> Actions:
-        """The table of these columns, which are on the host."""
+        """The table of these columns, which are on the host; without `threshold_T`, of completions with the rule's."""
+        columns.setdefault("threshold_T", torch.full(columns["target_T"].shape, math.nan))
         ends = columns["view_T"].unique_consecutive(return_counts=True)[1].cumsum(0)
         return cls(**columns, has_holds=not bool(columns["is_reveal_T"].all()), view_ends=tuple(ends.tolist()))
 
@@ -200,6 +204,7 @@ def _actions_of(
         "block_T": views.block_V[place_T // block_length],
         "branch_T": torch.full_like(place_T, branch),
         "completion_index_T": completion_index_VB.flatten()[place_T],
+        "threshold_T": torch.full(place_T.shape, views.confidence_threshold),
     }
 
 

@@ -81,6 +81,7 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1)
         held_VB=held_VB,
         weight_VB=torch.ones(steps_VB.shape),
         visited_VB=(revealed_VB & is_first_VB) | held_VB,
+        confidence_threshold=trajectory.confidence_threshold,
     )
 
 

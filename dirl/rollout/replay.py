@@ -5,6 +5,7 @@ Shapes: R completion tokens, T actions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,8 @@ def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
         torch.tensor(ids, dtype=torch.int64)
         for ids in (completion.prompt_ids, completion.token_ids, completion.step_map)
     )
-    return Trajectory(prompt_ids, completion_ids, step_map, block_length)
+    threshold = math.nan if completion.confidence_threshold is None else completion.confidence_threshold
+    return Trajectory(prompt_ids, completion_ids, step_map, block_length, threshold)
 
 
 def logprobs(

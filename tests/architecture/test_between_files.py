@@ -38,7 +38,6 @@ LEFTOVERS = {
     "reward/__init__.py": "the face of `dirl.rewards`",
     "reward/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's scorers come in",
     "rl/advantage.py": "the paper's advantage: tensors in, tensors out",
-    "rollout/decoded.py": "what every wing does before and after it decodes",
     "rollout/lmdeploy/version.py": "read before anything of lmdeploy may be imported",
     "rollout/replay.py": "`dirl.logprobs`: the one place that scores completions outside training",
     "rollout/scoring.py": "rollouts and evaluations score with it, and neither may know the other",
