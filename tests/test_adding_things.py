@@ -81,7 +81,11 @@ class Parrot:
         self.weights_version = 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
         sizes = touched_tokens(prompts, seeds, sampling, 4)
         return [self._repeat(list(p), size, seed) for p, size, seed in zip(prompts, sizes, seeds, strict=True)]

@@ -25,7 +25,7 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
-from dirl.files import append_json_lines
+from dirl.files import append_json_lines, write_json
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters
@@ -37,6 +37,7 @@ from dirl.rl.collector import Collected, Collector, RolloutConfig, Rollouts
 from dirl.rl.critic import Critic, ValueModel, value_model_of
 from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
+from dirl.rl.threshold_policy import build_threshold_policy
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
 from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import RolloutEngine
@@ -163,9 +164,17 @@ class RLTrainer(Trainer):
             reference=reference,
             critic=self.critic,
         )
+        self.thresholds = build_threshold_policy(
+            config.rollout,
+            self.distributed.unwrap(self.learner.module),
+            config.objective,
+            self.distributed,
+            budget=config.max_tokens_per_micro_batch,
+            bf16=config.bf16,
+        )
         self.collector = self.source = Collector(
             self._prompts(problems),
-            Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size()),
+            Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size(), self.thresholds),
             self.distributed,
             config.seed,
             should_stop=self.signals.is_stop_asked,
@@ -193,6 +202,8 @@ class RLTrainer(Trainer):
             self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
             metrics = self.updater.update(collected.groups, advantages, self.steps_done)
+            if self.thresholds:
+                metrics |= self.thresholds.update(collected.groups, advantages, self.config.num_iterations)
         with self.timings.phase("update_weights"):
             self.engine.update_weights(self.model)
             self.engine.wake()
@@ -200,7 +211,10 @@ class RLTrainer(Trainer):
         return metrics | metrics_of_all_ranks(collected, self.distributed)
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
+        """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy.
+
+        Where a policy chooses thresholds, with the most probable one for each problem.
+        """
         config = self.config
         evaluator = Evaluator(
             self.engine,
@@ -211,9 +225,10 @@ class RLTrainer(Trainer):
             suffix=config.data.suffix,
             distributed=self.distributed,
         )
-        modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples)}
+        thresholds_of = self.thresholds.best if self.thresholds else None
+        modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples, thresholds_of)}
         if config.eval.greedy:
-            modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1)
+            modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1, thresholds_of)
         metrics: dict[str, float] = {}
         for name, mode in modes.items():
             result = evaluator.evaluate(self.heldout, mode)
@@ -246,7 +261,7 @@ class RLTrainer(Trainer):
         return [{"question": g.prompt.problem.question, "answer": g.prompt.problem.answer} for g in groups]
 
     def write_final(self) -> Path:
-        return write_final(
+        final = write_final(
             self.model,
             self.tokenizer,
             Path(self.config.output_dir),
@@ -254,6 +269,9 @@ class RLTrainer(Trainer):
             lora=self.config.lora,
             is_main=self.distributed.is_main,
         )
+        if self.thresholds and self.distributed.is_main:
+            write_json(final / "threshold_policy.json", self.thresholds.as_row())
+        return final
 
     def _frozen_copies(self) -> tuple[Reference | None, BlockDiffusionModel]:
         """The reference where there is one, and the model that the engine decodes with."""
