@@ -20,6 +20,7 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collector, RolloutConfig, Rollouts
+from dirl.rl.config import RLConfig, RLEvalConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, ThresholdChoice, render_prompts
 from dirl.rl.threshold_policy import (
@@ -29,7 +30,7 @@ from dirl.rl.threshold_policy import (
     prompt_states,
     threshold_loss,
 )
-from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
@@ -71,7 +72,7 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
         group(prompt, chosen, [float(reward_PK[prompt, k]) for k in chosen], logprob_PK[prompt])
         for prompt, chosen in enumerate([[0, 1, 1, 1], [0, 1, 0, 1]])
     ]
-    metrics = head.update(groups, advantages_of(groups, "none", Distributed()))
+    metrics = head.update(groups, advantages_of(groups, ObjectiveConfig(), Distributed()))
     for parameter, gradient in zip((head.weight_KD, head.bias_K), expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(-parameter.grad, gradient)
@@ -159,7 +160,7 @@ def test_it_learns_to_spend_steps_where_they_help() -> None:
     metrics, collected = [], []
     for step in range(25):
         groups = collector.collect(step).groups
-        metrics.append(head.update(groups, advantages_of(groups, "none", distributed)))
+        metrics.append(head.update(groups, advantages_of(groups, ObjectiveConfig(), distributed)))
         collected.append(groups)
     assert metrics[0]["threshold/entropy"] == pytest.approx(math.log(2))
     with torch.no_grad():
