@@ -442,7 +442,7 @@ def print_precisions() -> None:
 # What is refused, and what it costs.
 
 
-def test_what_cannot_be_is_refused_in_one_line() -> None:
+def test_what_cannot_be_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="views=masks with advantage=gae: there are no steps"):
         ObjectiveConfig(advantage="gae", views="masks")
     with pytest.raises(UserError, match=r"critic.backbone=shared needs frozen weights to share: set lora.r"):
