@@ -20,6 +20,7 @@ from torch import Tensor
 from dirl.diffusion.masks import MaskPlan, _quadrature, mask_views
 from dirl.diffusion.packing import Views
 from dirl.diffusion.trajectory import Trajectory
+from dirl.diffusion.views import replay_views
 
 MASK, BLOCK = 99, 4
 Model = Callable[[int, frozenset[int], int], float]  # block, masked lanes, lane
@@ -288,3 +289,19 @@ def test_a_seed_decides_all_draws(levels: str) -> None:
     clean = trajectory.token_ids_KB[views.block_V - trajectory.first_block]
     assert views.target_ids_VB.equal(clean)
     assert torch.where(views.revealed_VB, MASK, clean).equal(views.token_ids_VB)
+
+
+def test_the_mean_of_replay_over_all_orders_is_the_elbo() -> None:
+    """One token a step, each order of three tokens equally likely."""
+    trajectory, model = trajectory_of(1), random_model()
+    orders = [replace(trajectory, step_map=torch.tensor(order)) for order in permutations((1, 2, 3))]
+    found = []
+    for order in orders:
+        views = replay_views(order, MASK)
+        assert len(views) == 3 and views.revealed_VB.sum(dim=1).eq(1).all()
+        total = 0.0
+        for view in range(3):
+            masked = frozenset((views.token_ids_VB[view] == MASK).nonzero().flatten().tolist())
+            total += model(0, masked, int(views.revealed_VB[view].nonzero()))
+        found.append(total)
+    assert sum(found) / len(found) == pytest.approx(elbo(model, 0, [1, 2, 3]), rel=1e-12)
