@@ -85,10 +85,10 @@ def expected(plan: MaskPlan, trajectory: Trajectory, model: Model, monkeypatch: 
     offsets = [(i + 0.5) / grid for i in range(grid)]
     orders = [torch.tensor(order) / BLOCK for order in even_permutations()]
     turns = [torch.arange(num_cells).roll(turn) for turn in range(num_cells)]
-    values = []
-    for offset, turn, order in product(offsets, turns, orders):
-        monkeypatch.setattr(torch, "randperm", lambda *_, turn=turn, **__: turn)
-        monkeypatch.setattr(torch, "rand", dealt(offset, order))
+    values, dealt = [], Dealt()
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: dealt.turn)
+    monkeypatch.setattr(torch, "rand", dealt.rand)
+    for dealt.offset, dealt.turn, dealt.order_B in product(offsets, turns, orders):
         values.append(estimate(mask_views(trajectory, MASK, plan, 0), model))
     monkeypatch.undo()
     return sum(values) / len(values)
@@ -101,16 +101,18 @@ def even_permutations() -> Iterator[tuple[int, ...]]:
             yield order
 
 
-def dealt(offset: float, order_B: Tensor) -> Callable[..., Tensor]:
-    """In place of torch.rand."""
+class Dealt:
+    """Numbers in place of random ones."""
 
-    def rand(*shape: int, **_: object) -> Tensor:
-        return torch.tensor([offset], dtype=torch.float64) if shape == (1,) else order_B.expand(shape)
+    offset: float
+    turn: Tensor
+    order_B: Tensor
 
-    return rand
+    def rand(self, *shape: int, **_: object) -> Tensor:
+        return torch.tensor([self.offset], dtype=torch.float64) if shape == (1,) else self.order_B.expand(shape)
 
 
-@pytest.mark.parametrize("prompt_length", [0, 1, 2, 7])
+@pytest.mark.parametrize("prompt_length", [0, 2, 7])
 @pytest.mark.parametrize(
     "plan", [MaskPlan(), MaskPlan(complementary=True), MaskPlan(levels="every"), MaskPlan(num_masks=2)], ids=str
 )
@@ -204,9 +206,6 @@ def test_intervals_of_levels(
 
 
 PLANS = [
-    MaskPlan(),
-    MaskPlan(num_masks=2, complementary=True),
-    MaskPlan(levels="every"),
     MaskPlan(levels="every", full_mask_share=0.25),
     MaskPlan(levels="gauss", num_masks=3),
     MaskPlan(complementary=True, weights="none"),

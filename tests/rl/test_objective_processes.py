@@ -6,6 +6,7 @@ This file is also the script that the processes run: `torch.distributed.run ... 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,8 @@ def train(output_dir: Path) -> None:
     """The steps of every preset, each completion in several micro-batches; written by the main process."""
     for preset in PRESETS:
         config = config_of([f"objective={preset}"])
-        groups = groups_of(config.rollout)
-        budget = f"max_tokens_per_micro_batch={smallest_budget(config, groups)}"
-        trained = trainer_of(config_of([f"objective={preset}", budget]))
+        groups = groups_of(config)
+        trained = trainer_of(replace(config, max_tokens_per_micro_batch=smallest_budget(config, groups)))
         assert trained.distributed.world_size == 2
         steps = taken_steps(trained, groups[1:] if trained.distributed.rank else groups[:1])
         if trained.distributed.is_main:
@@ -39,7 +39,7 @@ def test_two_processes_make_the_steps_of_the_oracle(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     for preset in PRESETS:
         config = config_of([f"objective={preset}"])
-        groups, model = groups_of(config.rollout), trainer_of(config).model
+        groups, model = groups_of(config), trainer_of(config).model
         rows = torch.load(tmp_path / f"{preset}.pt", weights_only=True)
         assert len(rows) == 2
         for iteration, (loss, found, weights) in enumerate(rows):
