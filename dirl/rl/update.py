@@ -13,6 +13,7 @@ Shapes: G completions of a group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -148,7 +149,7 @@ class PolicyUpdater:
         """Micro-batches with every column filled."""
         config, objective = self.config, self.config.objective
         batches = annotate(
-            self._packed(groups, iteration, objective.max_tokens_per_update // self.distributed.world_size),
+            self._packed(groups, iteration, math.ceil(objective.max_tokens_per_update / self.distributed.world_size)),
             before=now if config.steps_per_rollout == 1 else now + 1,
             trusts_engine=objective.importance_sampling_correction == "none",
             policy=self._policy,

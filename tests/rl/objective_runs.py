@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,6 +43,11 @@ MAX_LENGTH = 16
 
 
 def small_model() -> BlockDiffusionModel:
+    return copy.deepcopy(_small_model())
+
+
+@cache
+def _small_model() -> BlockDiffusionModel:
     tokenizer = tiny_tokenizer()
     config = SDARConfig(
         vocab_size=len(tokenizer),
@@ -85,8 +91,14 @@ def config_of(overrides: Sequence[str]) -> RLConfig:
     return load_config(RLConfig, None, [*fixed, *lengths, *SAMPLING, gauge, *overrides])
 
 
-def groups_of(sampling: SamplingConfig) -> list[RolloutGroup]:
+def groups_of(config: RLConfig) -> list[RolloutGroup]:
     """Three completions of each prompt, as the model decodes them, judged as it is written above."""
+    names = {field.name: getattr(config.rollout, field.name) for field in fields(SamplingConfig)}
+    return _groups_of(SamplingConfig(**names))
+
+
+@cache
+def _groups_of(sampling: SamplingConfig) -> list[RolloutGroup]:
     engine, groups = TorchEngine(small_model(), tiny_tokenizer()), []
     for number, (prompt, length) in enumerate(PROMPTS):
         asked = replace(sampling, max_completion_length=length)

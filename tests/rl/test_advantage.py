@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from dirl.data.problems import Problem
 from dirl.rl.advantage import group_advantages
-from dirl.rl.objective import ScaleRewards
+from dirl.rl.objective import AdvantageName, ScaleRewards
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 
 GROUPS = [[1.0, 0.0, 0.0, 1.0], [0.5, 2.0, -1.0, 0.0]]
@@ -37,3 +38,25 @@ def test_spread_is_judged_on_the_rewards_exactly() -> None:
 
     assert not is_informative([0.3] * 8)
     assert is_informative([0.3] * 7 + [0.3 + 1e-6])
+
+
+@pytest.mark.parametrize(("baseline", "factor"), [("group", 2 / 3), ("leave_one_out", 1.0)])
+def test_expected_gradient_of_a_baseline(baseline: AdvantageName, factor: float) -> None:
+    """Every group of three draws from a small policy: without the others' mean, a part of the gradient is lost."""
+    logits_V = torch.tensor([0.3, -0.5, 1.0], requires_grad=True)
+    reward_V = torch.tensor([1.0, 0.2, -0.4])
+    logprob_V = logits_V.log_softmax(0)
+    (truth,) = torch.autograd.grad((logprob_V.exp() * reward_V).sum(), logits_V, retain_graph=True)
+    total = torch.zeros(())
+    for drawn in itertools.product(range(3), repeat=3):
+        members = torch.tensor(drawn)
+        advantage_G = group_advantages(reward_V[members][None], "none", baseline=baseline).squeeze(0)
+        chance = logprob_V[members].sum().exp().detach()
+        total = total + chance * (advantage_G * logprob_V[members]).mean()
+    torch.testing.assert_close(torch.autograd.grad(total, logits_V)[0], factor * truth)
+
+
+def test_softmax_weights_sum_to_zero_and_order_as_the_rewards() -> None:
+    advantages_PG = group_advantages(torch.tensor(GROUPS), "none", baseline="softmax")
+    torch.testing.assert_close(advantages_PG.sum(dim=1), torch.zeros(2))
+    assert advantages_PG.argsort(dim=1, stable=True).equal(torch.tensor(GROUPS).argsort(dim=1, stable=True))
