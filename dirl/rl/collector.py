@@ -53,7 +53,7 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     min_spread: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        if (self.needs_right or self.min_spread) and not self.dynamic_sampling:
+        if (self.needs_right or any(self.min_spread.values())) and not self.dynamic_sampling:
             raise UserError("needs_right and min_spread drop groups: they need dynamic_sampling=true")
 
     def reason_to_drop(self, group: RolloutGroup) -> DropReason | None:
@@ -64,7 +64,7 @@ class RolloutConfig(SamplingConfig, EngineConfig):
             return "equal_rewards"
         if self.needs_right and group.num_right == 0:
             return "none_right"
-        is_flat = any(group.spread(part) < least for part, least in self.min_spread.items())
+        is_flat = any(least > 0 and group.spread(part) < least for part, least in self.min_spread.items())
         return "small_spread" if is_flat else None
 
 

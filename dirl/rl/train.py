@@ -100,7 +100,7 @@ class RLConfig(TrainingConfig, UpdateConfig):
         if self.rollout.temperature == 0:
             raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
         names = [reference.rpartition(":")[2] for reference in self.reward.functions]
-        if unknown := [name for name in self.rollout.min_spread if name not in names]:
+        if unknown := [name for name, least in self.rollout.min_spread.items() if least > 0 and name not in names]:
             raise UserError(f"rollout.min_spread names {unknown[0]!r}, which is none of reward.functions: {names}")
         if self.rollout.needs_right and self.reward.combine == "normalize_then_sum" and "accuracy" not in names:
             raise UserError(

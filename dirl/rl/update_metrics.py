@@ -37,7 +37,7 @@ def update_metrics(
     }
     if has_reference:
         metrics["kl"] = total.get("kl", 0.0) / actions
-    if total.get("nll"):
+    if moved:
         metrics["nll"] = total["nll"] / len(moved)
     if gauged is not None:
         return metrics | _mismatch_metrics([gauged], gauged.sums, max_logp_difference)

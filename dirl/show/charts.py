@@ -46,6 +46,7 @@ PANELS = (
     Panel("Verdicts of the grader", "completions", "stacked"),
     Panel("Entropy", "nats per token"),
     Panel("KL", "nats per action, to the reference policy"),
+    Panel("Likelihood", "nats per token of right completions, negative log-likelihood of the states scored"),
     Panel("Clip ratio", "share of actions"),
     Panel("Trainer against engine", "nats, difference of log-probabilities"),
     Panel("Importance sampling ratio", "trainer over engine, before any cut"),

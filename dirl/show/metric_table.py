@@ -160,6 +160,7 @@ TABLE = MetricTable(
             column="entropy",
             headline=10,
         ),
+        Metric("nll", "nats", "a token of right completions (`objective.nll_on`) in the states scored", "Likelihood"),
         Metric(
             "kl",
             "nats",

@@ -14,6 +14,7 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric, combine_parts
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collected, Collector, NoSignal, RolloutConfig, Rollouts
+from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import rollout_metrics, summarise
 from dirl.rl.train import RLConfig
@@ -165,7 +166,8 @@ def test_speed_rewards_are_those_of_lightningrl() -> None:
         RolloutGroup(prompt=prompt, completions=[], rewards=totals[start : start + 4], reward_parts={})
         for start in (0, 4, 8)
     ]
-    found = [float(a) for advantage_G in advantages_of(groups, "batch", Distributed()) for a in advantage_G]
+    advantages = advantages_of(groups, ObjectiveConfig(scale_rewards="batch"), Distributed())
+    found = [float(a) for advantage_G in advantages for a in advantage_G]
     spread, mean = statistics.stdev(expected), statistics.fmean(expected)
     assert found == pytest.approx([(value - mean) / spread for value in expected], rel=1e-3, abs=1e-4)
 
