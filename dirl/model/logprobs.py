@@ -46,17 +46,22 @@ class PackedScorer(nn.Module):
 
     def forward(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         """Scores of the pack's actions under the model, as the decoder would have assigned them."""
-        tokens = packed.tokens
-        if uses_flex(tokens, self.attention):
-            tokens = padded_for_flex(tokens, self.budget)
-        hidden_LD = self.model.model(
-            input_ids=tokens.token_ids_L[None],
-            position_ids=tokens.position_L[None],
-            attention_plan=training_plan(tokens, self.attention),
-            use_cache=False,
-        ).last_hidden_state[0]
-        actions = packed.actions
-        return score_actions(hidden_LD[actions.index_T], self.model.lm_head, actions, rule)
+        hidden_TD = hidden_at_actions(self.model.model, packed, self.attention, self.budget)
+        return score_actions(hidden_TD, self.model.lm_head, packed.actions, rule)
+
+
+def hidden_at_actions(backbone: nn.Module, packed: PackedViews, attention: AttentionName, budget: int) -> Tensor:
+    """Last hidden states (T, D) of a model without its head, at the positions of the pack's actions."""
+    tokens = packed.tokens
+    if uses_flex(tokens, attention):
+        tokens = padded_for_flex(tokens, budget)
+    hidden_LD = backbone(
+        input_ids=tokens.token_ids_L[None],
+        position_ids=tokens.position_L[None],
+        attention_plan=training_plan(tokens, attention),
+        use_cache=False,
+    ).last_hidden_state[0]
+    return hidden_LD[packed.actions.index_T]
 
 
 def score_actions(hidden_TD: Tensor, lm_head: nn.Module, actions: Actions, rule: ScoringRule) -> ActionScores:

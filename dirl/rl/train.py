@@ -34,6 +34,7 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collected, Collector, RolloutConfig, Rollouts
+from dirl.rl.critic import Critic, ValueModel, value_model_of
 from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
@@ -107,6 +108,13 @@ class RLConfig(TrainingConfig, UpdateConfig):
                 "rollout.needs_right needs accuracy among reward.functions: reward.combine=normalize_then_sum leaves "
                 "no total that says what is right"
             )
+        if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
+            raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values of a critic make the advantages."""
+        return self.objective.advantage == "gae"
 
 
 class RLTrainer(Trainer):
@@ -131,6 +139,7 @@ class RLTrainer(Trainer):
         self.model = model or load_model(config.model, self.tokenizer)
         reference, decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)
+        values = self._value_model() if config.has_critic else None  # before the weights are sharded
         self.learner = Learner(
             self._scorer(self.model),
             config,
@@ -138,6 +147,7 @@ class RLTrainer(Trainer):
             on_micro_batch=self.show_micro_batch,
             on_skip=self.record_skipped,
         )
+        self.critic = self._critic(values) if values is not None else None
         self.engine = engine or build_engine(
             decoded,
             self.tokenizer,
@@ -151,6 +161,7 @@ class RLTrainer(Trainer):
             config,
             max_completion_length=config.rollout.max_completion_length,
             reference=reference,
+            critic=self.critic,
         )
         self.collector = self.source = Collector(
             self._prompts(problems),
@@ -164,6 +175,9 @@ class RLTrainer(Trainer):
         split = "heldout" if config.eval.path.startswith("task:") else "test"  # of a hub data set; files have none
         self.heldout = self._load(config.eval.path, split, config.eval.limit) if config.eval.path else []
         self.last: Collected | None = None  # the rollouts of the last step, to look at
+
+    def learners(self) -> dict[str, Learner]:
+        return super().learners() | ({"critic": self.critic.learner} if self.critic is not None else {})
 
     def begin(self) -> None:
         self.engine.update_weights(self.model)
@@ -274,6 +288,22 @@ class RLTrainer(Trainer):
                 *(config.max_tokens_per_micro_batch, tokens),
             )
 
+    def _value_model(self) -> ValueModel:
+        config = self.config
+        return value_model_of(
+            self.model,
+            config.critic,
+            self.distributed,
+            attention=config.model.attention,
+            budget=config.max_tokens_per_micro_batch,
+        )
+
+    def _critic(self, values: ValueModel) -> Critic:
+        config = self.config
+        learner = Learner(values, config.critic.optimizer(config), self.distributed, on_skip=self.record_skipped)
+        gamma, lam = config.objective.gae_gamma, config.objective.gae_lambda
+        return Critic(learner, config.critic, gamma=gamma, lam=lam)
+
     def _scorer(self, model: BlockDiffusionModel) -> PackedScorer:
         return PackedScorer(model, self.config.model.attention, self.config.max_tokens_per_micro_batch)
 
@@ -325,5 +355,6 @@ def rl_workload(config: RLConfig) -> Workload:
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
         num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
+        critic=config.critic.backbone if config.has_critic else "none",
         engine=engine,
     )

@@ -190,6 +190,19 @@ TABLE = MetricTable(
             "Importance sampling ratios cut",
         ),
         Metric(
+            "critic/loss", "", "clipped squared error of the critic's values, halved; with `advantage: gae`", "Critic"
+        ),
+        Metric(
+            "critic/explained_variance",
+            "share",
+            "of the returns' variance, by the values before the update; 0: no better than their mean",
+            "Critic",
+        ),
+        Metric("critic/value_mean", "", "mean value of the revealed tokens before the update", "Critic"),
+        Metric("critic/clip_fraction", "share", "values held back by `critic.clip_range`", "Critic"),
+        Metric("critic/grad_norm", "", "L2 norm of the critic's gradient before clipping", "Gradient norm"),
+        Metric("critic/learning_rate", "", "of the critic in this step", "Learning rate"),
+        Metric(
             "completions/clipped_ratio",
             "share",
             "completions that reached `max_completion_length`",

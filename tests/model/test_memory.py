@@ -112,6 +112,7 @@ def test_the_shipped_recipe_of_8b_needs_what_its_page_says(big: str, capsys: pyt
         "weights": 16.4,
         "gradients": 32.8,
         "optimizer": 12.3,
+        "critic": 0,
         "copies": 0,
         "engine_weights": 16.4,
         "logits": 0.5,

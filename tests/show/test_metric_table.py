@@ -43,7 +43,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     rl = RLConfig(
         output_dir=str(folder / "rl"),
         max_steps=2,
-        objective=ObjectiveConfig(beta=0.01, importance_sampling_correction="token_truncate"),
+        objective=ObjectiveConfig(beta=0.01, importance_sampling_correction="token_truncate", advantage="gae"),
         eval_steps=1,
         save_steps=1,
         rollout=RolloutConfig(prompts_per_step=2, num_generations=4, max_completion_length=8, dynamic_sampling=False),
