@@ -123,20 +123,18 @@ def _masked_each(maskable_KB: Tensor, plan: MaskPlan, generator: Generator) -> t
 def _weights(masked_KNB: Tensor, level_KN: Tensor, num_maskable_K1: Tensor, plan: MaskPlan) -> Tensor:
     """What a masked token of each draw counts, so that the draws of a block together are one estimate; (K, N)."""
     num_masked_KN = masked_KNB.sum(dim=2)
-    share = 1.0 / plan.num_masks
+    share_K1 = 1.0 / (num_maskable_K1 if plan.levels == "every" else torch.full_like(num_maskable_K1, plan.num_masks))
     if plan.weights == "none":
-        return torch.full(num_masked_KN.shape, share)
+        return share_K1.repeat(1, num_masked_KN.shape[1])
     per_token_KN = 1.0 / num_masked_KN.clamp(min=1)
     if plan.weights == "mean":
-        return per_token_KN * share
+        return per_token_KN * share_K1
     if plan.levels == "interval":
-        return share / level_KN
-    if plan.levels == "every":
-        return per_token_KN
+        return share_K1 / level_KN
     if plan.levels == "gauss":
         _, weights_N = _quadrature(plan.num_masks)
         return weights_N * num_maskable_K1 * per_token_KN
-    return (num_maskable_K1 + plan.complementary) * per_token_KN * share
+    return (num_maskable_K1 + plan.complementary) * per_token_KN * share_K1
 
 
 def _quadrature(num_nodes: int) -> tuple[Tensor, Tensor]:

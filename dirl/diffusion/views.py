@@ -92,6 +92,7 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1,
         weight_VB=torch.ones(steps_VB.shape),
         visited_VB=(revealed_VB & is_first_VB) | held_VB,
         importance_V=torch.ones(len(block_V)),
+        confidence_threshold=trajectory.confidence_threshold,
     )
     return views if score == "revealed" else _with_masked_scored(views)
 
@@ -136,14 +137,18 @@ def sampled_steps(views: Views, trajectory: Trajectory, num_steps: int, sampling
 
 
 def _surprisal(views: Views, trajectory: Trajectory) -> Tensor:
-    """Nats of what each view scores, as the engine recorded them; (V,) float64."""
+    """Nats of what each step revealed, as the engine recorded them; (V,) float64."""
     logprobs_R = trajectory.logprobs
     if logprobs_R is None or not bool(logprobs_R.isfinite().all()):
         raise UserError("step_sampling=surprisal: the engine recorded no log-probabilities of its tokens; use uniform")
     tail = trajectory.token_ids_KB.numel() - len(logprobs_R)
     surprisal_KB = torch.cat([torch.zeros(tail), -logprobs_R]).double().view(trajectory.token_ids_KB.shape)
     surprisal_VB = surprisal_KB[views.block_V - trajectory.first_block]
-    return (surprisal_VB * views.revealed_VB).sum(dim=1).clamp(min=0)
+    # What is masked here and not in the block's next view; a view may score more than that.
+    masked_VB = views.revealed_VB | views.held_VB
+    has_next_V1 = views.block_V[:, None] == torch.cat([views.block_V[1:], views.block_V[:1] - 1])[:, None]
+    revealed_VB = masked_VB & ~(masked_VB.roll(-1, dims=0) & has_next_V1)
+    return (surprisal_VB * revealed_VB).sum(dim=1).clamp(min=0)
 
 
 def placeholder_pack(block_length: int, mask_token_id: int) -> PackedViews:

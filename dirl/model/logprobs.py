@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dirl.diffusion.distribution import suppressed_tokens
 from dirl.diffusion.likelihood import ScoringRule, action_logprobs
-from dirl.diffusion.packing import Actions, PackedViews
+from dirl.diffusion.packing import Actions, PackedViews, TokenTable
 from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan, uses_flex
 from dirl.model.sdar import BlockDiffusionModel
 
@@ -49,19 +49,26 @@ class PackedScorer(nn.Module):
         hidden_TD = hidden_at_actions(self.model.model, packed, self.attention, self.budget)
         return score_actions(hidden_TD, self.model.lm_head, packed.actions, rule)
 
+    def hidden_states(self, tokens: TokenTable) -> Tensor:
+        """Last hidden states of a pack's tokens, and of what fills it up; (L, D)."""
+        return hidden_states(self.model.model, tokens, self.attention, self.budget)
+
 
 def hidden_at_actions(backbone: nn.Module, packed: PackedViews, attention: AttentionName, budget: int) -> Tensor:
     """Last hidden states (T, D) of a model without its head, at the positions of the pack's actions."""
-    tokens = packed.tokens
+    return hidden_states(backbone, packed.tokens, attention, budget)[packed.actions.index_T]
+
+
+def hidden_states(backbone: nn.Module, tokens: TokenTable, attention: AttentionName, budget: int) -> Tensor:
+    """Last hidden states of a pack's tokens, and of what fills it up; (L, D)."""
     if uses_flex(tokens, attention):
         tokens = padded_for_flex(tokens, budget)
-    hidden_LD = backbone(
+    return backbone(
         input_ids=tokens.token_ids_L[None],
         position_ids=tokens.position_L[None],
         attention_plan=training_plan(tokens, attention),
         use_cache=False,
     ).last_hidden_state[0]
-    return hidden_LD[packed.actions.index_T]
 
 
 def score_actions(hidden_TD: Tensor, lm_head: nn.Module, actions: Actions, rule: ScoringRule) -> ActionScores:

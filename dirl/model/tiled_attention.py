@@ -98,7 +98,7 @@ def _tiles(tokens: TokenTable) -> Iterator[tuple[Tensor, Tensor]]:
         if branch == 0:
             trunks[document] = clean
         trunk = trunks.get(document, range(0)) if branch else range(0)
-        bounds = _chunk_bounds(block_L[clean.start : clean.stop], len(clean) + len(views))
+        bounds = _chunk_bounds(block_L, clean, views)
         for first, end in pairwise(bounds):
             chunk_clean = _blocks_between(block_L, clean, first, end)
             chunk_views = _blocks_between(block_L, views, first, end)
@@ -116,8 +116,11 @@ def _segments(tokens: TokenTable) -> Iterator[tuple[int, int, range, range]]:
         segment = range(start, start + count)
         start += count
         if is_view:
-            assert pending is not None  # pack() puts a branch's clean tokens before its views
-            yield (*pending, segment)
+            # pack() puts a branch's clean tokens before its views; a part of a completion may have none.
+            if pending is not None and pending[:2] != (document, branch):
+                yield (*pending, range(0))
+                pending = None
+            yield (*(pending or (document, branch, segment[:0])), segment)
             pending = None
             continue
         if pending is not None:
@@ -127,10 +130,15 @@ def _segments(tokens: TokenTable) -> Iterator[tuple[int, int, range, range]]:
         yield (*pending, range(0))
 
 
-def _chunk_bounds(block_clean: Tensor, num_queries: int) -> list[int]:
-    """Block numbers that cut a branch into chunks of about _CHUNK_TOKENS queries."""
-    first, end = int(block_clean[0]), int(block_clean[-1]) + 1
-    num_chunks = min(max(1, round(num_queries / _CHUNK_TOKENS)), end - first)
+def _chunk_bounds(block_L: Tensor, *segments: range) -> list[int]:
+    """Block numbers that cut the segments of a branch (each sorted by block) into chunks of about _CHUNK_TOKENS.
+
+    A completion that is cut may have views of blocks whose clean tokens are not there.
+    """
+    present = [segment for segment in segments if segment]
+    first = min(int(block_L[segment[0]]) for segment in present)
+    end = max(int(block_L[segment[-1]]) for segment in present) + 1
+    num_chunks = min(max(1, round(sum(map(len, present)) / _CHUNK_TOKENS)), end - first)
     return [first + (end - first) * i // num_chunks for i in range(num_chunks + 1)]
 
 

@@ -189,7 +189,7 @@ _REFUSED: tuple[_Refusal, ...] = (
         "the engine has no log-probabilities of random masks; use none",
     ),
     _Refusal(
-        {"steps_per_completion": _ON, "importance_sampling_level": ("block", "sequence")},
+        {"steps_per_completion": _ON, "importance_sampling_level": ("token", "block", "sequence")},
         "a part of the steps has no ratio of the whole; use action or step",
     ),
     _Refusal({"steps_per_completion": _ON, "kl_level": "sequence"}, "a part of the steps has no KL of the whole"),

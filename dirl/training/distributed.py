@@ -151,9 +151,13 @@ class Distributed:
 
     def sum(self, *values: float) -> list[float]:
         """Each number summed over ranks."""
+        return self.summed(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def summed(self, values_N: Tensor) -> Tensor:
+        """A tensor of the host summed over ranks, where it then is the same to the last bit; float64."""
         if self.world_size == 1:  # nobody to ask, and no device to wait for
-            return [float(value) for value in values]
-        return self.accelerator.reduce(self._numbers(*values), reduction="sum").tolist()
+            return values_N.double()
+        return self.accelerator.reduce(values_N.to(self.device, torch.float64), reduction="sum").cpu()
 
     def max(self, value: float) -> float:
         return max(self._of_each(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -47,11 +48,31 @@ PACKS = {
     "long_branches": [(0, [64, 100])],
     # A tile that holds branches of two documents and no trunk, behind the trunk of the first.
     "short_after_long": [(256, [4]), (1, [20])],
+    "cut": [(3, [9]), (8, [1, 6]), (0, [1, 5]), (150, [60, 3])],
 }
 
 
 def make_pack(name: str, block_length: int = 4) -> TokenTable:
-    return pack([random_document(*shape, block_length, MASK) for shape in PACKS[name]], block_length).tokens
+    documents = [random_document(*shape, block_length, MASK) for shape in PACKS[name]]
+    if name == "cut":
+        documents = [part for document in documents for part in halves(document, block_length)]
+    return pack(documents, block_length).tokens
+
+
+def halves(document: ViewedDocument, block_length: int) -> list[ViewedDocument]:
+    """Two parts of a document whose completions are cut: each has the clean tokens that its views read, and no more."""
+    found = []
+    for is_second in (False, True):
+        branches = []
+        for views in document.branches:
+            middle = int(views.block_V[0] + views.block_V[-1]) // 2
+            part = views.rows((views.block_V > middle) == is_second)
+            if len(part):
+                num_read = max(int(part.block_V[-1]) * block_length - len(document.prompt_ids), 0)
+                branches.append(replace(part, completion_ids=part.completion_ids[:num_read]))
+        if branches:
+            found.append(ViewedDocument(document.prompt_ids, branches))
+    return found
 
 
 def allowed_pairs(tokens: TokenTable) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from dirl.config import CONFIGS, load_config
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.config import RLConfig
+from dirl.rl.train import RLTrainer
 from dirl.show.metric_table import TABLE
 
 PRESETS = sorted(path.stem for path in (CONFIGS / "objectives").glob("*.yaml"))

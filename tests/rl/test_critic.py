@@ -21,12 +21,14 @@ from dirl.model.lora import LoraConfig
 from dirl.model.memory import Workload, estimate_memory
 from dirl.model.tiny import save_tiny_model, tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.actions import PolicyBatch, pack_groups
+from dirl.rl.actions import PolicyBatch
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig, rl_workload
 from dirl.rl.critic import CriticConfig, critic_metrics, gae_over_steps, value_loss, value_model_of, with_gae
-from dirl.rl.objective import VIEWS, ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer, rl_workload
+from dirl.rl.micro_batches import Layout, pack_groups
+from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.train import RLTrainer
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Loss, StepOutcome
 from tests.launching import launch_script
@@ -195,7 +197,7 @@ def test_rollouts_get_what_their_steps_say(budget: int) -> None:
     """Against the completions themselves, however they are packed."""
     trained = trainer(replace(CONFIG, max_tokens_per_micro_batch=4096))
     groups = trained.collector.collect(0).groups
-    tables = pack_groups(groups, GAE, block_length=4, mask_token_id=trained.model.config.mask_token_id, budget=budget)
+    tables = pack_groups(groups, GAE, Layout(4, trained.model.config.mask_token_id, budget))
     assert (len(tables) > 2) == (budget == 120)
     completions = [completion for group in groups for completion in group.completions]
     outcomes = torch.linspace(-1, 1, len(completions))
@@ -330,7 +332,7 @@ def test_the_critic_is_judged_before_it_learns_and_learns_what_it_is_told() -> N
     config = replace(CONFIG, learning_rate=0.0, max_steps=30, critic=critic, objective=ObjectiveConfig(advantage="gae"))
     trained = trainer(config)
     groups = trained.collector.collect(0).groups
-    advantages = advantages_of(groups, "none", trained.distributed)
+    advantages = advantages_of(groups, ObjectiveConfig(), trained.distributed)
     rows = [trained.updater.update(groups, advantages, now) for now in range(30)]
     assert rows[0]["critic/value_mean"] == 0 and rows[0]["critic/explained_variance"] == 0
     assert rows[-1]["critic/loss"] < 0.3 * rows[0]["critic/loss"]
@@ -441,9 +443,8 @@ def print_precisions() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VIEWS, "random", VIEWS["replay"])
-    with pytest.raises(UserError, match=r"advantage=gae needs the decoder's steps: set views=replay, got 'random'"):
-        ObjectiveConfig(advantage="gae", views="random")
+    with pytest.raises(UserError, match="views=masks with advantage=gae: there are no steps"):
+        ObjectiveConfig(advantage="gae", views="masks")
     with pytest.raises(UserError, match=r"critic.backbone=shared needs frozen weights to share: set lora.r"):
         replace(CONFIG, critic=CriticConfig(backbone="shared"))
     with pytest.raises(UserError, match="lr_scheduler_type must be one of"):
