@@ -45,7 +45,7 @@ from dirl.rollout.engine import Completion
 
 Line = dict[str, Any]
 PRESETS = Path(__file__).resolve().parents[1] / "configs/objectives"
-NUM_DRAWS = {"masks": 200, "replay": 20}  # of masks of a text; of steps of a path
+NUM_DRAWS = {"masks": 200, "replay": 10}  # of masks of a text; of steps of a path
 # A block of three tokens takes three steps at most: presets that draw some of many draw two of them here.
 NUM_STEPS = 2
 
@@ -78,7 +78,7 @@ SCENARIOS = {
     "temperature 0.7": Scenario(HALF, TokenDistribution(temperature=0.7)),
     "top-k 2": Scenario(HALF, TokenDistribution(top_k=2)),
     "off policy": Scenario(HALF, shift=0.1),
-    "table, static": Scenario(STATIC, is_shared=False),
+    "table static": Scenario(STATIC, is_shared=False),
 }
 
 

@@ -80,7 +80,7 @@ def test_ratios_off_policy() -> None:
 
 
 def test_a_bound_is_followed_as_its_formula_says() -> None:
-    for scenario in ("random order", "threshold 0.5", "table, static"):
+    for scenario in ("random order", "threshold 0.5", "table static"):
         model = bias.Model(bias.SCENARIOS[scenario], seed=3)
         expected = elbo_gradient(model)
         figures = model.figures(bias.measured_objective("ebpo"))
