@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from objective_study import SETTINGS, Job, Line, chosen_rate, key_of, stages
+from objective_study import COMMON, OWN_OVERRIDES, SETTINGS, Job, Line, chosen_rate, key_of, stages
 
 from dirl.errors import RunInterrupted, UserError, one_line
 from dirl.files import append_json_lines, cut_torn_line, read_json_lines
@@ -136,10 +136,19 @@ def _measure(task: Task) -> Line:
             metrics = super().step()
             return {**metrics, CPU_SECONDS: time.process_time() - start}
 
+        def evaluate(self) -> dict[str, float]:
+            """Decoding as the setting does: some presets roll out in an order of their own."""
+            own, self.config = self.config, replace(self.config, rollout=decoding)
+            try:
+                return super().evaluate()
+            finally:
+                self.config = own
+
         def _finish(self) -> Path:
             return Path(self.config.output_dir)  # no model, card or pictures
 
     config = load_config(RLConfig, RECIPE, [*task.job.all_overrides, f"output_dir={task.output_dir}"])
+    decoding = load_config(RLConfig, RECIPE, [*COMMON, *SETTINGS[task.job.setting].overrides]).rollout
     trainer = StudyTrainer(config)
     with trainer.rubric:
         if task.job.kind == "start":
@@ -182,17 +191,17 @@ class Study:
         self.lines = read_lines(path)
         self._done = {key_of(line) for line in self.lines if not (retry and "error" in line)}
 
-    def run(self, setting: str, arms: Mapping[str, list[str]], rollouts: int, sft: Path) -> None:
+    def run(self, setting: str, arms: Mapping[str, list[str]], sft: Path, options: argparse.Namespace) -> None:
         """All of a setting that is not done yet."""
         fit = {}
         for arm, overrides in arms.items():
             try:
-                task_of(Job("final", setting, arm, tuple(overrides), 0, 0.0, rollouts, str(sft)), self.outputs)
+                task_of(Job("final", setting, arm, tuple(overrides), 0, 0.0, options.rollouts, str(sft)), self.outputs)
             except UserError as error:  # a preset that is not there, or that the setting refuses: nothing was run
                 say(f"{setting} {arm}: left out: {one_line(error)}")
             else:
                 fit[arm] = overrides
-        for jobs in stages(setting, fit, rollouts, str(sft)):
+        for jobs in stages(setting, fit, options.rollouts, str(sft), options.also):
             chosen = [self._with_rate(job) if wants_rate else job for job, wants_rate in jobs]
             self._run_all([job for job in chosen if job is not None])
 
@@ -253,7 +262,7 @@ def run_study(options: argparse.Namespace, arms: Mapping[str, list[str]]) -> Non
                 if sft is None:
                     say(f"{name}: left out: it starts from a checkpoint of its own; name it with --sft-block-8")
                     continue
-                study.run(name, arms, options.rollouts, sft.resolve())
+                study.run(name, arms, sft.resolve(), options)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -272,6 +281,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", type=_names, help="default: all of configs/objectives")
     words = "a further arm: a name and overrides of configs/tiny/rl.yaml; may be repeated"
     parser.add_argument("--arm", nargs="+", action="append", default=[], metavar="NAME key=value", help=words)
+    parser.add_argument("--also", nargs="+", default=[], metavar="key=value", help="overrides of every run")
     parser.add_argument("--rollouts", type=int, default=40, help="batches of rollouts of a reported run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread")
     parser.add_argument("--lines", type=Path, default=ROOT / "outputs/objectives/lines.jsonl", help="JSON, one a run")
@@ -299,7 +309,7 @@ def main() -> None:
             show(options)
         else:
             presets = options.presets if options.presets is not None else named_presets()
-            arms = {name: [f"objective={name}"] for name in presets}
+            arms = {name: [f"objective={name}", *OWN_OVERRIDES.get(name, ())] for name in presets}
             run_study(options, arms | {name: overrides for name, *overrides in options.arm})
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")

@@ -35,6 +35,8 @@ COMMON = (
     "save_total_limit=1",
     "completions_steps=0",
 )
+# A step packs about 4,000 tokens: a budget of C3PO's that is met.
+OWN_OVERRIDES = {"c3po": ("objective.max_tokens_per_update=2048",)}
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,17 @@ class Job:
 
 
 def stages(
-    setting: str, arms: Mapping[str, Sequence[str]], rollouts: int, sft: str
+    setting: str, arms: Mapping[str, Sequence[str]], rollouts: int, sft: str, also: Sequence[str] = ()
 ) -> Iterator[list[tuple[Job, bool]]]:
-    """The jobs of a setting in the order in which they are worth having; True: the rate is to be chosen first."""
+    """The jobs of a setting in the order in which they are worth having; True: the rate is to be chosen first.
+
+    Args:
+        arms: name -> its overrides.
+        also: overrides of every run.
+    """
 
     def job(kind: Kind, arm: str, seed: int, rate: float) -> Job:
-        return Job(kind, setting, arm, tuple(arms.get(arm, ())), seed, rate, rollouts, sft)
+        return Job(kind, setting, arm, (*also, *arms.get(arm, ())), seed, rate, rollouts, sft)
 
     yield [(job("start", START, seed, 0.0), False) for seed in SEEDS]
     yield [(job("search", arm, SEARCH_SEED, rate), False) for arm in arms for rate in LEARNING_RATES]

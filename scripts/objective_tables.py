@@ -113,9 +113,11 @@ def draw(lines: Sequence[Line], setting: str, output: Path) -> None:
                 _draw_arm(panel, arm, finals)
             for panel in panels[len(arms) :]:
                 panel.set_axis_off()
+            for panel in panels[: len(arms)]:
+                panel.tick_params(labelbottom=True)
             panels[0].set_ylabel(family(finals[arms[0]][0]))
         figure.supxlabel("optimizer step", fontsize=9)
-        words = f"{setting}: reward of the rollouts; mean and range of the seeds, in grey {BASELINE}'s mean"
+        words = f"{setting}: reward of the rollouts; mean and range of seeds, learning rate; in grey {BASELINE}"
         figure.suptitle(words, fontsize=10, x=0.01, ha="left")
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=110)
