@@ -321,7 +321,7 @@ def main() -> None:
 
 def show(options: argparse.Namespace) -> None:
     """Tables and picture of the lines there are."""
-    from objective_tables import draw, places, study_tables, write_between
+    from objective_tables import draw, places, preset_table, study_tables, write_between
 
     lines = read_lines(options.lines)
     tables = "\n\n".join(filter(None, (study_tables(lines), places(lines))))
@@ -329,6 +329,7 @@ def show(options: argparse.Namespace) -> None:
         say(tables)
     if options.docs:
         write_between(options.docs, "study", tables)
+        write_between(options.docs, "presets", preset_table(PRESETS))
     if options.picture:
         draw(lines, options.settings[0], options.picture)
 

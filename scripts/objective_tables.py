@@ -24,6 +24,32 @@ FAMILIES = {"replay": "#0072B2", "masks": "#D55E00", "other": "#009E73"}  # Okab
 BASELINE = "dipo"
 
 
+def preset_table(folder: Path) -> str:
+    """A row a file: what it is, what it assumes, and its values."""
+    import yaml
+
+    rows = [("preset", "what it is", "values"), ("---",) * 3]
+    for path in sorted(folder.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        said = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+        sections: list[list[str]] = [[]]  # a line that begins with one word and a colon, or with Assumes, begins one
+        for line in said:
+            if sections[0] and re.match(r"(\w+:|Assumes) ", line):
+                sections.append([])
+            sections[-1].append(line)
+        kept = [section for section in sections if section is sections[0] or section[0].startswith("Assumes")]
+        words = " ".join(line for section in kept for line in section).replace("|", "\\|")
+        values = yaml.safe_load(text)
+        flat = [f"{key}: {_plain(value)}" for key, value in values.pop("objective").items()]
+        flat += [f"{section}.{key}: {_plain(value)}" for section in values for key, value in values[section].items()]
+        rows.append((f"`{path.stem}`", words, ", ".join(f"`{item}`" for item in flat)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
+
+
 def arms_of(lines: Sequence[Line], setting: str) -> list[str]:
     """The arms of a setting, in the order in which they came."""
     return list(

@@ -124,7 +124,9 @@ def test_tables_go_between_markers(tmp_path: Path) -> None:
 def test_the_page_has_the_tables_of_the_lines() -> None:
     lines = study.read_lines(LINES)
     expected = "\n\n".join(filter(None, (tables.study_tables(lines), tables.places(lines))))
-    assert tables.between((ROOT / "docs/objectives.md").read_text(), "study") == expected
+    page = (ROOT / "docs/objectives.md").read_text()
+    assert tables.between(page, "study") == expected
+    assert tables.between(page, "presets") == tables.preset_table(ROOT / "configs/objectives")
 
 
 def run_study(*arguments: str, **variables: str) -> str:
