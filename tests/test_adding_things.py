@@ -26,8 +26,9 @@ from dirl.diffusion.views import noisy_views
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig
 from dirl.rl.objective import VIEWS, ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig
 from dirl.training.loop import Trainer, TrainingConfig
@@ -81,7 +82,11 @@ class Parrot:
         self.weights_version = 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
         sizes = touched_tokens(prompts, seeds, sampling, 4)
         return [self._repeat(list(p), size, seed) for p, size, seed in zip(prompts, sizes, seeds, strict=True)]

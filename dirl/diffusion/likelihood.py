@@ -6,10 +6,10 @@ have drawn any token whose confidence stays below the bar c of that step, so the
 
     hold_j = sum over v with p_j(v) < c of q_j(v)
 
-with c = the threshold in a threshold step, the revealed token's confidence in a fallback step, and the lowest revealed
-confidence under low_confidence_static (in the last two p_j(v) = c counts too, right of the revealed positions at c).
-The other strategies choose positions without looking at the drawn tokens: their holds have probability 1. Bars are
-constants for autograd: they are so almost everywhere.
+with c = the threshold (the completion's own, where it has one) in a threshold step, the revealed token's confidence in
+a fallback step, and the lowest revealed confidence under low_confidence_static (in the last two p_j(v) = c counts too,
+right of the revealed positions at c). The other strategies choose positions without looking at the drawn tokens: their
+holds have probability 1. Bars are constants for autograd: they are so almost everywhere.
 
 Shapes: T actions (sorted by view), V vocabulary, N rows for views, as many as actions (there cannot be more views).
 """
@@ -84,11 +84,16 @@ def confidence_bars(confidence_T: Tensor, actions: Actions, rule: UnmaskingRule)
         return torch.full_like(confidence_T, torch.inf)
     row_T = _rows_of_views(actions.view_T)
     revealed_T = confidence_T.masked_fill(~actions.is_reveal_T, torch.inf)
-    bar_N = torch.full_like(confidence_T, torch.inf).scatter_reduce(0, row_T, revealed_T, "amin")
+    bar_T = torch.full_like(confidence_T, torch.inf).scatter_reduce(0, row_T, revealed_T, "amin")[row_T]
     if rule.strategy == "low_confidence_dynamic":
         # A threshold step bars at the threshold itself; a fallback step, below it, at its one revealed token.
-        bar_N = bar_N.clamp(max=rule.confidence_threshold)
-    return bar_N[row_T]
+        bar_T = torch.minimum(bar_T, thresholds_of(actions, rule))
+    return bar_T
+
+
+def thresholds_of(actions: Actions, rule: UnmaskingRule) -> Tensor:
+    """The confidence threshold that each action was decided with: its completion's own, else the rule's; (T,)."""
+    return actions.threshold_T.nan_to_num(nan=rule.confidence_threshold)
 
 
 def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: UnmaskingRule) -> Tensor:
@@ -104,7 +109,7 @@ def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: Unmaski
     last_N = nowhere_N.scatter_reduce(0, row_T, place_T.masked_fill(~at_bar_T, -1), "amax", include_self=False)
     ties_T = (last_N[row_T] >= 0) & (place_T > last_N[row_T])
     if rule.strategy == "low_confidence_dynamic":  # a token at the threshold itself is revealed wherever it stands
-        ties_T &= bar_T < rule.confidence_threshold
+        ties_T &= bar_T < thresholds_of(actions, rule)
     return ties_T
 
 

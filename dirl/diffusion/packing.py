@@ -17,6 +17,7 @@ Shapes: P prompt tokens, R completion tokens, V views, B block length, L packed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -37,14 +38,15 @@ class Views:
     weight_VB: Tensor  # float32, weight of each scored token
     visited_VB: Tensor  # bool, positions the decoder decided about in this very state
     importance_V: Tensor  # float32, 1 over how often a view like this was expected to be drawn; 1: it always is
+    confidence_threshold: float = math.nan  # the decoder's, where the completion had one of its own; NaN: the rule's
 
     def __len__(self) -> int:
         return len(self.block_V)
 
     def rows(self, rows: slice | Tensor) -> Views:
         """Some views of the same completion, in their order."""
-        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "completion_ids"}
-        return Views(completion_ids=self.completion_ids, **columns)
+        of_views = [f.name for f in fields(self) if f.name not in ("completion_ids", "confidence_threshold")]
+        return replace(self, **{name: getattr(self, name)[rows] for name in of_views})
 
     def packed_length(self, prompt_length: int, block_length: int) -> int:
         """Tokens these add to the trunk of a document with such a prompt."""
@@ -114,13 +116,18 @@ class Actions:
     block_T: Tensor  # int64, absolute block
     branch_T: Tensor  # int64, number of the action's branch in the pack, from 0
     completion_index_T: Tensor  # int64, index of the action's token in its completion
+    threshold_T: Tensor  # float32, its completion's own confidence threshold; NaN: the rule's
     has_holds: bool
     view_ends: tuple[int, ...]  # after which row the actions of each view end
 
     @classmethod
     def of(cls, **columns: Tensor) -> Actions:
-        """The table of these columns, which are on the host; without `importance_T`, views that are always there."""
+        """The table of these columns, which are on the host.
+
+        Without `importance_T` all views are always there, without `threshold_T` completions have the rule's threshold.
+        """
         columns.setdefault("importance_T", torch.ones_like(columns["weight_T"]))
+        columns.setdefault("threshold_T", torch.full(columns["target_T"].shape, math.nan))
         ends = columns["view_T"].unique_consecutive(return_counts=True)[1].cumsum(0)
         return cls(**columns, has_holds=not bool(columns["is_reveal_T"].all()), view_ends=tuple(ends.tolist()))
 
@@ -209,6 +216,7 @@ def _actions_of(
         "block_T": views.block_V[place_T // block_length],
         "branch_T": torch.full_like(place_T, branch),
         "completion_index_T": completion_index_VB.flatten()[place_T],
+        "threshold_T": torch.full(place_T.shape, views.confidence_threshold),
     }
 
 

@@ -10,6 +10,7 @@ Shapes: P prompt tokens, R completion tokens, K blocks touched by the completion
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +31,7 @@ class Trajectory:
     step_map: Tensor  # (R,) int64, >= 1
     block_length: int
     logprobs: Tensor | None = None  # (R,) float32 nats, as the engine recorded them
+    confidence_threshold: float = math.nan  # that it was decoded with, where it had one of its own; NaN: the rule's
 
     def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)

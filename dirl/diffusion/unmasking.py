@@ -41,7 +41,13 @@ class UnmaskingRule:
 
 
 def reveal_positions(
-    rule: UnmaskingRule, masked_NB: Tensor, confidence_NB: Tensor, entropy_NB: Tensor, uniform_NB: Tensor
+    rule: UnmaskingRule,
+    masked_NB: Tensor,
+    confidence_NB: Tensor,
+    entropy_NB: Tensor,
+    uniform_NB: Tensor,
+    *,
+    threshold_N: Tensor | None = None,
 ) -> Tensor:
     """True where a position is revealed in this step; (N, B).
 
@@ -50,10 +56,12 @@ def reveal_positions(
         confidence_NB: probability of the sampled token; read at masked positions only.
         entropy_NB: entropy in nats of the distribution the token was sampled from.
         uniform_NB: random numbers in [0, 1), for `random`.
+        threshold_N: float32, each sequence's own in the place of the rule's, for `low_confidence_dynamic`.
     """
     count = rule.reveals_per_step(masked_NB.shape[-1])
     if rule.strategy == "low_confidence_dynamic":
-        return _above_threshold(masked_NB, confidence_NB, rule.confidence_threshold)
+        threshold = rule.confidence_threshold if threshold_N is None else threshold_N[:, None]
+        return _above_threshold(masked_NB, confidence_NB, threshold)
     if rule.strategy == "low_confidence_static":
         return _highest(confidence_NB, masked_NB, count)
     if rule.strategy == "sequential":
@@ -64,7 +72,7 @@ def reveal_positions(
     return _within_entropy_bound(masked_NB, entropy_NB, rule.entropy_bound)
 
 
-def _above_threshold(masked_NB: Tensor, confidence_NB: Tensor, threshold: float) -> Tensor:
+def _above_threshold(masked_NB: Tensor, confidence_NB: Tensor, threshold: float | Tensor) -> Tensor:
     """All masked positions with confidence >= threshold; the most confident one where there are none."""
     revealed_NB = masked_NB & (confidence_NB >= threshold)
     fallback_NB = _highest(confidence_NB, masked_NB, 1)

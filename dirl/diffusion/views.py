@@ -92,6 +92,7 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1,
         weight_VB=torch.ones(steps_VB.shape),
         visited_VB=(revealed_VB & is_first_VB) | held_VB,
         importance_V=torch.ones(len(block_V)),
+        confidence_threshold=trajectory.confidence_threshold,
     )
     return views if score == "revealed" else _with_masked_scored(views)
 

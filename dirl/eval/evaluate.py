@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -105,6 +105,8 @@ class Mode:
     name: str
     sampling: SamplingConfig
     num_samples: int
+    # prompts (token ids) -> the confidence threshold of each; None: that of the sampling
+    thresholds_of: Callable[[Sequence[Sequence[int]]], list[float]] | None = None
 
 
 def decoding_modes(
@@ -174,10 +176,12 @@ class Evaluator:
             question: render_prompt(self.tokenizer, question, system_prompt=self.system_prompt, suffix=self.suffix)
             for question in {problem.question for problem in asked}
         }
+        prompts_asked = [prompts[problem.question] for problem in asked]
         return self.engine.generate(
-            [prompts[problem.question] for problem in asked],
+            prompts_asked,
             mode.sampling,
             [stable_seed(self.seed, *which) for which in todo],
+            mode.thresholds_of(prompts_asked) if mode.thresholds_of else None,
         )
 
     def _grade(self, asked: Sequence[Problem], completions: Sequence[Completion], mode: Mode) -> list[bool]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dirl.diffusion.distribution import suppressed_tokens
 from dirl.diffusion.likelihood import ScoringRule, action_logprobs
-from dirl.diffusion.packing import Actions, PackedViews
+from dirl.diffusion.packing import Actions, PackedViews, TokenTable
 from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan, uses_flex
 from dirl.model.sdar import BlockDiffusionModel
 
@@ -46,17 +46,29 @@ class PackedScorer(nn.Module):
 
     def forward(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         """Scores of the pack's actions under the model, as the decoder would have assigned them."""
-        tokens = packed.tokens
-        if uses_flex(tokens, self.attention):
-            tokens = padded_for_flex(tokens, self.budget)
-        hidden_LD = self.model.model(
-            input_ids=tokens.token_ids_L[None],
-            position_ids=tokens.position_L[None],
-            attention_plan=training_plan(tokens, self.attention),
-            use_cache=False,
-        ).last_hidden_state[0]
-        actions = packed.actions
-        return score_actions(hidden_LD[actions.index_T], self.model.lm_head, actions, rule)
+        hidden_TD = hidden_at_actions(self.model.model, packed, self.attention, self.budget)
+        return score_actions(hidden_TD, self.model.lm_head, packed.actions, rule)
+
+    def hidden_states(self, tokens: TokenTable) -> Tensor:
+        """Last hidden states of a pack's tokens, and of what fills it up; (L, D)."""
+        return hidden_states(self.model.model, tokens, self.attention, self.budget)
+
+
+def hidden_at_actions(backbone: nn.Module, packed: PackedViews, attention: AttentionName, budget: int) -> Tensor:
+    """Last hidden states (T, D) of a model without its head, at the positions of the pack's actions."""
+    return hidden_states(backbone, packed.tokens, attention, budget)[packed.actions.index_T]
+
+
+def hidden_states(backbone: nn.Module, tokens: TokenTable, attention: AttentionName, budget: int) -> Tensor:
+    """Last hidden states of a pack's tokens, and of what fills it up; (L, D)."""
+    if uses_flex(tokens, attention):
+        tokens = padded_for_flex(tokens, budget)
+    return backbone(
+        input_ids=tokens.token_ids_L[None],
+        position_ids=tokens.position_L[None],
+        attention_plan=training_plan(tokens, attention),
+        use_cache=False,
+    ).last_hidden_state[0]
 
 
 def score_actions(hidden_TD: Tensor, lm_head: nn.Module, actions: Actions, rule: ScoringRule) -> ActionScores:

@@ -82,6 +82,7 @@ class Workload:
     trained_fraction: float = 1.0  # of the parameters; LoRA trains few
     optimizer_bytes: float = 8.0  # a trained parameter, beside its float32 master copy where there is one
     num_copies: int = 0  # whole frozen copies: a reference
+    critic: Literal["none", "copy", "shared"] = "none"  # trained as the model is; shared: on the model's frozen weights
     engine: EngineLoad | None = None  # None: nothing is decoded here
     offload_optimizer: bool = False
 
@@ -118,13 +119,17 @@ def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world
     gradient_bytes = 4 if has_master else weight_bytes
     shared = [world_size if is_shared else 1 for is_shared in SHARDS[backend]]
     engine, is_sharded = workload.engine, SHARDS[backend][0]
+    uses = {
+        "weights": num_parameters * weight_bytes / shared[0],
+        "gradients": trained * gradient_bytes / shared[1],
+        "optimizer": 0.0 if workload.offload_optimizer else optimizer / shared[2],
+    }
     return MemoryEstimate(
         backend,
         world_size,
         {
-            "weights": num_parameters * weight_bytes / shared[0],
-            "gradients": trained * gradient_bytes / shared[1],
-            "optimizer": 0.0 if workload.offload_optimizer else optimizer / shared[2],
+            **uses,
+            "critic": _critic_bytes(shape, workload, uses),
             "copies": workload.num_copies * num_parameters * weight_bytes,
             "engine_weights": engine.weight_bytes(num_parameters, weight_bytes, is_sharded=is_sharded) if engine else 0,
             "activations": workload.tokens_per_micro_batch * activation_bytes(shape, config, compute_bytes),
@@ -132,6 +137,17 @@ def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world
             "kv_cache": engine.needed_tokens * cache_bytes_per_token(shape, compute_bytes) if engine else 0,
         },
     )
+
+
+def _critic_bytes(shape: Any, workload: Workload, policy: Mapping[str, float]) -> float:
+    """A value model beside the policy: as large, without lm_head, with gradients and optimizer states of its own."""
+    if workload.critic == "none":
+        return 0.0
+    model: Any = _outline(shape)
+    share = sum(p.numel() for p in model.model.parameters()) / sum(p.numel() for p in model.parameters())
+    weights = policy["weights"] * share if workload.critic == "copy" else 0.0
+    is_whole = workload.trained_fraction == 1.0  # adapters are all in what is copied
+    return weights + (policy["gradients"] + policy["optimizer"]) * (share if is_whole else 1.0)
 
 
 def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:

@@ -45,6 +45,8 @@ class PolicyBatch:
     coefficient_T: Tensor  # float32, the normaliser of loss_type, over how often its view was expected to be drawn
     advantage_T: Tensor  # float32
     nll_share_T: Tensor  # float32, 1 / (tokens of the global batch that nll_on means) at these, else 0
+    value_T: Tensor  # float32, by the critic before the update; zeros without one
+    return_T: Tensor  # float32, what the critic learns to foretell; zeros without one
 
     @classmethod
     def blank(cls, packed: PackedViews) -> PolicyBatch:
@@ -67,6 +69,8 @@ class PolicyBatch:
             coefficient_T=zeros_T,
             advantage_T=zeros_T,
             nll_share_T=zeros_T,
+            value_T=zeros_T,
+            return_T=zeros_T,
         )
 
     def to(self, device: torch.device) -> PolicyBatch:

@@ -24,7 +24,8 @@ from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.data.rows import shorten
 from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
-from dirl.rl.rollout_group import Prompt, RolloutGroup
+from dirl.rl.rollout_group import Prompt, RolloutGroup, ThresholdChoice
+from dirl.rl.threshold_policy import ThresholdConfig, ThresholdPolicy
 from dirl.rollout.engine import EngineConfig, RolloutEngine, SamplingConfig
 from dirl.rollout.scoring import score
 from dirl.training.balance import balanced_owners
@@ -39,7 +40,7 @@ DropReason = Literal["equal_rewards", "none_right", "small_spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(SamplingConfig, EngineConfig):
+class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
     """What is rolled out for one optimizer step, and how."""
 
     prompts_per_step: int = bounded(32, least=1)  # groups in a global batch
@@ -55,6 +56,13 @@ class RolloutConfig(SamplingConfig, EngineConfig):
     def check(self) -> None:
         if (self.needs_right or any(self.min_spread.values())) and not self.dynamic_sampling:
             raise UserError("needs_right and min_spread drop groups: they need dynamic_sampling=true")
+        if self.threshold_policy and self.unmasking_strategy != "low_confidence_dynamic":
+            raise UserError(
+                f"threshold_policy needs unmasking_strategy=low_confidence_dynamic: {self.unmasking_strategy} has no "
+                "threshold"
+            )
+        if self.threshold_policy and self.engine == "lmdeploy":
+            raise UserError("threshold_policy: LMDeploy has one for all completions; set rollout.engine=torch")
 
     def reason_to_drop(self, group: RolloutGroup) -> DropReason | None:
         """The first reason not to train on a group; None: it teaches."""
@@ -87,18 +95,21 @@ class Rollouts:
         config: RolloutConfig,
         timings: Timings,
         cost_shape: tuple[int, int],  # block length and hidden size of the model that is trained
+        thresholds: ThresholdPolicy | None = None,
     ) -> None:
         self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
-        self.cost_shape = cost_shape
+        self.cost_shape, self.thresholds = cost_shape, thresholds
 
     def roll_out(self, taken: Sequence[TakenPrompt], step: int) -> tuple[list[RolloutGroup], dict[str, int]]:
         """A group for each, in order, and how often the grader gave each verdict."""
         size = self.config.num_generations
         with self.timings.phase("rollout"):
+            choices, thresholds = self._thresholds(taken)
             completions = self.engine.generate(
                 [one.prompt.token_ids for one in taken for _ in range(size)],
                 self.config,
                 [stable_seed(one.seed, sample) for one in taken for sample in range(size)],
+                thresholds,
             )
         with self.timings.phase("reward"):
             scores = score(
@@ -118,10 +129,19 @@ class Rollouts:
                 number=one.number,
                 seed=one.seed,
                 sampled_at=step,
+                threshold_choice=choice,
             )
-            for start, one in zip(range(0, len(completions), size), taken, strict=True)
+            for start, one, choice in zip(range(0, len(completions), size), taken, choices, strict=True)
         ]
         return groups, scores.counters
+
+    def _thresholds(self, taken: Sequence[TakenPrompt]) -> tuple[Sequence[ThresholdChoice | None], list[float] | None]:
+        """What is chosen for each group, and with it the threshold of each completion, where there is a policy."""
+        if self.thresholds is None:
+            return [None] * len(taken), None
+        prompts, seeds = [one.prompt.token_ids for one in taken], [one.seed for one in taken]
+        choices = self.thresholds.draw(prompts, seeds, self.config.num_generations)
+        return choices, [self.thresholds.thresholds[index] for choice in choices for index in choice.indices]
 
     def cost(self, group: RolloutGroup) -> float:
         """Estimated work of training on it."""
@@ -215,11 +235,13 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """The list of every rank, and the place in the stream; collective."""
         index = {id(prompt): number for number, prompt in enumerate(self.prompts)}
+        thresholds = self.rollouts.thresholds
         waiting = [group.to_row(index[id(group.prompt)]) for group in self.waiting]
         return {
             "stream": self.stream.state_dict(),
             "num_taken": self._num_taken,
             "num_rounds": self._num_rounds,
+            "threshold_policy": thresholds.state_dict() if thresholds else None,
             "ranks": self.distributed.gather([{"waiting": waiting, "counters": dict(self._counters)}]),
         }
 
@@ -235,6 +257,18 @@ class Collector:
             counters = [rank["counters"] for rank in state["ranks"]] if self.distributed.is_main else []
             self._counters = sum(map(Counter, counters), Counter())
         self.waiting = [RolloutGroup.from_row(row, self.prompts) for row in rows]
+        self._load_thresholds(state.get("threshold_policy"))
+
+    def _load_thresholds(self, state: dict[str, Any] | None) -> None:
+        policy = self.rollouts.thresholds
+        theirs, ours = state["thresholds"] if state else [], policy.thresholds if policy else []
+        if theirs != ours:  # what groups that wait have chosen is numbers of these
+            raise UserError(
+                f"rollout.threshold_policy={ours}: the checkpoint was written with {theirs}; resume with that, or set "
+                "resume_from_checkpoint=none to start afresh"
+            )
+        if policy and state:
+            policy.load_state_dict(state)
 
     def _step_ends(self, waiting: list[RolloutGroup]) -> None:
         """Last of all: what fails before leaves a step that is half collected."""

@@ -1,7 +1,7 @@
 """Groups of completions -> micro-batches: views laid out under a token budget, with what was known at sampling.
 
-A completion whose views do not fit one micro-batch lies in several: each repeats its clean tokens as far as the views
-there read them, and every view stands once, so that gradients add up to those of the whole. Views of one block stay
+A completion whose views do not fit one micro-batch lies in several: each repeats its clean tokens as far as its blocks
+go, and every view stands once, so that gradients add up to those of the whole. Views of one block stay
 together.
 
 Shapes: T actions, N completions of an optimizer step on this rank, V views.
@@ -146,17 +146,16 @@ def _parts(whole: _Part, block_length: int, room: int, *, has_holds: bool) -> li
     ends = [*(views.block_V.diff().nonzero().squeeze(1) + 1).tolist(), len(views)]
     cut, start, previous = [], 0, 0
     for end in ends:
-        # What a view reads of its own completion ends before its block.
-        read = max(int(views.block_V[end - 1]) * block_length, prompt_length) - first_block * block_length
-        if start < previous and read + block_length * (end - start) > room:
+        num_clean = (int(views.block_V[end - 1]) + 1 - first_block) * block_length
+        if start < previous and num_clean + block_length * (end - start) > room:
             cut.append(slice(start, previous))
             start = previous
         previous = end
     parts, first_row = [], 0
     for rows in [*cut, slice(start, previous)]:
         chosen = views.rows(rows)
-        read = int(chosen.block_V[-1]) * block_length - prompt_length
-        chosen = replace(chosen, completion_ids=chosen.completion_ids[: max(read, 0)])
+        num_read = (int(chosen.block_V[-1]) + 1) * block_length - prompt_length  # to the end of its last block
+        chosen = replace(chosen, completion_ids=chosen.completion_ids[:num_read])
         placed = replace(whole, num_parts=len(cut) + 1, first_row=first_row, first_step=rows.start)
         parts.append(replace(placed, views=chosen))
         scored_VB = chosen.revealed_VB | chosen.held_VB if has_holds else chosen.revealed_VB

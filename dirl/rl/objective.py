@@ -13,10 +13,10 @@ Shapes: V views of one completion, B block length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from dirl.config import Config, bounded
+from dirl.config import PATH, Config, bounded
 from dirl.diffusion.likelihood import Likelihood
 from dirl.diffusion.masks import MaskLevels, MaskPlan, MaskWeights, mask_views
 from dirl.diffusion.packing import Views
@@ -39,9 +39,8 @@ AdvantageName = Literal["group", "leave_one_out", "softmax", "gae", "given"]
 class ObjectiveConfig(Config):
     """The objective, under TRL's names where TRL has one."""
 
-    preset: str = (
-        ""  # the file of configs/objectives (or path) whose values lie under these; `objective=NAME` for short
-    )
+    # the file of configs/objectives (or a path) whose values lie under these; `objective=NAME` for short
+    preset: str = field(default="", metadata=PATH)
     # Which states are scored.
     views: str = "replay"  # replay: those the decoder visited; masks: random masks of the finished completion
     shrink: int = bounded(1, least=1)  # replay: neighbouring steps scored in one state; above 1: approximate (TraceRL)
@@ -71,10 +70,12 @@ class ObjectiveConfig(Config):
     sandwich_beta: float = bounded(1.5, least=1)  # the order of the upper bound (SPG)
     sandwich_weight: float = bounded(0.5, least=0, most=1)  # its share for completions of negative advantage
     # How good a completion was, and how much it counts.
+    # of the group's mean, of the others' mean, softmax weights (wd1), a critic's values by denoising step, or as reward
+    # functions gave it for each step
     advantage: AdvantageName = "group"
     scale_rewards: ScaleRewards = "none"  # none: the paper; group: GRPO's z-score; batch
-    gae_gamma: float = bounded(1.0, least=0, most=1)
-    gae_lambda: float = bounded(1.0, least=0, most=1)
+    gae_gamma: float = bounded(1.0, least=0, most=1)  # gae: discount from a denoising step to the one before it
+    gae_lambda: float = bounded(1.0, least=0, most=1)  # gae: 1 trusts the outcome, 0 the critic's value a step later
     loss_type: LossType = "dapo"
     mask_truncated_completions: bool = False  # they count in their group's mean, and are not trained on
     max_tokens_per_update: int = bounded(0, least=0)  # packed tokens: a random part of the completions (C3PO); 0: all

@@ -25,6 +25,15 @@ class Prompt:
     token_ids: list[int]
 
 
+@dataclass(frozen=True)
+class ThresholdChoice:
+    """Which confidence thresholds a group's completions were decoded with, and what the policy that drew them read."""
+
+    indices: list[int]  # (G,) among rollout.threshold_policy
+    logprobs: list[float]  # (G,) nats, of these when they were drawn
+    state: list[float]  # (D,) of the prompt
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
     """The completions of one prompt with their rewards."""
@@ -40,6 +49,7 @@ class RolloutGroup:
     # (G,) what these weights gave each scored action, in nats; kept where they have moved on since. Else empty.
     behavior_logprobs: list[list[float]] = field(default_factory=list)
     scored_as: str = ""  # which actions these are: `ObjectiveConfig.scored_as`
+    threshold_choice: ThresholdChoice | None = None  # None: there is no policy of thresholds
 
     @property
     def reward_G(self) -> Tensor:
@@ -88,12 +98,15 @@ class RolloutGroup:
         )
         row = {name: getattr(self, name) for name in names}
         completions = [{**asdict(c), "logprobs": _json_numbers(c.logprobs)} for c in self.completions]
-        return {"prompt": prompt_index, "completions": completions, **row}
+        choice = asdict(self.threshold_choice) if self.threshold_choice else None
+        return {"prompt": prompt_index, "completions": completions, "threshold_choice": choice, **row}
 
     @classmethod
     def from_row(cls, row: dict[str, Any], prompts: Sequence[Prompt]) -> RolloutGroup:
         completions = [Completion(**{**c, "logprobs": _numbers(c["logprobs"])}) for c in row["completions"]]
-        return cls(**{**row, "prompt": prompts[row["prompt"]], "completions": completions})
+        choice = ThresholdChoice(**chosen) if (chosen := row.get("threshold_choice")) else None
+        read = {"prompt": prompts[row["prompt"]], "completions": completions, "threshold_choice": choice}
+        return cls(**{**row, **read})
 
 
 def _json_numbers(values: list[float] | None) -> list[float | None] | None:

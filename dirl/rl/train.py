@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import CONFIGS, PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
 from dirl.data.problem_sources import load_problems
 from dirl.data.problems import Problem
@@ -25,88 +24,28 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
-from dirl.files import append_json_lines
-from dirl.model.checkpoint import ModelConfig, load_model, write_final
+from dirl.files import append_json_lines, write_json
+from dirl.model.checkpoint import load_model, write_final
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
-from dirl.model.lora import LoraConfig, adapters_off, add_adapters
-from dirl.model.memory import EngineLoad, Workload, trained_fraction
+from dirl.model.lora import adapters_off, add_adapters
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.reward.rubric import RewardConfig, Rubric
+from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import advantages_of
-from dirl.rl.collector import Collected, Collector, RolloutConfig, Rollouts
+from dirl.rl.collector import Collected, Collector, Rollouts
+from dirl.rl.config import RLConfig
+from dirl.rl.critic import Critic, ValueModel, value_model_of
 from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
-from dirl.rl.update import PolicyUpdater, Reference, UpdateConfig
-from dirl.rollout.build import build_engine, chosen_engine
+from dirl.rl.threshold_policy import build_threshold_policy
+from dirl.rl.update import PolicyUpdater, Reference
+from dirl.rollout.build import build_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress
-from dirl.training.loop import Trainer, TrainingConfig
-from dirl.training.optimizer import OPTIMIZER_BYTES, Learner
+from dirl.training.loop import Trainer
+from dirl.training.optimizer import Learner
 from dirl.training.run import Run
 
 logger = logging.getLogger(__name__)
-
-_OBJECTIVE_KEYS = (
-    *("likelihood", "epsilon", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards"),
-    *("importance_sampling_correction", "importance_sampling_clip_max"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLDataConfig(Config):
-    """The problems that are practised on."""
-
-    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
-    limit: int = bounded(0, least=0)  # rows read; 0: all
-    max_prompt_length: int = bounded(1024, least=1)  # tokens; longer prompts are left out and counted
-    system_prompt: str = ""
-    suffix: str = ""  # appended to each question
-    skip_bad_rows: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLEvalConfig(Config):
-    """The evaluation during training: the sampling of the rollouts on held-out problems."""
-
-    path: str = field(default="", metadata=PATH)  # as data.path; empty: no evaluation
-    limit: int = bounded(64, least=0)  # problems; 0: all
-    num_samples: int = bounded(4, least=1)  # completions a problem
-    greedy: bool = True  # also one greedy completion a problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLConfig(TrainingConfig, UpdateConfig):
-    """Everything of an RL run."""
-
-    ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
-    PRESETS: ClassVar[Mapping[str, Path]] = {"objective": CONFIGS / "objectives"}
-
-    output_dir: str = "outputs/rl"
-    learning_rate: float = bounded(1e-6, least=0)
-    completions_steps: int = bounded(10, least=0)  # optimizer steps between files of completions; 0: none
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    data: RLDataConfig = field(default_factory=RLDataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    eval: RLEvalConfig = field(default_factory=RLEvalConfig)
-
-    def check(self) -> None:
-        if self.max_steps % self.steps_per_rollout:
-            raise UserError(
-                f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
-                f"{self.steps_per_rollout}"
-            )
-        if self.rollout.temperature == 0:
-            raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
-        names = [reference.rpartition(":")[2] for reference in self.reward.functions]
-        if unknown := [name for name, least in self.rollout.min_spread.items() if least > 0 and name not in names]:
-            raise UserError(f"rollout.min_spread names {unknown[0]!r}, which is none of reward.functions: {names}")
-        if self.rollout.needs_right and self.reward.combine == "normalize_then_sum" and "accuracy" not in names:
-            raise UserError(
-                "rollout.needs_right needs accuracy among reward.functions: reward.combine=normalize_then_sum leaves "
-                "no total that says what is right"
-            )
 
 
 class RLTrainer(Trainer):
@@ -131,6 +70,7 @@ class RLTrainer(Trainer):
         self.model = model or load_model(config.model, self.tokenizer)
         reference, decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)
+        values = self._value_model() if config.has_critic else None  # before the weights are sharded
         self.learner = Learner(
             self._scorer(self.model),
             config,
@@ -138,6 +78,7 @@ class RLTrainer(Trainer):
             on_micro_batch=self.show_micro_batch,
             on_skip=self.record_skipped,
         )
+        self.critic = self._critic(values) if values is not None else None
         self.engine = engine or build_engine(
             decoded,
             self.tokenizer,
@@ -151,19 +92,30 @@ class RLTrainer(Trainer):
             config,
             max_completion_length=config.rollout.max_completion_length,
             reference=reference,
+            critic=self.critic,
+        )
+        self.thresholds = build_threshold_policy(
+            config.rollout,
+            self.distributed.unwrap(self.learner.module),
+            config.objective,
+            self.distributed,
+            budget=config.max_tokens_per_micro_batch,
+            bf16=config.bf16,
         )
         self.collector = self.source = Collector(
             self._prompts(problems),
-            Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size()),
+            Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size(), self.thresholds),
             self.distributed,
             config.seed,
             should_stop=self.signals.is_stop_asked,
             remember=self.updater.remember,
         )
         self._check_lengths()
-        split = "heldout" if config.eval.path.startswith("task:") else "test"  # of a hub data set; files have none
-        self.heldout = self._load(config.eval.path, split, config.eval.limit) if config.eval.path else []
+        self.heldout = self._heldout()
         self.last: Collected | None = None  # the rollouts of the last step, to look at
+
+    def learners(self) -> dict[str, Learner]:
+        return super().learners() | ({"critic": self.critic.learner} if self.critic is not None else {})
 
     def begin(self) -> None:
         self.engine.update_weights(self.model)
@@ -179,6 +131,8 @@ class RLTrainer(Trainer):
             self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
             metrics = self.updater.update(collected.groups, advantages, self.steps_done)
+            if self.thresholds:
+                metrics |= self.thresholds.update(collected.groups, advantages, self.config.num_iterations)
         with self.timings.phase("update_weights"):
             self.engine.update_weights(self.model)
             self.engine.wake()
@@ -186,7 +140,10 @@ class RLTrainer(Trainer):
         return metrics | metrics_of_all_ranks(collected, self.distributed)
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy."""
+        """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy.
+
+        Where a policy chooses thresholds, with the most probable one for each problem.
+        """
         config = self.config
         evaluator = Evaluator(
             self.engine,
@@ -197,9 +154,10 @@ class RLTrainer(Trainer):
             suffix=config.data.suffix,
             distributed=self.distributed,
         )
-        modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples)}
+        thresholds_of = self.thresholds.best if self.thresholds else None
+        modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples, thresholds_of)}
         if config.eval.greedy:
-            modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1)
+            modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1, thresholds_of)
         metrics: dict[str, float] = {}
         for name, mode in modes.items():
             result = evaluator.evaluate(self.heldout, mode)
@@ -232,7 +190,7 @@ class RLTrainer(Trainer):
         return [{"question": g.prompt.problem.question, "answer": g.prompt.problem.answer} for g in groups]
 
     def write_final(self) -> Path:
-        return write_final(
+        final = write_final(
             self.model,
             self.tokenizer,
             Path(self.config.output_dir),
@@ -240,6 +198,9 @@ class RLTrainer(Trainer):
             lora=self.config.lora,
             is_main=self.distributed.is_main,
         )
+        if self.thresholds and self.distributed.is_main:
+            write_json(final / "threshold_policy.json", self.thresholds.as_row())
+        return final
 
     def _frozen_copies(self) -> tuple[Reference | None, BlockDiffusionModel]:
         """The reference where there is one, and the model that the engine decodes with."""
@@ -274,6 +235,22 @@ class RLTrainer(Trainer):
                 *(config.max_tokens_per_micro_batch, tokens),
             )
 
+    def _value_model(self) -> ValueModel:
+        config = self.config
+        return value_model_of(
+            self.model,
+            config.critic,
+            self.distributed,
+            attention=config.model.attention,
+            budget=config.max_tokens_per_micro_batch,
+        )
+
+    def _critic(self, values: ValueModel) -> Critic:
+        config = self.config
+        learner = Learner(values, config.critic.optimizer(config), self.distributed, on_skip=self.record_skipped)
+        gamma, lam = config.objective.gae_gamma, config.objective.gae_lambda
+        return Critic(learner, config.critic, gamma=gamma, lam=lam)
+
     def _scorer(self, model: BlockDiffusionModel) -> PackedScorer:
         return PackedScorer(model, self.config.model.attention, self.config.max_tokens_per_micro_batch)
 
@@ -288,6 +265,11 @@ class RLTrainer(Trainer):
     def _load(self, path: str, split: str, limit: int) -> list[Problem]:
         data = self.config.data
         return load_problems(path, split=split, limit=limit, skip_bad_rows=data.skip_bad_rows, seed=self.config.seed)
+
+    def _heldout(self) -> list[Problem]:
+        path, limit = self.config.eval.path, self.config.eval.limit
+        split = "heldout" if path.startswith("task:") else "test"  # of a hub data set; files have none
+        return self._load(path, split, limit) if path else []
 
     def _prompts(self, problems: Sequence[Problem] | None) -> list[Prompt]:
         data = self.config.data
@@ -305,25 +287,3 @@ class RLTrainer(Trainer):
         if not prompts:
             raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
         return prompts
-
-
-def rl_workload(config: RLConfig) -> Workload:
-    """What a memory estimate needs to know of an RL run."""
-    rollout, engine = config.rollout, None
-    if rollout.mode == "colocate":
-        engine = EngineLoad(
-            name=chosen_engine(rollout) if rollout.engine == "auto" else rollout.engine,
-            longest=config.data.max_prompt_length + rollout.max_completion_length,
-            batch_size=rollout.max_batch_size,
-            max_cached_tokens=rollout.max_cached_tokens,
-            cache_share=rollout.cache_max_entry_count,
-        )
-    return Workload(
-        tokens_per_micro_batch=config.max_tokens_per_micro_batch,
-        bf16=config.bf16,
-        trained_fraction=trained_fraction(config.model, config.lora),
-        optimizer_bytes=OPTIMIZER_BYTES[config.optim],
-        offload_optimizer=config.offload_optimizer,
-        num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
-        engine=engine,
-    )

@@ -28,6 +28,7 @@ from dirl.diffusion.views import placeholder_pack
 from dirl.model.logprobs import ActionScores
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.actions import PolicyBatch, annotate, scores_of, with_advantages, with_coefficients
+from dirl.rl.critic import Critic, CriticConfig, critic_metrics
 from dirl.rl.gauge import gauge, gauged_over_ranks
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import ObjectiveConfig
@@ -46,6 +47,7 @@ class UpdateConfig(Config):
     """How a batch of rollouts becomes optimizer steps."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)  # of objective.advantage=gae
     num_iterations: int = bounded(1, least=1)  # passes over a batch of rollouts
     steps_per_generation: int = bounded(1, least=1)  # optimizer steps a pass is split into
     # nats; a larger mean |trainer - engine| over a batch ends the run. 0: never
@@ -67,8 +69,9 @@ class PolicyUpdater:
         *,
         max_completion_length: int,
         reference: Reference | None,
+        critic: Critic | None = None,
     ) -> None:
-        self.learner, self.config, self.reference = learner, config, reference
+        self.learner, self.config, self.reference, self.critic = learner, config, reference, critic
         has_gradient = config.objective.entropy_coef != 0
         self.rule, self._training_rule = rule, replace(rule, wants_entropy=True, entropy_has_gradient=has_gradient)
         self.max_completion_length = max_completion_length
@@ -92,17 +95,22 @@ class PolicyUpdater:
         ]
         gauged = self._replayed_gauge(groups, now)
         steps: list[StepOutcome] = []
+        critic_steps: list[StepOutcome] = []
         for iteration in range(config.num_iterations):
             for batches in minibatches[iteration % len(minibatches)]:
                 # Only before the first step are these still the weights that the engine sampled with.
                 fresh_since = None if any(step.sums for step in steps) else now
-                steps.append(self._step(batches, fresh_since))
-        return update_metrics(
+                is_still = self.critic is not None and self.critic.is_alone(now + len(steps))
+                steps.append(self._step([] if is_still else batches, fresh_since))
+                if self.critic is not None:
+                    critic_steps.append(self.critic.update(batches, self._filler()))
+        metrics = update_metrics(
             steps,
             gauged=gauged,
             has_reference=config.objective.beta > 0,
             max_logp_difference=config.max_logp_difference,
         )
+        return metrics | critic_metrics(critic_steps) if critic_steps else metrics
 
     def _step(self, batches: Sequence[PolicyBatch], fresh_since: int | None) -> StepOutcome:
         """One optimizer step on all ranks' micro-batches."""
@@ -156,7 +164,8 @@ class PolicyUpdater:
             objective=objective,
             max_completion_length=self.max_completion_length,
         )
-        return with_advantages(batches, advantages)
+        batches = with_advantages(batches, advantages)
+        return batches if self.critic is None else self.critic.judge(batches, self._filler())
 
     def _packed(
         self, groups: Sequence[RolloutGroup], iteration: int = 0, tokens_per_update: int = 0

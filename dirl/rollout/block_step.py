@@ -31,6 +31,7 @@ class Blocks:
     position_NB: Tensor  # int64, absolute
     step_N: Tensor  # int64, denoising steps the block has taken
     seed_N: Tensor  # int64
+    threshold_N: Tensor | None = None  # float32, each one's confidence threshold; None: that of the sampling
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class Sampler:
         drawn = self.draw(rows_TX, uniform_T)
         confidence_NB, entropy_NB = placed(drawn.confidences_T), placed(drawn.entropies_T)
         order_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * step_NB + 1)
-        revealed_NB = reveal_positions(sampling.unmasking, blocks.masked_NB, confidence_NB, entropy_NB, order_NB)
+        revealed_NB = reveal_positions(
+            sampling.unmasking, blocks.masked_NB, confidence_NB, entropy_NB, order_NB, threshold_N=blocks.threshold_N
+        )
         return DenoisingStep(revealed_NB, placed(drawn.token_ids_T), placed(drawn.logprobs_T))
 
     def draw(self, rows_TX: Tensor, uniform_T: Tensor) -> Draws:

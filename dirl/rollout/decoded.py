@@ -32,6 +32,20 @@ def touched_tokens(
     return touched
 
 
+def check_thresholds(
+    thresholds: Sequence[float] | None, prompts: Sequence[Sequence[int]], sampling: SamplingConfig
+) -> None:
+    """Raises ValueError: not one threshold per prompt, or nothing that reads them."""
+    if thresholds is None:
+        return
+    if len(thresholds) != len(prompts):
+        raise ValueError(f"generate needs one threshold per prompt, got {len(thresholds)} for {len(prompts)} prompts")
+    if sampling.unmasking_strategy != "low_confidence_dynamic":
+        raise UserError(
+            f"unmasking_strategy={sampling.unmasking_strategy} reads no thresholds; use low_confidence_dynamic"
+        )
+
+
 def make_completion(
     prompt_ids: Sequence[int],
     token_ids: list[int],
@@ -40,6 +54,7 @@ def make_completion(
     *,
     tokenizer: PreTrainedTokenizerBase,
     block_length: int,
+    confidence_threshold: float | None = None,
 ) -> Completion:
     """A completion from its tokens and steps; lengths, reasons and text follow from them."""
     stop_ids = stop_token_ids(tokenizer)
@@ -54,4 +69,5 @@ def make_completion(
         finish_reason="stop" if stops else "length",
         num_denoising_steps=sum(max(steps[i : i + block_length]) for i in range(0, len(steps), block_length)),
         text=decode(tokenizer, token_ids[: stops[0]] if stops else token_ids),
+        confidence_threshold=confidence_threshold,
     )

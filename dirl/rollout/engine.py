@@ -84,6 +84,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]  # stop: an EOS was revealed
     num_denoising_steps: int  # forward passes that revealed something, over all blocks
     text: str  # of the tokens before the first EOS
+    confidence_threshold: float | None = None  # that it was decoded with, where it had one of its own
 
     @property
     def tokens_per_step(self) -> float:
@@ -101,13 +102,18 @@ class RolloutEngine(Protocol):
     weights_version: int  # counts complete pushes of weights; 0 before the first
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in the order of the prompts.
 
         Args:
             prompts: token ids; a prompt that stands G times is decoded G times.
-            seeds: one per prompt; a sample depends on its prompt, its seed and `sampling` only.
+            seeds: one per prompt; a sample depends on its prompt, its seed, its threshold and `sampling` only.
+            thresholds: one per prompt, in the place of the confidence_threshold of `sampling`. None: that, for all.
         Raises:
             RolloutError: a completion is missing, or the weights are stale.
         """

@@ -5,6 +5,7 @@ Shapes: R completion tokens, T actions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,8 @@ def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
         for ids in (completion.prompt_ids, completion.token_ids, completion.step_map)
     )
     recorded = None if completion.logprobs is None else torch.tensor(completion.logprobs, dtype=torch.float32)
-    return Trajectory(prompt_ids, completion_ids, step_map, block_length, recorded)
+    threshold = math.nan if completion.confidence_threshold is None else completion.confidence_threshold
+    return Trajectory(prompt_ids, completion_ids, step_map, block_length, recorded, threshold)
 
 
 def logprobs(

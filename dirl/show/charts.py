@@ -51,6 +51,7 @@ PANELS = (
     Panel("Trainer against engine", "nats, difference of log-probabilities"),
     Panel("Importance sampling ratio", "trainer over engine, before any cut"),
     Panel("Importance sampling ratios cut", "share"),
+    Panel("Critic", "value loss, and share of the returns' variance that the values explain"),
     Panel("Truncated completions", "share"),
     Panel("Gradient norm", "L2 norm before clipping"),
     Panel("Learning rate", "", "plain"),

@@ -170,6 +170,9 @@ TABLE = MetricTable(
             column="KL",
             headline=11,
         ),
+        Metric("threshold/mean", "", "mean confidence threshold drawn by `rollout.threshold_policy`"),
+        Metric("threshold/entropy", "nats", "of that policy, mean over completions"),
+        Metric("threshold/grad_norm", "", "L2 norm of the gradient of that policy"),
         Metric("clip_ratio/low_mean", "share", "actions held back at the lower clip", "Clip ratio"),
         Metric("clip_ratio/high_mean", "share", "actions held back at the upper clip", "Clip ratio"),
         Metric("clip_ratio/region_mean", "share", "actions held back at either clip", "Clip ratio", column="clipped"),
@@ -189,6 +192,19 @@ TABLE = MetricTable(
             "ratios that `importance_sampling_correction` cut",
             "Importance sampling ratios cut",
         ),
+        Metric(
+            "critic/loss", "", "clipped squared error of the critic's values, halved; with `advantage: gae`", "Critic"
+        ),
+        Metric(
+            "critic/explained_variance",
+            "share",
+            "of the returns' variance, by the values before the update; 0: no better than their mean",
+            "Critic",
+        ),
+        Metric("critic/value_mean", "", "mean value of the revealed tokens before the update", "Critic"),
+        Metric("critic/clip_fraction", "share", "values held back by `critic.clip_range`", "Critic"),
+        Metric("critic/grad_norm", "", "L2 norm of the critic's gradient before clipping", "Gradient norm"),
+        Metric("critic/learning_rate", "", "of the critic in this step", "Learning rate"),
         Metric(
             "completions/clipped_ratio",
             "share",

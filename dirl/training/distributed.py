@@ -6,11 +6,13 @@ The only file that knows accelerate and torch.distributed; which engine shards w
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +69,10 @@ class Distributed:
             ],
         )
         self._check_topology()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate would round what forward passes return, logprobs and values, to bfloat16.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     @property
     def rank(self) -> int:
@@ -108,20 +114,13 @@ class Distributed:
         max_grad_norm: float = 0.0,
         offload_optimizer: bool = False,
     ) -> tuple[nn.Module, Optimizer, LRScheduler]:
-        """Wrap a module and its optimizer for this set of processes.
+        """Wrap a module and its optimizer for this set of processes; checkpoints number modules as they are prepared.
 
         Raises:
             UserError: the backend cannot keep optimizer states in main memory, or train weights of this precision.
         """
-        if self._uses_deepspeed:
-            self._configure_deepspeed(module, max_grad_norm, offload_optimizer)
-        elif offload_optimizer:
-            raise UserError(
-                f"offload_optimizer=true needs DeepSpeed, this run is launched as {self.backend}: set "
-                "ACCELERATE_CONFIG to zero1, zero2 or zero3"
-            )
-        else:
-            self._check_precision(module)
+        if not self._uses_deepspeed:
+            self._check_precision(module, offload_optimizer)
         if self.backend == "fsdp2":
             # The layers of the model inside, whatever their class is called.
             inner = next((m for m in module.modules() if getattr(m, "_no_split_modules", None)), None)
@@ -130,7 +129,8 @@ class Distributed:
         else:
             module = self.placed(module)
         # The schedule is the loop's: accelerate would tie it to its own idea of a step.
-        wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
+        with self._deepspeed_settings(module, max_grad_norm, offload_optimizer):
+            wrapped, wrapped_optimizer = self.accelerator.prepare(module, optimizer)
         if self.backend == "ddp":  # checkpoints name parameters as one process does, whatever their number
             self.accelerator._models[-1] = module
         return wrapped, wrapped_optimizer, scheduler
@@ -151,9 +151,13 @@ class Distributed:
 
     def sum(self, *values: float) -> list[float]:
         """Each number summed over ranks."""
+        return self.summed(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def summed(self, values_N: Tensor) -> Tensor:
+        """A tensor of the host summed over ranks, where it then is the same to the last bit; float64."""
         if self.world_size == 1:  # nobody to ask, and no device to wait for
-            return [float(value) for value in values]
-        return self.accelerator.reduce(self._numbers(*values), reduction="sum").tolist()
+            return values_N.double()
+        return self.accelerator.reduce(values_N.to(self.device, torch.float64), reduction="sum").cpu()
 
     def max(self, value: float) -> float:
         return max(self._of_each(value))
@@ -211,7 +215,8 @@ class Distributed:
             engine.step()  # skips a gradient that is not finite by itself, on all ranks
             norm = torch.tensor(float(engine.get_global_grad_norm()) if engine.was_step_applied() else float("nan"))
         else:
-            norm = self.accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or float("inf"))
+            # Not accelerate's, which compares the parameters of all modules it has prepared, number by number.
+            norm = nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or float("inf"))
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         told = torch.cat([norm.detach().double().reshape(1).to(numbers_N.device), numbers_N])
         rows = self.accelerator.gather(told[None]).tolist()
@@ -233,9 +238,15 @@ class Distributed:
     def close(self) -> None:
         self.accelerator.end_training()
 
-    def _configure_deepspeed(self, module: nn.Module, max_grad_norm: float, offload_optimizer: bool) -> None:
-        """What the DeepSpeed file cannot know: it comes from the run's configuration."""
-        config = self.accelerator.deepspeed_plugin.deepspeed_config
+    @contextmanager
+    def _deepspeed_settings(self, module: nn.Module, max_grad_norm: float, offload_optimizer: bool) -> Iterator[None]:
+        """What the DeepSpeed file cannot know: it comes from the run's configuration. Each engine has its own copy."""
+        if not self._uses_deepspeed:
+            yield
+            return
+        plugin = self.accelerator.deepspeed_plugin
+        in_file = plugin.deepspeed_config
+        config = plugin.deepspeed_config = plugin.hf_ds_config.config = copy.deepcopy(in_file)
         config["gradient_clipping"] = max_grad_norm
         if offload_optimizer:
             pin_memory = self.device.type == "cuda"
@@ -244,9 +255,19 @@ class Distributed:
             # float32 master weights in the sharded optimizer, and gradients added up in float32.
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.accelerator.deepspeed_engine_wrapped = None  # whose backward we never call; a second one brings a warning
+        try:
+            yield
+        finally:
+            plugin.deepspeed_config = plugin.hf_ds_config.config = in_file
 
-    def _check_precision(self, module: nn.Module) -> None:
+    def _check_precision(self, module: nn.Module, offload_optimizer: bool) -> None:
         """Without float32 master weights most steps of a small learning rate round to nothing."""
+        if offload_optimizer:
+            raise UserError(
+                f"offload_optimizer=true needs DeepSpeed, this run is launched as {self.backend}: set "
+                "ACCELERATE_CONFIG to zero1, zero2 or zero3"
+            )
         trained = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
         if torch.bfloat16 in trained:
             raise UserError(

@@ -73,6 +73,10 @@ class Trainer(ABC):
     def headline(self, metrics: Mapping[str, float]) -> str:
         """A step in a line, for people."""
 
+    def learners(self) -> dict[str, Learner]:
+        """What is trained and saved, by name; the model first."""
+        return {"model": self.learner}
+
     def begin(self) -> None:  # noqa: B027 - most stages have nothing to do
         """Called once, when the weights are those that the run starts or goes on with."""
 
@@ -133,7 +137,7 @@ class Trainer(ABC):
         return Run(
             self.config,
             config_to_dict(self.config),
-            self.learner,
+            self.learners(),
             self.source,
             signals=self.signals,
             timings=self.timings,

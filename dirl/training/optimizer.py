@@ -40,9 +40,14 @@ class OptimizerConfig(Config):
     max_tokens_per_micro_batch: int = bounded(8192, least=1)
 
     def check(self) -> None:
-        schedules = [kind.value for kind in SchedulerType]
-        if self.lr_scheduler_type not in schedules:
-            raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {self.lr_scheduler_type!r}")
+        check_schedule(self.lr_scheduler_type)
+
+
+def check_schedule(name: str) -> None:
+    """Whether transformers has such a schedule; raises UserError."""
+    schedules = [kind.value for kind in SchedulerType]
+    if name not in schedules:
+        raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {name!r}")
 
 
 # Bytes of AdamW's two moments per trained parameter.

@@ -40,22 +40,28 @@ class Resumable(Protocol):
 
 
 class Run:
-    """One training run on disk and on screen. `step` counts finished optimizer steps."""
+    """One training run on disk and on screen. `step` counts finished optimizer steps.
+
+    Args:
+        learners: what is trained, by name; the first is the model, which the run is counted and named by.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         settings: Mapping[str, Any],
-        learner: Learner,
+        learners: Mapping[str, Learner],
         source: Resumable,
         *,
         signals: SignalWatch,
         timings: Timings,
         terminal: Terminal,
     ) -> None:
-        self.config, self.learner, self.source = config, learner, source
+        self.config, self.source = config, source
+        self.learner, *_ = learners.values()
+        self.beside = {name: learner for name, learner in learners.items() if learner is not self.learner}
         self.signals, self.timings, self.terminal = signals, timings, terminal
-        self.max_steps, self.distributed = learner.config.max_steps, learner.distributed
+        self.max_steps, self.distributed = self.learner.config.max_steps, self.learner.distributed
         self.step = self._previous_step = 0
         self._saved_step = self._reported_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
@@ -164,6 +170,7 @@ class Run:
             "source": self.source.state_dict(),  # on every rank: it may gather
             "tracker_id": self.metrics.tracker_id,
             "learner": self.learner.state_dict(),
+            "beside": {name: learner.state_dict() for name, learner in self.beside.items()},
             "best": self._best,
             "identity": self._identity(),
         }
@@ -189,6 +196,7 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         return {
             **self.learner.identity(),
+            "beside": {name: learner.identity() for name, learner in self.beside.items()},
             "backend": self.distributed.backend,
             "world_size": self.distributed.world_size,
         }
@@ -209,6 +217,8 @@ class Run:
             ) from error
         self.distributed.load_state(checkpoint)
         self.learner.load_state_dict(state["learner"])
+        for name, learner in self.beside.items():
+            learner.load_state_dict(state["beside"][name])
         self.step = self._previous_step = self._saved_step = state["step"]
         self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
         logger.info("resumed from %s at step %d", checkpoint, self.step)
@@ -224,6 +234,7 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
         UserError: it cannot.
     """
     remedy = "or set resume_from_checkpoint=none to start afresh"
+    _check_beside(checkpoint, saved.get("beside", {}), ours.get("beside", {}), remedy)
     if any(saved[name] != ours[name] for name in ("parameters_digest", "num_trained_tensors")):
         raise UserError(
             f"{checkpoint} holds another model: {saved['num_parameters']} parameters, {saved['num_trained_tensors']} "
@@ -241,6 +252,21 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
             f"{checkpoint} was written by {saved['world_size']} processes under {saved['backend']}, this run has "
             f"{ours['world_size']}: launch with NUM_PROCESSES={saved['world_size']}, {remedy}"
         )
+
+
+def _check_beside(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], remedy: str) -> None:
+    """Whether the same is trained beside the model."""
+    for name in sorted({*saved, *ours}):
+        if name not in saved or name not in ours:
+            has, has_not = (f"{checkpoint}", "this run") if name in saved else ("this run", f"{checkpoint}")
+            raise UserError(
+                f"{has} has a {name}, {has_not} has none: resume with the objective it was started with, {remedy}"
+            )
+        if saved[name] != ours[name]:
+            raise UserError(
+                f"{checkpoint} holds another {name}: {saved[name]['num_parameters']} parameters, this run's has "
+                f"{ours[name]['num_parameters']}: resume with the configuration it was started with, {remedy}"
+            )
 
 
 def peak_memory_gb() -> float:

@@ -37,7 +37,6 @@ LEFTOVERS = {
     "model/tiny.py": "the embedded default; nothing that loads real models needs it",
     "reward/__init__.py": "the face of `dirl.rewards`",
     "reward/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's scorers come in",
-    "rollout/decoded.py": "what every wing does before and after it decodes",
     "rollout/lmdeploy/version.py": "read before anything of lmdeploy may be imported",
     "rollout/replay.py": "`dirl.logprobs`: the one place that scores completions outside training",
     "rollout/scoring.py": "rollouts and evaluations score with it, and neither may know the other",

@@ -193,3 +193,22 @@ def test_equally_certain_positions_are_held_right_of_the_revealed_one(rule: Unma
     assert logprob_T[0] < -20
     (gradient_TV,) = torch.autograd.grad(logprob_T[place:].sum(), logits_TV)
     assert float(gradient_TV.abs().max()) < 1e-6
+
+
+def test_completions_are_scored_with_the_threshold_they_were_decoded_with() -> None:
+    """Steps of two completions with thresholds of their own, and of one without, among each other."""
+    logits_TV = torch.randn(14, VOCABULARY, generator=torch.Generator().manual_seed(4))
+    logits_TV[4] = logits_TV[3]  # a tie at the bar
+    own = {1: 0.1, 2: 0.4, 5: None, 6: 0.1, 9: 0.4}  # by view
+    plain = actions()
+    threshold_T = torch.tensor([math.nan if (t := own[view]) is None else t for view in plain.view_T.tolist()])
+    rule = ScoringRule(TokenDistribution(), UnmaskingRule(confidence_threshold=0.25), SUPPRESSED_V)
+    found_T, _ = action_logprobs(logits_TV, replace(plain, threshold_T=threshold_T), rule)
+    differs = False
+    for view, threshold in own.items():
+        unmasking = UnmaskingRule(confidence_threshold=0.25 if threshold is None else threshold)
+        mine_T = plain.view_T == view
+        expected_T = scored(logits_TV, unmasking)
+        assert torch.equal(found_T[mine_T], expected_T[mine_T])
+        differs |= not torch.equal(expected_T, scored(logits_TV, rule.unmasking))
+    assert differs

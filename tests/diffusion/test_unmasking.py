@@ -56,3 +56,17 @@ def test_reveals_per_step(block_length: int, steps: int, count: int) -> None:
 def test_an_unknown_strategy_is_named() -> None:
     with pytest.raises(ValueError, match=r"unmasking_strategy must be one of .*got 'low_confidence'"):
         UnmaskingRule("low_confidence")  # type: ignore[arg-type]
+
+
+def test_sequences_with_thresholds_of_their_own() -> None:
+    """Each row as under a rule with its threshold: a number is compared in the same way whichever way it comes."""
+    generator = torch.Generator().manual_seed(5)
+    confidence_NB = torch.randint(0, 11, (200, 4), generator=generator) / 10
+    masked_NB = torch.rand(200, 4, generator=generator) < 0.8
+    threshold_N = torch.randint(1, 11, (200,), generator=generator) / 10
+    nothing_NB, rule = torch.zeros(200, 4), UnmaskingRule(confidence_threshold=0.9)
+    found_NB = reveal_positions(rule, masked_NB, confidence_NB, nothing_NB, nothing_NB, threshold_N=threshold_N)
+    for row, threshold in enumerate(threshold_N.tolist()):
+        alone = UnmaskingRule(confidence_threshold=round(threshold, 1))
+        masked, confidence, nothing = (x[row : row + 1] for x in (masked_NB, confidence_NB, nothing_NB))
+        assert torch.equal(found_NB[row : row + 1], reveal_positions(alone, masked, confidence, nothing, nothing))

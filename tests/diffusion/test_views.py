@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -181,7 +184,7 @@ def actions_of(packed: PackedViews) -> list[Action]:
         actions.completion_index_T,
     )
     assert bool((actions.importance_T == 1).all())
-    assert len(columns) + 1 == len(actions.columns())
+    assert len(columns) + 2 == len(actions.columns())  # the threshold has a test of its own
     return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
@@ -212,6 +215,17 @@ def test_reveals_only_drops_the_holds_and_nothing_else() -> None:
     assert actions_of(reveals) == [action for action in actions_of(packed) if action[2]]
     assert len(actions_of(reveals)) < len(actions_of(packed))
     assert not reveals.actions.has_holds and reveals.actions.view_ends == view_ends_of(actions_of(reveals))
+
+
+def test_actions_know_the_threshold_of_their_completion() -> None:
+    own = [0.5, math.nan, 0.75]
+    trajectories = [replace(random_trajectory(5, 3, 4), confidence_threshold=threshold) for threshold in own]
+    prompt_ids = trajectories[0].prompt_ids
+    branches = [replay_views(replace(t, prompt_ids=prompt_ids), MASK) for t in trajectories]
+    packed = pack([ViewedDocument(prompt_ids, branches)], 4)
+    for actions in (packed.actions, packed.reveals_only().actions, packed.actions.rows(slice(3, None))):
+        expected = [own[branch] for branch in actions.branch_T.tolist()]
+        assert actions.threshold_T.tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def test_packed_length_of_views_is_what_they_add() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -23,14 +24,20 @@ class ScriptedEngine:
         self.is_closed = False
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
         completions = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             if self.num_generated == self.dies_after:
                 raise KeyboardInterrupt
             self.num_generated += 1
-            completions.append(self._complete(list(prompt), seed, sampling))
+            own = replace(sampling, confidence_threshold=thresholds[place]) if thresholds else sampling
+            threshold = thresholds[place] if thresholds else None
+            completions.append(replace(self._complete(list(prompt), seed, own), confidence_threshold=threshold))
         return completions
 
     def _complete(self, prompt: list[int], seed: int, sampling: SamplingConfig) -> Completion:

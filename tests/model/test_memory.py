@@ -21,7 +21,7 @@ from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, estimate_memory, trained_fraction
 from dirl.model.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model, tiny
-from dirl.rl.train import RLConfig, rl_workload
+from dirl.rl.config import RLConfig, rl_workload
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +112,7 @@ def test_the_shipped_recipe_of_8b_needs_what_its_page_says(big: str, capsys: pyt
         "weights": 16.4,
         "gradients": 32.8,
         "optimizer": 12.3,
+        "critic": 0,
         "copies": 0,
         "engine_weights": 16.4,
         "logits": 0.5,

@@ -23,8 +23,10 @@ from dirl.model.lora import LoraConfig
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig
+from dirl.rl.critic import CriticConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 from dirl.training.optimizer import Learner, Loss, StepOutcome
@@ -82,6 +84,39 @@ def rl_trainer(output_dir: Path, budget: int, lora: LoraConfig | None = None) ->
     return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
 
 
+def critic_trainer(output_dir: Path, budget: int) -> RLTrainer:
+    """Two passes over each batch; a second model beside the policy, with another schedule and another clipping."""
+    trainer = rl_trainer(output_dir, budget)
+    critic = CriticConfig(
+        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=1, weight_decay=0.2, max_grad_norm=0.05
+    )
+    config = replace(
+        trainer.config,
+        max_steps=6,
+        num_iterations=2,
+        critic=critic,
+        objective=ObjectiveConfig(likelihood="trajectory", advantage="gae", gae_gamma=0.99, gae_lambda=0.9),
+    )
+    problems = [prompt.problem for prompt in trainer.collector.prompts]
+    model, tokenizer = tiny()
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
+def shared_critic_trainer(output_dir: Path, budget: int) -> RLTrainer:
+    """The critic on the policy's frozen weights, where they are whole; else on a copy of them."""
+    trainer = lora_trainer(output_dir, budget)
+    config = replace(
+        trainer.config,
+        critic=CriticConfig(
+            backbone="copy" if trainer.distributed.is_sharded else "shared", learning_rate=1e-2, max_grad_norm=0.1
+        ),
+        objective=ObjectiveConfig(likelihood="trajectory", advantage="gae", beta=0.1),
+    )
+    problems = [prompt.problem for prompt in trainer.collector.prompts]
+    model, tokenizer = tiny()
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
 def carrying_trainer(output_dir: Path, budget: int) -> RLTrainer:
     """Two passes over each batch, groups that wait for the next step, and ranks that have none."""
     trainer = rl_trainer(output_dir, budget)
@@ -117,6 +152,8 @@ def run_all(output_dir: Path) -> None:
         ("rl", rl_trainer, RL_BUDGETS),
         ("lora", lora_trainer, {"1x8": 4096}),
         ("carried", carrying_trainer, {"1x8": 4096}),
+        ("critic", critic_trainer, RL_BUDGETS),
+        ("shared", shared_critic_trainer, {"1x8": 4096}),
     )
     for kind, make, budgets in cases:
         for split, budget in budgets.items():
@@ -125,6 +162,10 @@ def run_all(output_dir: Path) -> None:
             steps = [trainer.step() for _ in range(3)]
             model = trainer.distributed.unwrap(trainer.learner.module).model
             weights = full_state_dict(model, keep=trainer.distributed.is_main)
+            for name, learner in list(trainer.learners().items())[1:]:
+                module = trainer.distributed.unwrap(learner.module)
+                beside = full_state_dict(module, keep=trainer.distributed.is_main)
+                weights |= {f"{name}:{key}": tensor for key, tensor in beside.items()}
             if trainer.distributed.is_main:
                 torch.save(weights, output_dir / f"{kind}_{split}.pt")
                 record[f"{kind}_{split}"] = {"steps": steps, "micro_batches": counts}
@@ -158,9 +199,12 @@ def assert_same(folder: Path, reference: Path, run: str) -> None:
     kind = run.split("_")[0]
     ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, reference))
     for row, other in zip(ours[run]["steps"], theirs[f"{kind}_1x8"]["steps"], strict=True):
-        for name in ("loss", "grad_norm", "learning_rate", "num_tokens", *(["kl", "entropy"] if kind != "sft" else [])):
-            if not (name == "num_tokens" and kind != "sft"):  # a group that is cut repeats its prompt
-                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (run, name)
+        names = ["loss", "grad_norm", "learning_rate", *(name for name in other if name.startswith("critic/"))]
+        # Of RL a group that is cut repeats its prompt, and so has other num_tokens.
+        names += ["num_tokens"] if kind == "sft" else ["entropy"]
+        names += ["kl"] if "kl" in other else []
+        for name in names:
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (run, name)
         assert row["grad_norm"] > 0 and row["skipped_steps"] == 0
     weights, expected = (
         torch.load(path, weights_only=True) for path in (folder / f"{run}.pt", reference / f"{kind}_1x8.pt")
@@ -169,10 +213,15 @@ def assert_same(folder: Path, reference: Path, run: str) -> None:
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
-    assert max(float((expected[name] - start[name]).abs().max()) for name in expected) > 1e-3
+    assert max(float((expected[name] - start[name]).abs().max()) for name in start if name in expected) > 1e-3
+    assert all(float(expected[name].abs().max()) > 1e-4 for name in expected if name == "critic:head.weight")
+    assert ("critic:head.weight" in expected) == (kind in ("critic", "shared"))
 
 
-RUNS = [*(f"{kind}_{split}" for kind in ("sft", "rl") for split in BUDGETS), "lora_1x8", "carried_1x8"]
+RUNS = [
+    *(f"{kind}_{split}" for kind in ("sft", "rl", "critic") for split in BUDGETS),
+    *("lora_1x8", "carried_1x8", "shared_1x8"),
+]
 
 
 @pytest.mark.parametrize("run", RUNS)

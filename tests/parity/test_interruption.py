@@ -27,8 +27,10 @@ from dirl.model.checkpoint import load
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig
+from dirl.rl.critic import CriticConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 from dirl.training.optimizer import Loss, StepOutcome, TrainingDiverged
@@ -51,16 +53,22 @@ def sft_trainer(output_dir: Path, **changes: Any) -> SFTTrainer:
     return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
 
 
+def critic_trainer(output_dir: Path, **changes: Any) -> RLTrainer:
+    """Two models, each with an optimizer and a schedule of its own."""
+    objective = ObjectiveConfig(likelihood="trajectory", advantage="gae", gae_lambda=0.9)
+    critic = CriticConfig(learning_rate=1e-3, lr_scheduler_type="linear", critic_only_steps=1)
+    return rl_trainer(output_dir, objective=objective, critic=critic, **changes)
+
+
 def rl_trainer(output_dir: Path, **changes: Any) -> RLTrainer:
     model, tokenizer = tiny()
     config = RLConfig(
         output_dir=str(output_dir),
-        objective=ObjectiveConfig(likelihood="trajectory"),
         rollout=RolloutConfig(
             prompts_per_step=3, num_generations=4, max_completion_length=12, max_sampling_rounds=3, oversampling=1.5
         ),
         reward=RewardConfig(functions=[f"{__file__}:prefers_even"]),
-        **{**STEPS, **changes},
+        **{"objective": ObjectiveConfig(likelihood="trajectory"), **STEPS, **changes},
     )
     return RLTrainer(
         config,
@@ -85,7 +93,7 @@ def stop_in_second(function: Callable[..., Any], *, rank: int) -> Callable[..., 
 
 
 def train_both(output_dir: Path, *, is_stopped: bool) -> None:
-    for kind, make in (("sft", sft_trainer), ("rl", rl_trainer)):
+    for kind, make in (("sft", sft_trainer), ("rl", rl_trainer), ("critic", critic_trainer)):
         trainer: Any = make(output_dir / kind)
         if is_stopped and kind == "sft":  # while it trains
             trainer.learner.update = stop_in_second(trainer.learner.update, rank=trainer.distributed.rank)
@@ -95,7 +103,7 @@ def train_both(output_dir: Path, *, is_stopped: bool) -> None:
             trainer.train()
         except RunInterrupted as stop:
             if trainer.distributed.is_main:
-                amid = trainer.collector.is_amid if kind == "rl" else False
+                amid = trainer.collector.is_amid if kind != "sft" else False
                 (output_dir / f"{kind}_stopped.json").write_text(json.dumps([str(stop), trainer.steps_done, amid]))
 
 
@@ -169,6 +177,7 @@ def numbers(output_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
 
 
+KINDS = ("sft", "rl", "critic")
 BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("zero2", "zero3", "fsdp2"))]
 
 
@@ -181,12 +190,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(backend: str, tmp_path
             done = launch(backend, task, tmp_path / folder)
             assert done.returncode == 0, done.stderr[-5000:]
             if task == "stopped":
-                sft, rl = (json.loads((tmp_path / "parts" / f"{k}_stopped.json").read_text()) for k in ("sft", "rl"))
+                stops = [json.loads((tmp_path / "parts" / f"{kind}_stopped.json").read_text()) for kind in KINDS]
+                sft, rl, _ = stops
                 assert sft[1:] == [3, False]
-                assert rl[1] < 3 and rl[2] is True  # in the middle of rollouts, which the checkpoint keeps
+                # In the middle of rollouts, which the checkpoint keeps.
+                assert all(stop[1] < 3 and stop[2] is True for stop in stops[1:])
                 assert "the same command continues" in rl[0]
                 assert not (tmp_path / "parts/sft/final").exists()
-    for kind in ("sft", "rl"):
+    for kind in KINDS:
         assert [row["step"] for row in numbers(tmp_path / "whole" / kind)] == [1, 2, 3, 4]
         assert numbers(tmp_path / "parts" / kind) == numbers(tmp_path / "whole" / kind)
         ours, theirs = (load(str(tmp_path / part / kind / "final"))[0].state_dict() for part in ("parts", "whole"))

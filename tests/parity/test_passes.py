@@ -15,8 +15,9 @@ from dirl.model import logprobs
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
 

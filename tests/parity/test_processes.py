@@ -20,12 +20,14 @@ from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[2]
-CASES = ("usual", "idle")  # idle: one document or prompt a step, so that one of two ranks has none
+# idle: one document or prompt a step, so that one of two ranks has none; thresholds: a policy chooses them
+CASES = ("usual", "idle", "thresholds")
 
 
 def even_length(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
@@ -68,6 +70,7 @@ def train(case: str, output_dir: Path) -> None:
                 num_generations=4,
                 max_completion_length=12,
                 max_sampling_rounds=3,
+                threshold_policy=[0.01, 0.9] if case == "thresholds" else [],
             ),
             reward=RewardConfig(functions=[f"{__file__}:even_length"]),
         ),
@@ -115,6 +118,8 @@ def test_two_processes_equal_one(case: str, tmp_path: Path) -> None:
         "sft": ("loss", "grad_norm", "num_tokens"),
         "rl": ("loss", "grad_norm", "reward", "kl", "entropy", "groups/kept", "num_completion_tokens"),
     }.items():
+        if case == "thresholds" and kind == "rl":
+            names = (*names, "threshold/mean", "threshold/entropy", "threshold/grad_norm")
         for row, other in zip(one[kind], two[kind], strict=True):
             assert [row[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-5, abs=1e-5)
             assert row["grad_norm"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
 
@@ -59,6 +61,16 @@ def rl_trainer(output_dir: Path) -> RLTrainer:
     return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
 
 
+def threshold_trainer(output_dir: Path) -> RLTrainer:
+    """With a policy of thresholds, and groups that wait."""
+    plain = rl_trainer(output_dir)
+    rollout = replace(plain.config.rollout, threshold_policy=[0.005, 0.9], oversampling=2.0)
+    model, tokenizer = tiny()
+    config = replace(plain.config, rollout=rollout, objective=ObjectiveConfig(likelihood="trajectory"))
+    problems = [prompt.problem for prompt in plain.collector.prompts]
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
 def numbers(output_dir: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = ("timing_s/", "perf/", "time")
@@ -69,7 +81,7 @@ def weights(model: BlockDiffusionModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("make", [sft_trainer, rl_trainer])
+@pytest.mark.parametrize("make", [sft_trainer, rl_trainer, threshold_trainer])
 def test_resumed_equals_uninterrupted(
     make: Callable[[Path], SFTTrainer | RLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,3 +109,7 @@ def test_resumed_equals_uninterrupted(
     expected = weights(whole.model)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.model).items())
     assert not all(torch.equal(value, expected[name]) for name, value in after_kill.items())
+    if make is threshold_trainer:
+        heads = [(tmp_path / run / "final" / "threshold_policy.json").read_text() for run in ("whole", "parts")]
+        assert heads[0] == heads[1] and any(map(any, json.loads(heads[0])["weight"]))
+        assert any(row["groups/carried_over"] for row in numbers(tmp_path / "whole"))

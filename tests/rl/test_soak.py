@@ -13,7 +13,8 @@ from dirl.model.tiny import tiny
 from dirl.reward.killable_pool import count_usable_cores
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.config import RLConfig
+from dirl.rl.train import RLTrainer
 
 
 @pytest.mark.matrix

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -55,6 +56,7 @@ def blocks_of(completion: Completion, block_length: int) -> list[tuple[list[int]
 class EngineContract:
     """Subclass as `class TestXEngine(EngineContract)` and define `make_engine`."""
 
+    takes_thresholds = True  # one for each completion
     logprob_tolerance = 1e-5  # nats, of recorded logprobs against brute force
 
     def make_engine(
@@ -226,6 +228,39 @@ class EngineContract:
         found = engine.generate([prompts[i] for i in order], DYNAMIC, [seeds[i] for i in order])
         for completion, i in zip(found, order, strict=True):
             assert (completion.token_ids, completion.step_map) == (expected[i].token_ids, expected[i].step_map)
+
+    def test_thresholds_of_their_own(self) -> None:
+        """A completion in a mixed batch is the one that its threshold alone gives."""
+        if not self.takes_thresholds:
+            pytest.skip("this engine has one threshold for all")
+        prompts, seeds = random_prompts([1, 9, 3, 8, 4, 2, 17, 5]) * 2, range(16)
+        thresholds = [0.02, 0.1, 0.3, 0.9] * 4
+        engine = self.make_engine(*likely_to_stop(), max_batch_size=5)
+        found = engine.generate(prompts, DYNAMIC, seeds, thresholds)
+        assert [completion.confidence_threshold for completion in found] == thresholds
+        for prompt, seed, threshold, completion in zip(prompts, seeds, thresholds, found, strict=True):
+            (alone,) = engine.generate([prompt], replace(DYNAMIC, confidence_threshold=threshold), [seed])
+            assert (completion.token_ids, completion.step_map) == (alone.token_ids, alone.step_map)
+            assert alone.confidence_threshold is None
+        steps, tokens = (
+            [sum(counts[i::4]) for i in range(4)]
+            for counts in ([c.num_denoising_steps for c in found], [len(c.token_ids) for c in found])
+        )
+        assert steps[0] / tokens[0] < steps[1] / tokens[1] < steps[3] / tokens[3]
+        again = engine.generate(prompts, DYNAMIC, seeds, [DYNAMIC.confidence_threshold] * 16)
+        plain = engine.generate(prompts, DYNAMIC, seeds)
+        assert [replace(completion, confidence_threshold=None) for completion in again] == plain
+
+    def test_thresholds_that_cannot_be_are_errors(self) -> None:
+        engine = self.make_engine(*likely_to_stop())
+        if not self.takes_thresholds:
+            with pytest.raises(ValueError, match=r"one confidence_threshold for the whole .* rollout\.engine=torch"):
+                engine.generate([[1]], DYNAMIC, [0], [0.5])
+            return
+        with pytest.raises(ValueError, match="got 1 for 2 prompts"):
+            engine.generate([[1], [2]], DYNAMIC, [0, 1], [0.5])
+        with pytest.raises(ValueError, match="=sequential reads no thresholds"):
+            engine.generate([[1]], replace(DYNAMIC, unmasking_strategy="sequential"), [0], [0.5])
 
     def test_first_tokens_have_the_frequencies_of_the_model(self) -> None:
         model, tokenizer = sharp_tiny_model(block_length=2)

@@ -15,8 +15,9 @@ from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
+from dirl.rl.config import RLConfig, RLEvalConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.train import RLConfig, RLEvalConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.show.charts import PANELS, PICTURES, Panel, Picture
 from dirl.show.metric import Metric, MetricTable
@@ -43,10 +44,16 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     rl = RLConfig(
         output_dir=str(folder / "rl"),
         max_steps=2,
-        objective=ObjectiveConfig(beta=0.01, importance_sampling_correction="token_truncate"),
+        objective=ObjectiveConfig(beta=0.01, importance_sampling_correction="token_truncate", advantage="gae"),
         eval_steps=1,
         save_steps=1,
-        rollout=RolloutConfig(prompts_per_step=2, num_generations=4, max_completion_length=8, dynamic_sampling=False),
+        rollout=RolloutConfig(
+            prompts_per_step=2,
+            num_generations=4,
+            max_completion_length=8,
+            dynamic_sampling=False,
+            threshold_policy=[0.5, 0.9],
+        ),
         reward=RewardConfig(functions=["accuracy", "length"]),
         eval=RLEvalConfig(path="task:noisy_sums", limit=4, num_samples=2),
     )

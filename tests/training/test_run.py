@@ -27,7 +27,7 @@ def new_run(config: RunConfig, *, num_items: int = 10) -> Run:
     return Run(
         config,
         {},
-        learner,
+        {"model": learner},
         PromptStream(num_items, config.seed),
         signals=SignalWatch(),
         timings=Timings(),

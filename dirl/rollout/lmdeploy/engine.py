@@ -89,8 +89,17 @@ class LMDeployEngine:
     # -- the protocol
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
+        if thresholds is not None:
+            raise UserError(
+                "LMDeploy has one confidence_threshold for the whole engine, none for each completion; set "
+                "rollout.engine=torch"
+            )
         self._check_alive()
         if self._asleep:
             raise RolloutError("the engine is asleep; call wake before generate")

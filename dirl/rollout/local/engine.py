@@ -25,7 +25,7 @@ from dirl.model.logprobs import suppressed_by
 from dirl.model.memory import cache_bytes_per_token, free_bytes
 from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.block_step import Sampler
-from dirl.rollout.decoded import make_completion, touched_tokens
+from dirl.rollout.decoded import check_thresholds, make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
@@ -70,15 +70,21 @@ class TorchEngine:
         self.stop_ids = stop_token_ids(tokenizer)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
         if self._is_stale:
             raise RolloutError("the last push of weights did not finish; call update_weights before generate")
         block_length = self.model.config.block_size
         touched = touched_tokens(prompts, seeds, sampling, block_length)
+        check_thresholds(thresholds, prompts, sampling)
+        own = [None] * len(prompts) if thresholds is None else thresholds
         requests = [
-            Request(i, prompt, seed, (len(prompt) + num_tokens) // block_length)
-            for i, (prompt, seed, num_tokens) in enumerate(zip(prompts, seeds, touched, strict=True))
+            Request(i, prompt, seed, (len(prompt) + num_tokens) // block_length, threshold)
+            for i, (prompt, seed, num_tokens, threshold) in enumerate(zip(prompts, seeds, touched, own, strict=True))
         ]
         was_training = self.model.training
         self.model.eval()
@@ -147,7 +153,7 @@ class TorchEngine:
             slot_A = slots.is_active_S.nonzero().squeeze(1)
             if len(slot_A) == 0:
                 return
-            blocks = slots.blocks(slot_A)
+            blocks = slots.blocks(slot_A, own_thresholds=requests[0].threshold is not None)
             masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
             hidden_MD = self._forward(slots, slot_A, masked_M, prompts, cache)
             step = sampler.denoise(hidden_MD, blocks, masked_M)
@@ -226,5 +232,6 @@ class TorchEngine:
             logprobs,
             tokenizer=self.tokenizer,
             block_length=self.model.config.block_size,
+            confidence_threshold=request.threshold,
         )
         return request.index, completion

@@ -26,6 +26,7 @@ class Request:
     prompt_ids: Sequence[int]
     seed: int
     end_block: int  # first block that may not be touched
+    threshold: float | None = None  # of its own; None: that of the sampling
 
 
 class Slots:
@@ -38,6 +39,7 @@ class Slots:
             return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
 
         self.requests: list[Request | None] = [None] * num_slots
+        self.threshold_S = zeros(dtype=torch.float32)
         self.is_active_S = zeros(dtype=torch.bool)
         self.seed_S, self.first_block_S, self.block_S, self.end_block_S, self.step_S = (zeros() for _ in range(5))
         self.token_ids_SB, self.step_map_SB, self.previous_ids_SB = (zeros(block_length) for _ in range(3))
@@ -62,6 +64,7 @@ class Slots:
             blocks.append(tail + [self.mask_token_id] * (block_length - len(tail)))
         length_N = torch.tensor(lengths, device=self.device)
         self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
+        self.threshold_S[slot_N] = torch.tensor([r.threshold or 0.0 for r in requests.values()], device=self.device)
         self.end_block_S[slot_N] = torch.tensor([r.end_block for r in requests.values()], device=self.device)
         self.first_block_S[slot_N] = self.block_S[slot_N] = length_N // block_length
         self.token_ids_SB[slot_N] = torch.tensor(blocks, device=self.device)
@@ -71,11 +74,12 @@ class Slots:
         self.has_previous_S[slot_N] = False
         self.is_active_S[slot_N] = True
 
-    def blocks(self, slot_A: Tensor) -> Blocks:
+    def blocks(self, slot_A: Tensor, *, own_thresholds: bool = False) -> Blocks:
         """The current blocks of the active slots."""
         lane_B = torch.arange(self.block_length, device=self.device)
         position_AB = self.block_S[slot_A, None] * self.block_length + lane_B
-        return Blocks(self.masked_SB[slot_A], position_AB, self.step_S[slot_A], self.seed_S[slot_A])
+        threshold_A = self.threshold_S[slot_A] if own_thresholds else None
+        return Blocks(self.masked_SB[slot_A], position_AB, self.step_S[slot_A], self.seed_S[slot_A], threshold_A)
 
     def apply(self, step: DenoisingStep, slot_A: Tensor) -> None:
         """Reveal tokens in the active slots."""

@@ -29,7 +29,7 @@ from dirl.data.chat import save_tokenizer
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.sdar import BlockDiffusionModel
-from dirl.rollout.decoded import make_completion, touched_tokens
+from dirl.rollout.decoded import check_thresholds, make_completion, touched_tokens
 from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.server.process import ServerProcess
 from dirl.rollout.server.wire import (
@@ -130,12 +130,21 @@ class ServerEngine:
         self._push(model)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
         if self._is_stale:
             raise RolloutError("the last push of weights did not finish; call update_weights before generate")
         touched_tokens(prompts, seeds, sampling, self.block_length)
-        rows = [PromptRow(i, list(prompt), seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+        check_thresholds(thresholds, prompts, sampling)
+        own = [None] * len(prompts) if thresholds is None else thresholds
+        rows = [
+            PromptRow(i, list(prompt), seed, threshold)
+            for i, (prompt, seed, threshold) in enumerate(zip(prompts, seeds, own, strict=True))
+        ]
         count = len(self.servers)
         shares = [rows[n::count] for n in range(count)]
         with ThreadPoolExecutor(count) as pool:
@@ -155,6 +164,7 @@ class ServerEngine:
                 answers[i].logprobs,
                 tokenizer=self.tokenizer,
                 block_length=self.block_length,
+                confidence_threshold=own[i],
             )
             for i, prompt in enumerate(prompts)
         ]

@@ -86,8 +86,9 @@ class RolloutServer:
             if self.weights_version != request.weights_version:
                 raise Conflict(f"weights {request.weights_version} are asked for, {self.weights_version} are here")
             rows = request.requests
+            thresholds = [row.threshold for row in rows if row.threshold is not None]
             completions = self.engine.generate(
-                [row.prompt_ids for row in rows], request.sampling, [row.seed for row in rows]
+                [row.prompt_ids for row in rows], request.sampling, [row.seed for row in rows], thresholds or None
             )
         return [
             CompletionRow(row.id, completion.token_ids, completion.step_map, completion.logprobs)

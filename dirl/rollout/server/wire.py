@@ -60,6 +60,7 @@ class PromptRow:
     id: int
     prompt_ids: list[int]
     seed: int
+    threshold: float | None = None  # in the place of the sampling's; all rows of a request have one, or none has
 
 
 @dataclass(frozen=True)

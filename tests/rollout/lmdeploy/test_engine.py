@@ -70,6 +70,8 @@ def trained(completions: list[Completion]) -> list[tuple[list[int], list[int]]]:
 
 
 class TestLMDeployEngine(EngineContract):
+    takes_thresholds = False
+
     def make_engine(
         self, model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
     ) -> LMDeployEngine:

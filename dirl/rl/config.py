@@ -1,0 +1,112 @@
+"""Everything that an RL run is told, and what a memory estimate needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from dirl.config import CONFIGS, PATH, Config, bounded
+from dirl.errors import UserError
+from dirl.model.checkpoint import ModelConfig
+from dirl.model.lora import LoraConfig
+from dirl.model.memory import EngineLoad, Workload, trained_fraction
+from dirl.reward.rubric import RewardConfig
+from dirl.rl.collector import RolloutConfig
+from dirl.rl.update import UpdateConfig
+from dirl.rollout.build import chosen_engine
+from dirl.training.loop import TrainingConfig
+from dirl.training.optimizer import OPTIMIZER_BYTES
+
+_OBJECTIVE_KEYS = (
+    *("likelihood", "epsilon", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards"),
+    *("importance_sampling_correction", "importance_sampling_clip_max"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLDataConfig(Config):
+    """The problems that are practised on."""
+
+    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
+    limit: int = bounded(0, least=0)  # rows read; 0: all
+    max_prompt_length: int = bounded(1024, least=1)  # tokens; longer prompts are left out and counted
+    system_prompt: str = ""
+    suffix: str = ""  # appended to each question
+    skip_bad_rows: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLEvalConfig(Config):
+    """The evaluation during training: the sampling of the rollouts on held-out problems."""
+
+    path: str = field(default="", metadata=PATH)  # as data.path; empty: no evaluation
+    limit: int = bounded(64, least=0)  # problems; 0: all
+    num_samples: int = bounded(4, least=1)  # completions a problem
+    greedy: bool = True  # also one greedy completion a problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(TrainingConfig, UpdateConfig):
+    """Everything of an RL run."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
+    PRESETS: ClassVar[Mapping[str, Path]] = {"objective": CONFIGS / "objectives"}
+
+    output_dir: str = "outputs/rl"
+    learning_rate: float = bounded(1e-6, least=0)
+    completions_steps: int = bounded(10, least=0)  # optimizer steps between files of completions; 0: none
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: RLDataConfig = field(default_factory=RLDataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: RLEvalConfig = field(default_factory=RLEvalConfig)
+
+    def check(self) -> None:
+        if self.max_steps % self.steps_per_rollout:
+            raise UserError(
+                f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
+                f"{self.steps_per_rollout}"
+            )
+        if self.rollout.temperature == 0:
+            raise UserError("rollout.temperature must be above 0: greedy rollouts of a group are all alike")
+        names = [reference.rpartition(":")[2] for reference in self.reward.functions]
+        if unknown := [name for name, least in self.rollout.min_spread.items() if least > 0 and name not in names]:
+            raise UserError(f"rollout.min_spread names {unknown[0]!r}, which is none of reward.functions: {names}")
+        if self.rollout.needs_right and self.reward.combine == "normalize_then_sum" and "accuracy" not in names:
+            raise UserError(
+                "rollout.needs_right needs accuracy among reward.functions: reward.combine=normalize_then_sum leaves "
+                "no total that says what is right"
+            )
+        if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
+            raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values of a critic make the advantages."""
+        return self.objective.advantage == "gae"
+
+
+def rl_workload(config: RLConfig) -> Workload:
+    """What a memory estimate needs to know of an RL run."""
+    rollout, engine = config.rollout, None
+    if rollout.mode == "colocate":
+        engine = EngineLoad(
+            name=chosen_engine(rollout) if rollout.engine == "auto" else rollout.engine,
+            longest=config.data.max_prompt_length + rollout.max_completion_length,
+            batch_size=rollout.max_batch_size,
+            max_cached_tokens=rollout.max_cached_tokens,
+            cache_share=rollout.cache_max_entry_count,
+        )
+    return Workload(
+        tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        bf16=config.bf16,
+        trained_fraction=trained_fraction(config.model, config.lora),
+        optimizer_bytes=OPTIMIZER_BYTES[config.optim],
+        offload_optimizer=config.offload_optimizer,
+        num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
+        critic=config.critic.backbone if config.has_critic else "none",
+        engine=engine,
+    )
