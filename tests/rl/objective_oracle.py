@@ -239,6 +239,31 @@ def slow_advantages(groups: Sequence[RolloutGroup], objective: ObjectiveConfig) 
     return found
 
 
+def gae(
+    completion: Completion, rows: Sequence[Row], critic: BlockDiffusionModel, outcome: float, objective: ObjectiveConfig
+) -> list[float]:
+    """The advantage of each action: denoising steps backwards, the outcome at the last one.
+
+    Args:
+        critic: a model with one number in place of logits.
+    """
+    clean, block_length = completion.prompt_ids + completion.token_ids, critic.config.block_size
+    gamma, lam = objective.gae_gamma, objective.gae_lambda
+    with torch.no_grad():
+        values = [
+            float(state_logits(critic, clean[: row.block * block_length], row.block, list(row.noisy))[row.lane, 0])
+            for row in rows
+        ]
+    found, reward, next_value, next_advantage = [0.0] * len(rows), outcome, 0.0, 0.0
+    for members in reversed(by(rows, "step")):
+        value = statistics.fmean(values[i] for i in members if rows[i].is_reveal)
+        later = gamma * next_value + gamma * lam * next_advantage
+        for i in members:
+            found[i] = reward - (values[i] if rows[i].is_reveal else value) + later
+        reward, next_value, next_advantage = 0.0, value, reward - value + later
+    return found
+
+
 @dataclass(frozen=True)
 class Scored:
     """One completion with what three policies give its actions."""
@@ -248,11 +273,15 @@ class Scored:
     policy: list[Tensor]
     behavior: list[Tensor]
     reference: list[Tensor]
-    advantage: float
+    advantages: list[float]  # of each action; one number, but for a critic's
 
     @property
     def length(self) -> int:
         return len(self.completion.token_ids)
+
+    def advantage(self, members: Sequence[int]) -> float:
+        (advantage,) = {self.advantages[i] for i in members}
+        return advantage
 
 
 def by(rows: Sequence[Row], level: str) -> list[list[int]]:
@@ -272,11 +301,12 @@ def by(rows: Sequence[Row], level: str) -> list[list[int]]:
 
 def surrogate(scored: Scored, objective: ObjectiveConfig) -> Tensor:
     """Sum over the levels' sets of s(rho, A), before the completion's coefficient."""
-    rows, advantage = scored.rows, scored.advantage
+    rows = scored.rows
     if objective.surrogate == "sandwich":
         return sandwich(scored, objective)
     terms = []
     for members in by(rows, objective.importance_sampling_level):
+        advantage = scored.advantage(members)
         z = 1 / scored.length if objective.ratio_normalizer == "length" else 1.0
         difference = sum(rows[i].weight * (scored.policy[i] - scored.behavior[i]) for i in members)
         ratio = torch.exp(z * torch.as_tensor(difference))
@@ -304,8 +334,9 @@ def clipped(ratio: Tensor, advantage: float, objective: ObjectiveConfig) -> Tens
 
 def sandwich(scored: Scored, objective: ObjectiveConfig) -> Tensor:
     lower = torch.stack([row.weight * x for row, x in zip(scored.rows, scored.policy, strict=True)]).sum()
-    if scored.advantage > 0:
-        return scored.advantage * lower
+    advantage = scored.advantage(range(len(scored.rows)))
+    if advantage > 0:
+        return advantage * lower
     beta = objective.sandwich_beta
     uppers = [
         torch.stack([scored.rows[i].weight * scored.policy[i].exp() ** beta for i in members]).sum().log() / beta
@@ -313,7 +344,7 @@ def sandwich(scored: Scored, objective: ObjectiveConfig) -> Tensor:
     ]
     upper = torch.stack(uppers).mean() * scored.length
     share = objective.sandwich_weight
-    return scored.advantage * (share * upper + (1 - share) * lower)
+    return advantage * (share * upper + (1 - share) * lower)
 
 
 def kl(scored: Scored, objective: ObjectiveConfig) -> Tensor:
@@ -382,12 +413,14 @@ def slow_loss(
     policy: SlowModel,
     behavior: SlowModel | None,
     reference: SlowModel,
+    critic: BlockDiffusionModel,
 ) -> Tensor:
     """The loss of one optimizer step.
 
     Args:
         rows: of each completion.
         behavior: None: the policy itself.
+        critic: gives one number in place of logits; read with advantage=gae.
     """
     objective, total = batch.objective, torch.zeros((), dtype=torch.float64)
     advantages = [a for of_group in slow_advantages(batch.groups, objective) for a in of_group]
@@ -406,7 +439,11 @@ def slow_loss(
                 policy=own,
                 behavior=[x.detach() for x in own] if behavior is None else scores(behavior),
                 reference=scores(reference) if objective.beta else [],
-                advantage=advantages[number],
+                advantages=(
+                    gae(completion, rows[number], critic, advantages[number], objective)
+                    if objective.advantage == "gae"
+                    else [advantages[number]] * len(own)
+                ),
             )
         value = surrogate(scored, objective)
         if objective.beta:

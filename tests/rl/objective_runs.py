@@ -21,17 +21,17 @@ from dirl.data.tasks import tiny_tokenizer
 from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
 from dirl.rl.advantage import advantages_of
+from dirl.rl.config import RLConfig
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.rollout_group import Prompt, RolloutGroup
-from dirl.rl.train import RLConfig, RLTrainer
+from dirl.rl.train import RLTrainer
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import trajectory_of
 from dirl.training.seeds import stable_seed
 from tests.rl.objective_oracle import Batch, Row, SlowModel, mask_rows, replay_rows, slow_loss
 
-# Those of a critic need one.
-PRESETS = sorted(path.stem for path in Path(CONFIGS, "objectives").glob("*.yaml") if path.stem != "tracerl_value")
+PRESETS = sorted(path.stem for path in Path(CONFIGS, "objectives").glob("*.yaml"))
 WHOLE = 4096  # packed tokens of a micro-batch that holds everything
 SAMPLING = ("rollout.temperature=0.8", "rollout.top_k=30", "rollout.confidence_threshold=0.12")
 # Prompts that fill their last block, and not; their completions, of one block or several; and how good these were.
@@ -151,7 +151,22 @@ def trainer_of(config: RLConfig) -> RLTrainer:
     trained = RLTrainer(config, model=small_model(), tokenizer=tiny_tokenizer(), problems=[Problem("?", "0", {})])
     if trained.updater.reference is not None:
         move(trained.updater.reference.model, seed=5)  # type: ignore[attr-defined]
+    if trained.critic is not None:  # one that has learned something
+        trained.critic.learner.module.head.load_state_dict(value_head().state_dict())
     return trained
+
+
+def value_head() -> torch.nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return torch.nn.Linear(32, 1).double()
+
+
+def small_critic() -> BlockDiffusionModel:
+    """As a critic begins, but for its head: the policy that samples, with one number a position."""
+    model = small_model()
+    model.lm_head = value_head()
+    return model
 
 
 def taken_steps(trained: RLTrainer, groups: list[RolloutGroup]) -> list[Taken]:
@@ -207,6 +222,7 @@ def slow_step(
         policy=policy,
         behavior=None if is_fresh else SlowModel(small_model(), config.rollout, _BEHAVIOR_LOGITS),
         reference=SlowModel(moved_model(5), config.rollout, _REFERENCE_LOGITS),
+        critic=small_critic(),
     )
     gradients = torch.autograd.grad(loss, list(policy.model.parameters()), allow_unused=True, materialize_grads=True)
     return float(loss.detach()), flat(gradients)

@@ -92,6 +92,11 @@ OTHERS = {
     "truncated": ("objective=gspo", "objective.mask_truncated_completions=true"),
     "dual clip": ("objective=cj_grpo", "objective.delta=1.21", "objective.epsilon_high=0.2"),
     "uniform steps": ("objective=egspo", "objective.step_sampling=uniform", "objective.steps_per_completion=2"),
+    "values of steps": ("objective=tracerl_value", "objective.gae_lambda=0.8", "objective.gae_gamma=0.9"),
+    "values with holds": (
+        *("objective=tracerl_value", "objective.gae_lambda=0.5", "objective.gae_gamma=0.9"),
+        "objective.likelihood=trajectory",
+    ),
     "sandwich of every level": ("objective=spg", "objective.mask_levels=every", "objective.num_masks=1"),
 }
 
@@ -103,7 +108,7 @@ RARE = ("part, nll", "entropy of masks", "pairs alike", "truncated", "dual clip"
     "name", [pytest.param(name, marks=pytest.mark.matrix if name in RARE else []) for name in OTHERS]
 )
 def test_other_values(name: str) -> None:
-    assert_same_steps(*OTHERS[name], is_cut=name in ("blocks", "trajectories"))
+    assert_same_steps(*OTHERS[name], is_cut=name in ("blocks", "trajectories", "values with holds"))
 
 
 @cache
