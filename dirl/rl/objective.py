@@ -97,6 +97,11 @@ class ObjectiveConfig(Config):
             if all(_holds(getattr(self, key), wanted) for key, wanted in refusal.when.items()):
                 given = " with ".join(f"{key}={getattr(self, key)}" for key in refusal.when)
                 raise UserError(f"{given}: {refusal.because}")
+        if 0 < self.delta <= 1 + self.epsilon_high:
+            raise UserError(
+                f"delta={self.delta} is not above 1 + epsilon_high = {1 + self.epsilon_high:g}, where good completions "
+                "are cut; raise it, or use 0"
+            )
         if self.mask_level_min > self.mask_level_max:
             raise UserError(f"mask_level_min={self.mask_level_min} is above mask_level_max={self.mask_level_max}")
 

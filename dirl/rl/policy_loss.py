@@ -140,10 +140,10 @@ def _sandwich(terms: Terms, objective: ObjectiveConfig) -> Tensor:
     tokens that any draw masked stands for all tokens of the completion.
     """
     batch, beta = terms.batch, objective.sandwich_beta
-    power_T = batch.packed.actions.weight_T * (beta * terms.logprob_T).exp()
+    power_T = batch.packed.actions.weight_T * (beta * terms.logprob_T.double()).exp()  # float32 ends at 58 nats
     sum_T, share_T = summed(batch, power_T, "token")
     assert share_T is not None
-    upper_T = sum_T.clamp(min=torch.finfo(sum_T.dtype).tiny).log() / beta * share_T
+    upper_T = (sum_T.clamp(min=torch.finfo(sum_T.dtype).tiny).log() / beta * share_T).float()
     upper_T = upper_T * batch.length_T / batch.num_covered_T
     mixed_T = objective.sandwich_weight * upper_T + (1 - objective.sandwich_weight) * terms.weighted_T
     return terms.advantage_T * torch.where(terms.advantage_T > 0, terms.weighted_T, mixed_T)

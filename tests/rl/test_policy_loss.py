@@ -185,6 +185,7 @@ def test_k3_is_never_negative_and_kl_to_itself_is_zero() -> None:
         ({"beta": -1.0}, "beta must be at least 0"),
         ({"importance_sampling_clip_max": 0.0}, "importance_sampling_clip_max must be above 0, got 0"),
         ({"loss_type": "gspo"}, "loss_type must be one of dapo, grpo, dr_grpo, bnpo, luspo, got 'gspo'"),
+        ({"delta": 1.1}, "delta=1.1 is not above 1 \\+ epsilon_high = 1.2"),
         ({"views": "visions"}, "views must be one of replay.*got 'visions'"),
         ({"shrink": 2, "likelihood": "trajectory"}, "shrink=2 with likelihood=trajectory: merged steps"),
         (
