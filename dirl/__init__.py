@@ -35,8 +35,8 @@ _HOMES = {
     "SFTConfig": "dirl.sft.train",
     "SFTTrainer": "dirl.sft.train",
     "SFTDataConfig": "dirl.sft.train",
-    "RLDataConfig": "dirl.rl.config",
-    "RLConfig": "dirl.rl.config",
+    "RLDataConfig": "dirl.rl.rl_config",
+    "RLConfig": "dirl.rl.rl_config",
     "RLTrainer": "dirl.rl.train",
     "RewardConfig": "dirl.reward.rubric",
 }
@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
     from dirl.rl.collector import RolloutConfig
-    from dirl.rl.config import RLConfig, RLDataConfig
     from dirl.rl.objective import ObjectiveConfig
+    from dirl.rl.rl_config import RLConfig, RLDataConfig
     from dirl.rl.train import RLTrainer
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import Completions, generate, with_texts

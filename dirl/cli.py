@@ -157,12 +157,12 @@ def _run_sft(options: argparse.Namespace) -> None:
 
 
 def _run_rl(options: argparse.Namespace) -> None:
-    from dirl.rl.config import RLConfig
+    from dirl.rl.rl_config import RLConfig
     from dirl.rl.train import RLTrainer
 
     config = load_config(RLConfig, options.config, options.overrides)
     if options.estimate_memory:
-        from dirl.rl.config import rl_workload
+        from dirl.rl.rl_config import rl_workload
 
         _say_memory(config.model, rl_workload(config))
         return

@@ -119,16 +119,16 @@ def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequen
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    source = _Source(path, overrides, _aliases(schema))
+    source, presets = _Source(path, overrides, _aliases(schema)), getattr(schema, "PRESETS", {})
     in_file = _read_yaml(Path(path)) if path is not None else {}
-    in_overrides = [_read_override(_preset_in_full(override, schema.PRESETS)) for override in overrides]
+    in_overrides = [_read_override(_preset_in_full(override, presets)) for override in overrides]
     try:
         # The command line is one layer: what it says under an old name still beats the file's new one.
         layers = [
             _renamed(OmegaConf.merge({}, in_file), source.aliases, str(path)),
             _renamed(OmegaConf.merge({}, *in_overrides), source.aliases, "command line"),
         ]
-        layers = _with_presets(layers, schema.PRESETS)
+        layers = _with_presets(layers, presets)
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source.of('')}: {one_line(error, 200)}") from error

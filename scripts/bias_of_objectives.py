@@ -35,11 +35,11 @@ from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.logprobs import ActionScores
 from dirl.rl.actions import PolicyBatch
-from dirl.rl.config import RLConfig
 from dirl.rl.critic import with_gae
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.policy_loss import policy_loss
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rollout.engine import Completion
 

@@ -53,7 +53,7 @@ class Task:
 def task_of(job: Job, outputs: Path) -> Task:
     """Raises UserError where the configuration is none, such as for a preset that is not there."""
     from dirl.config import config_to_dict, load_config
-    from dirl.rl.config import RLConfig
+    from dirl.rl.rl_config import RLConfig
 
     values = config_to_dict(load_config(RLConfig, RECIPE, job.all_overrides))
     # What was said, not what defaults fill in: a key that is new in the package changes no study.
@@ -126,7 +126,7 @@ def run_task(task: Task) -> Line | None:
 
 def _measure(task: Task) -> Line:
     from dirl.config import load_config
-    from dirl.rl.config import RLConfig
+    from dirl.rl.rl_config import RLConfig
     from dirl.rl.train import RLTrainer
     from dirl.show.metric_table import read_metrics
 

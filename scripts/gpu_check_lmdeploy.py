@@ -28,7 +28,7 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 from dirl.rollout.engine import RolloutEngine, SamplingConfig
 from dirl.rollout.lmdeploy.engine import LMDeployEngine

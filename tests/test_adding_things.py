@@ -26,8 +26,8 @@ from dirl.diffusion.views import noisy_views
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.config import RLConfig
 from dirl.rl.objective import VIEWS, ObjectiveConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig

@@ -22,9 +22,9 @@ from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 
 COMMANDS = {
-    "sft": ("dirl.sft.train", "SFTConfig", "SFTTrainer"),
-    "rl": ("dirl.rl.train", "RLConfig", "RLTrainer"),
-    "eval": ("dirl.eval.evaluate", "EvalConfig", "run_evaluation"),
+    "sft": (("dirl.sft.train", "SFTConfig"), ("dirl.sft.train", "SFTTrainer")),
+    "rl": (("dirl.rl.rl_config", "RLConfig"), ("dirl.rl.train", "RLTrainer")),
+    "eval": (("dirl.eval.evaluate", "EvalConfig"), ("dirl.eval.evaluate", "run_evaluation")),
 }
 
 
@@ -62,11 +62,12 @@ class StandIn:
 def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A command whose trainer is the stand-in."""
     name = str(request.param)
-    module_name, config_name, run_name = COMMANDS[name]
-    module = ModuleType(module_name)
-    setattr(module, config_name, StandInConfig)
-    setattr(module, run_name, StandIn if name != "eval" else lambda config: StandIn(config).train())
-    monkeypatch.setitem(sys.modules, module_name, module)
+    stand_ins = (StandInConfig, StandIn if name != "eval" else lambda config: StandIn(config).train())
+    modules = {module_name: ModuleType(module_name) for module_name, _ in COMMANDS[name]}
+    for (module_name, member), stand_in in zip(COMMANDS[name], stand_ins, strict=True):
+        setattr(modules[module_name], member, stand_in)
+    for module_name, module in modules.items():
+        monkeypatch.setitem(sys.modules, module_name, module)
     return name
 
 

@@ -17,7 +17,7 @@ from dirl.cli import main
 from dirl.config import Config, ConfigError, bounded, load_config, save_config
 from dirl.errors import UserError
 from dirl.eval.evaluate import EvalConfig
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.sft.train import SFTConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -15,7 +15,7 @@ import pytest
 
 from dirl.eval.evaluate import EvalConfig
 from dirl.model.tiny import tiny
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rollout.server.wire import ServeConfig
 from dirl.sft.train import SFTConfig
 

@@ -32,8 +32,8 @@ from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collected, Collector, Rollouts
-from dirl.rl.config import RLConfig
 from dirl.rl.critic import Critic, ValueModel, value_model_of
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.threshold_policy import build_threshold_policy

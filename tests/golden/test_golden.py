@@ -17,7 +17,7 @@ import torch
 from dirl.config import load_config
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTTrainer
 from tests.launching import launch_script

@@ -21,7 +21,7 @@ from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, estimate_memory, trained_fraction
 from dirl.model.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model, tiny
-from dirl.rl.config import RLConfig, rl_workload
+from dirl.rl.rl_config import RLConfig, rl_workload
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,8 @@ from dirl.model import logprobs
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.config import RLConfig
 from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 

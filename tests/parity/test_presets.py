@@ -11,7 +11,7 @@ import torch
 from dirl.config import CONFIGS, load_config
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 from dirl.show.metric_table import TABLE
 
@@ -20,7 +20,7 @@ PRESETS = sorted(path.stem for path in (CONFIGS / "objectives").glob("*.yaml"))
 OVERRIDES = [
     *("num_iterations=2", "max_steps=4", "save_steps=2", "learning_rate=1e-3", "max_tokens_per_micro_batch=160"),
     *("rollout.prompts_per_step=2", "rollout.num_generations=3", "rollout.max_completion_length=16"),
-    *("rollout.oversampling=1.5", "rollout.needs_right=false", "rollout.max_sampling_rounds=2"),
+    *("rollout.oversampling=1.5", "rollout.needs_right=false", "rollout.min_spread.tokens_per_step=0"),
     *(f"reward.functions=[{__file__}:even_length,tokens_per_step]", 'eval.path=""', "lora.r=2"),
 ]
 

@@ -21,8 +21,8 @@ from dirl.data.tasks import tiny_tokenizer
 from dirl.errors import UserError
 from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
 from dirl.rl.advantage import advantages_of
-from dirl.rl.config import RLConfig
 from dirl.rl.micro_batches import Layout, pack_groups
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rl.train import RLTrainer
 from dirl.rollout.engine import SamplingConfig

@@ -10,8 +10,8 @@ import yaml
 
 from dirl.config import CONFIGS, ConfigError, load_config, save_config
 from dirl.errors import UserError
-from dirl.rl.config import RLConfig
 from dirl.rl.objective import _REFUSED, ObjectiveConfig
+from dirl.rl.rl_config import RLConfig
 
 TINY = CONFIGS / "tiny" / "rl.yaml"
 PRESETS = sorted((CONFIGS / "objectives").glob("*.yaml"))

@@ -13,9 +13,9 @@ from numpy.polynomial import Polynomial
 from dirl.config import load_config
 from dirl.data.problems import Problem
 from dirl.rl.actions import with_coefficients
-from dirl.rl.config import RLConfig
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rollout.engine import Completion
 from dirl.training.distributed import Distributed

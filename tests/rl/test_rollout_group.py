@@ -14,8 +14,8 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric, combine_parts
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collected, Collector, NoSignal, RolloutConfig, Rollouts
-from dirl.rl.config import RLConfig
 from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import rollout_metrics, summarise
 from dirl.rollout.engine import SamplingConfig

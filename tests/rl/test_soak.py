@@ -13,7 +13,7 @@ from dirl.model.tiny import tiny
 from dirl.reward.killable_pool import count_usable_cores
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 
 

@@ -20,8 +20,8 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collector, RolloutConfig, Rollouts
-from dirl.rl.config import RLConfig, RLEvalConfig
 from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.rl_config import RLConfig, RLEvalConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, ThresholdChoice, render_prompts
 from dirl.rl.threshold_policy import (
     ThresholdConfig,

@@ -28,8 +28,8 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.config import RLConfig, RLEvalConfig
 from dirl.rl.objective import VIEWS, ImportanceSampling, Level, LossType, ObjectiveConfig
+from dirl.rl.rl_config import RLConfig, RLEvalConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.rollout_metrics import completion_rows
 from dirl.rl.train import RLTrainer

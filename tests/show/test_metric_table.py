@@ -15,8 +15,8 @@ from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
-from dirl.rl.config import RLConfig, RLEvalConfig
 from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.rl_config import RLConfig, RLEvalConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.show.charts import PANELS, PICTURES, Panel, Picture

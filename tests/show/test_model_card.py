@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dirl.rl.config import RLConfig
+from dirl.rl.rl_config import RLConfig
 from dirl.sft.train import SFTConfig
 from dirl.show import model_card
 from dirl.show.model_card import MARK, finish_model, push_model, write_model_card
