@@ -3,6 +3,7 @@
     python scripts/bias_of_objectives.py [--presets dipo,espo] [--models 12] >> docs/benchmarks/bias.jsonl
     python scripts/bias_of_objectives.py --lines docs/benchmarks/bias.jsonl --table
     python scripts/bias_of_objectives.py --lines docs/benchmarks/bias.jsonl --docs docs/objectives.md
+    python scripts/bias_of_objectives.py --lines docs/benchmarks/bias.jsonl --picture docs/pictures/objectives_bias.png
 
 Everything is enumerated in a model small enough for it (decoding_paths.py), for several ways to decode. A preset's own
 code makes views, ratios and surrogate: `pack_groups` and `policy_loss` are called as in training, with every path as
@@ -273,8 +274,9 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, help="what was measured, for --table and --docs")
     parser.add_argument("--table", action="store_true", help="print the tables of the lines; measure nothing")
     parser.add_argument("--docs", type=Path, metavar="PAGE", help="put them into this page; measure nothing")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw them; measure nothing")
     options = parser.parse_args()
-    if options.table or options.docs:
+    if options.table or options.docs or options.picture:
         show(parser, options)
         return
     from bench_setup import provenance
@@ -289,11 +291,15 @@ def main() -> None:
 
 
 def show(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    from objective_tables import write_between
+    from objective_tables import draw_bias, write_between
 
     if options.lines is None:
-        parser.error("--table and --docs need --lines")
-    tables = bias_tables([json.loads(line) for line in options.lines.read_text(encoding="utf-8").splitlines()])
+        parser.error("--table, --docs and --picture need --lines")
+    lines = [json.loads(line) for line in options.lines.read_text(encoding="utf-8").splitlines()]
+    tables = bias_tables(lines)
+    if options.picture:
+        kinds = {preset: measured_objective(preset).views for preset in {line["preset"] for line in lines}}
+        draw_bias([{**line, "views": kinds[line["preset"]]} for line in lines], options.picture)
     if options.table:
         print(tables)
     if options.docs:

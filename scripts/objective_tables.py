@@ -149,6 +149,37 @@ def draw(lines: Sequence[Line], setting: str, output: Path) -> None:
         figure.savefig(output, dpi=110)
 
 
+def draw_bias(lines: Sequence[Line], output: Path) -> None:
+    """A panel a way to decode: a dot a preset at its mean cosine, and a line down to the lowest."""
+    last = {(line["preset"], line["scenario"]): line for line in lines}
+    scenarios = list(dict.fromkeys(scenario for _, scenario in last))
+    means = {p: fmean(last[p, s]["cosine"] for s in scenarios if (p, s) in last) for p in {p for p, _ in last}}
+    presets = sorted(means, key=lambda preset: (means[preset], preset))
+    with matplotlib.rc_context({**STYLE, "font.size": 8}):
+        figure = Figure(figsize=(1.25 * len(scenarios) + 1.4, 0.19 * len(presets) + 0.9), layout="constrained")
+        for panel, scenario in zip(figure.subplots(1, len(scenarios), sharey=True), scenarios, strict=True):
+            for row, preset in enumerate(presets):
+                line = last.get((preset, scenario))
+                if line is not None:
+                    colour = FAMILIES["masks" if line["views"] == "masks" else "replay"]
+                    panel.plot([line["lowest_cosine"], line["cosine"]], [row, row], color=colour, linewidth=1)
+                    panel.plot([line["cosine"]], [row], "o", color=colour, markersize=4)
+            panel.set_title(scenario, fontsize=8)
+            panel.set_xlim(-0.1, 1.05)
+            panel.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+            panel.set_yticks(range(len(presets)), presets)
+            panel.grid(axis="x", linewidth=0.5)
+        figure.suptitle(
+            "cosine to the policy gradient: mean of random models, and down to the lowest; "
+            "blue: states the decoder visited, orange: random masks",
+            fontsize=9,
+            x=0.01,
+            ha="left",
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=120)
+
+
 def _draw_arm(panel: Axes, arm: str, finals: dict[str, list[Line]]) -> None:
     colour = FAMILIES[family(finals[arm][0])]
     if arm != BASELINE and BASELINE in finals:
