@@ -6,8 +6,8 @@ This file is also the script that the processes run: `test_interruption.py TASK 
 from __future__ import annotations
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import sys
