@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from dirl.errors import UserError, one_line
+from dirl.errors import ConfigError, one_line
 from dirl.files import expand, write_whole
+from dirl.presets import preset_in_full, with_presets
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,6 @@ _WANTED = {
 _ABSENT = object()
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of the checkout
 PATH = {"path": True}  # metadata of a field that holds a path, or a list of them, and may hold something else
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used: one line naming the key or file, the value and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,52 +118,18 @@ def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequen
 
     source, presets = _Source(path, overrides, _aliases(schema)), getattr(schema, "PRESETS", {})
     in_file = _read_yaml(Path(path)) if path is not None else {}
-    in_overrides = [_read_override(_preset_in_full(override, presets)) for override in overrides]
+    in_overrides = [_read_override(preset_in_full(override, presets)) for override in overrides]
     try:
         # The command line is one layer: what it says under an old name still beats the file's new one.
         layers = [
             _renamed(OmegaConf.merge({}, in_file), source.aliases, str(path)),
             _renamed(OmegaConf.merge({}, *in_overrides), source.aliases, "command line"),
         ]
-        layers = _with_presets(layers, presets)
+        layers = with_presets(layers, presets, _read_yaml)
         values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source.of('')}: {one_line(error, 200)}") from error
     return _build(schema, values, "", source)
-
-
-def _preset_in_full(override: str, presets: Mapping[str, Path]) -> str:
-    """`objective=NAME` as `objective.preset=NAME`."""
-    key, separator, value = override.partition("=")
-    return f"{key.strip()}.preset={value}" if separator and key.strip() in presets and value[:1] != "{" else override
-
-
-def _with_presets(layers: Sequence[dict[str, Any]], presets: Mapping[str, Path]) -> list[Any]:
-    """The layers, each over the values of the presets it names; a preset replaces the section of the layers below."""
-    found: list[Any] = []
-    for layer in layers:
-        for section, folder in presets.items():
-            if isinstance(layer.get(section), str):
-                layer[section] = {"preset": layer[section]}
-            name = (layer.get(section) or {}).get("preset", "")
-            if not isinstance(name, str):
-                raise ConfigError(f"{section}.preset must be {_WANTED[str]}, got {name!r}")
-            if name:
-                found = [{key: value for key, value in below.items() if key != section} for below in found]
-                found.append(_read_yaml(_preset_path(section, name, folder)))
-        found.append(layer)
-    return found
-
-
-def _preset_path(section: str, name: str, folder: Path) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        return expand(name)
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; {folder} has {', '.join(names) or 'none'}"
-        raise ConfigError(f"{section}={name}: no such preset{hint} Your own: a path that ends in .yaml")
-    return folder / f"{name}.yaml"
 
 
 @dataclass(frozen=True)

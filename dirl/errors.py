@@ -25,3 +25,7 @@ class RunInterrupted(Exception):
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """An exception as one line of a log: its class and its text, at most `limit` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: one line naming the key or file, the value and the remedy."""

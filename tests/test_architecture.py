@@ -24,13 +24,14 @@ PACKAGE = Path(__file__).parents[1] / "dirl"
 FLOORS = {
     "errors": -1,
     "files": 0,
-    **dict.fromkeys(("config", "show"), 1),
-    **dict.fromkeys(("data", "diffusion", "reward", "training"), 2),
-    "model": 3,
-    **dict.fromkeys(("sft", "rollout"), 4),
-    "eval": 5,
-    **dict.fromkeys(("rl", "console"), 6),
-    **dict.fromkeys(("cli", "__init__"), 7),
+    "presets": 1,
+    **dict.fromkeys(("config", "show"), 2),
+    **dict.fromkeys(("data", "diffusion", "reward", "training"), 3),
+    "model": 4,
+    **dict.fromkeys(("sft", "rollout"), 5),
+    "eval": 6,
+    **dict.fromkeys(("rl", "console"), 7),
+    **dict.fromkeys(("cli", "__init__"), 8),
 }
 FACES = {"cli", "__init__"}
 # A library -> the files, or folders with a stroke at the end, that may import it.

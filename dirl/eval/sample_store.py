@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dirl.config import ConfigError
+from dirl.errors import ConfigError
 from dirl.eval.results import Sample
 from dirl.files import append_json_lines, cut_torn_line, read_json_lines, write_json
 from dirl.rollout.engine import Completion

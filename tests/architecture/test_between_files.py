@@ -35,6 +35,7 @@ LEFTOVERS = {
     "diffusion/trajectory.py": "the paper's noun: what a decoder saw and did",
     "model/kernels.py": "the fence of an extra: where liger-kernel comes in",
     "model/tiny.py": "the embedded default; nothing that loads real models needs it",
+    "presets.py": "sections that name a file; config.py only checks, reads and writes",
     "reward/__init__.py": "the face of `dirl.rewards`",
     "reward/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's scorers come in",
     "rollout/lmdeploy/version.py": "read before anything of lmdeploy may be imported",
@@ -60,6 +61,7 @@ SHARED_NAMES = {
 # Full names of definitions that are used in a way no syntax tree shows. Patterns.
 USED_UNSEEN = {
     "dirl.*._repr_html_": "notebooks call it",
+    "dirl.rl.objective.ObjectiveConfig.preset": "presets.py reads it before there is a config",
     "dirl.show.metric.Metric.meaning": "docs/metrics.md says it, by a test",
     "dirl.rollout.server.serve._Handler.do_*": "http.server calls it",
     "dirl.rollout.server.serve._Handler.log_message": "http.server calls it",

@@ -1,0 +1,47 @@
+"""Sections of a configuration that name a file of values: what lies under which layer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dirl.errors import ConfigError
+from dirl.files import expand
+
+
+def preset_in_full(override: str, presets: Mapping[str, Path]) -> str:
+    """`objective=NAME` as `objective.preset=NAME`."""
+    key, separator, value = override.partition("=")
+    return f"{key.strip()}.preset={value}" if separator and key.strip() in presets and value[:1] != "{" else override
+
+
+def with_presets(
+    layers: Sequence[dict[str, Any]], presets: Mapping[str, Path], read: Callable[[Path], Any]
+) -> list[Any]:
+    """The layers, each over the values of the presets it names; a preset replaces the section of the layers below."""
+    found: list[Any] = []
+    for layer in layers:
+        for section, folder in presets.items():
+            if isinstance(layer.get(section), str):
+                layer[section] = {"preset": layer[section]}
+            name = (layer.get(section) or {}).get("preset", "")
+            if not isinstance(name, str):
+                raise ConfigError(f"{section}.preset must be text (quote it), got {name!r}")
+            if name:
+                found = [{key: value for key, value in below.items() if key != section} for below in found]
+                found.append(read(_preset_path(section, name, folder)))
+        found.append(layer)
+    return found
+
+
+def _preset_path(section: str, name: str, folder: Path) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return expand(name)
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; {folder} has {', '.join(names) or 'none'}"
+        raise ConfigError(f"{section}={name}: no such preset{hint} Your own: a path that ends in .yaml")
+    return folder / f"{name}.yaml"
