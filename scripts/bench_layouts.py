@@ -12,9 +12,9 @@ from torch import Tensor
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import Actions, PackedViews, TokenTable
 from dirl.model.attention import DensePlan
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.flex_attention import FlexPlan, padded_for_flex
 from dirl.model.logprobs import score_actions
-from dirl.model.sdar import BlockDiffusionModel
 
 
 def clean_and_noisy_row(

@@ -34,8 +34,8 @@ from dirl.diffusion.distribution import counter_uniform, sample
 from dirl.diffusion.unmasking import reveal_positions
 from dirl.model.attention import masked_attention
 from dirl.model.checkpoint import load
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine

@@ -19,8 +19,9 @@ import torch
 
 from dirl.diffusion.packing import PackedViews, attention_rule
 from dirl.model.checkpoint import default_device
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.sdar import SDARConfig, SDARForCausalLM
 from dirl.model.kernels import use_fused_kernels
-from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
 from dirl.model.tiny import tiny
 from dirl.training.run_state import git_state, installed_version
 

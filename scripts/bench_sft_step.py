@@ -26,8 +26,8 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
 from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import PackedScorer, suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, view_document
 from dirl.sft.loss import nelbo_loss
 from dirl.training.balance import split_by_budget

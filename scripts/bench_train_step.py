@@ -33,9 +33,9 @@ from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import replay_views
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.flex_attention import padded_for_flex, tile_reads
 from dirl.model.logprobs import PackedScorer, suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.training.balance import split_by_budget
 
 BLOCK = 4

@@ -33,6 +33,7 @@ from torch import Tensor
 from dirl.config import load_config
 from dirl.data.problems import Problem
 from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.logprobs import ActionScores
 from dirl.rl.actions import PolicyBatch
@@ -185,7 +186,9 @@ def tables_of(sampled: Sampled, objective: ObjectiveConfig) -> Tables:
         rewards=[0.0] * len(completions),
         reward_parts={},
     )
-    (batch,) = pack_groups([group], objective, Layout(LENGTH, MASK_ID, budget=10**9))
+    (batch,) = pack_groups(
+        [group], objective, Layout(DiffusionScheme(block_length=LENGTH, mask_token_id=MASK_ID), budget=10**9)
+    )
     tables = batch, DistinctActions.of(batch.packed), num_draws
     if objective.views == "masks":
         _of_masks[key] = tables

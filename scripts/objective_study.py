@@ -14,7 +14,7 @@ from typing import Any, Literal
 Line = dict[str, Any]
 Kind = Literal["start", "search", "final"]
 
-LEARNING_RATES = (2e-4, 6e-4, 1.8e-3)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 SEARCH_SEED = 3
 SEEDS = (0, 1, 2)
 START = "start"  # stands for the checkpoint before RL where an arm is named

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.unmasking import UnmaskingRule
-from dirl.model.sdar import BlockDiffusionModel, SDARMoeConfig, SDARMoeForCausalLM
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import Completion, SamplingConfig
 

@@ -233,7 +233,7 @@ BRANCHES = "def f(x):\n" + "    if x: pass\n" * MAX_COMPLEXITY
         (check_floors, "sft/train.py", "from dirl import rollout", 1),
         (check_floors, "model/sdar.py", "from dirl import anything", 1),
         (check_floors, "eval/report.py", "def f():\n    from dirl.rl.train import g", 2),
-        (check_floors, "data/a.py", "if TYPE_CHECKING:\n    from dirl.model.sdar import C", 2),
+        (check_floors, "data/a.py", "if TYPE_CHECKING:\n    from dirl.model.families.sdar import C", 2),
         (check_floors, "data/a.py", "importlib.import_module('dirl.cli')", 1),
         (check_floors, "show/terminal.py", "from dirl.training.metrics import Timings", 1),
         (check_floors, "show/terminal.py", "from dirl.config import load_config", 1),

@@ -168,7 +168,7 @@ def _attend(name: AttentionName) -> str:
     model, _ = tiny()
     model.to(device)  # type: ignore[arg-type]
     scorer = PackedScorer(model, name)
-    packed = placeholder_pack(model.config.block_size, model.config.mask_token_id).to(device)
+    packed = placeholder_pack(model.scheme).to(device)
     rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
     scorer(packed, rule).logprob_T.sum().backward()
     return f"forward and backward on {device.type}"

@@ -20,9 +20,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionScheme:
+    """How a model reads masks.
+
+    Attributes:
+        block_length: tokens a block, aligned to position 0; a block reads itself and the blocks before it. 0: full
+            attention, where the whole document is one block.
+        shift: 1: the row *before* a position predicts its token, as in the autoregressive model it was made of; at the
+            start of a block that is the clean copy's last row. 0: its own row does.
+        mask_token_id: the token that stands where there is none yet.
+    """
+
+    block_length: int
+    mask_token_id: int
+    shift: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from dirl.diffusion.noising import NoiseConfig, draw_mask, nelbo_weights
-from dirl.diffusion.packing import PackedViews, ViewedDocument, Views, pack
+from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, Views, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.errors import UserError
 
@@ -151,8 +151,9 @@ def _surprisal(views: Views, trajectory: Trajectory) -> Tensor:
     return (surprisal_VB * revealed_VB).sum(dim=1).clamp(min=0)
 
 
-def placeholder_pack(block_length: int, mask_token_id: int) -> PackedViews:
+def placeholder_pack(scheme: DiffusionScheme) -> PackedViews:
     """One block of one view: something to run a forward and a backward pass on where a rank has nothing to do."""
+    block_length = scheme.block_length or 1
     ids_R = torch.zeros(block_length, dtype=torch.int64)
     trajectory = Trajectory(ids_R[:0], ids_R, torch.ones_like(ids_R), block_length)
-    return pack([ViewedDocument(ids_R[:0], [replay_views(trajectory, mask_token_id)])], block_length)
+    return pack([ViewedDocument(ids_R[:0], [replay_views(trajectory, scheme.mask_token_id)])], block_length)

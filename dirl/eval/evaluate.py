@@ -32,7 +32,7 @@ from dirl.eval.report import write_report
 from dirl.eval.results import ModeResult, Sample, summarise
 from dirl.eval.sample_store import SampleStore, Which
 from dirl.model.checkpoint import ModelConfig, load_model
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.reward.code_execution import extract_code
 from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric

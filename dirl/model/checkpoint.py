@@ -19,10 +19,11 @@ from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
 from dirl.errors import MissingFileError, UserError, one_line
 from dirl.files import is_hub_id, write_json
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.sdar import SDARConfig, SDARMoeConfig
 from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
-from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARMoeConfig
 from dirl.training.full_parameters import full_state_dict, named_adapter_parameters
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from dirl.errors import UserError
-from dirl.model.sdar import BlockDiffusionModel, SDARMoeForCausalLM
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.sdar import SDARMoeForCausalLM
 
 Kernels = Literal["auto", "torch", "liger"]
 

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from dirl.diffusion.distribution import suppressed_tokens
 from dirl.diffusion.likelihood import ScoringRule, action_logprobs
 from dirl.diffusion.packing import Actions, PackedViews, TokenTable
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.flex_attention import AttentionName, padded_for_flex, training_plan, uses_flex
-from dirl.model.sdar import BlockDiffusionModel
 
 LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MB, and twice that where a decoder sums them in float64
 

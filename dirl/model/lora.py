@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dirl.config import Config, bounded
 from dirl.errors import UserError
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 
 _ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.tasks import tiny_tokenizer
 from dirl.errors import UserError
 from dirl.model.checkpoint import save_model
-from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.sdar import SDARConfig, SDARForCausalLM
 
 
 def tiny(seed: int = 0) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from dirl.config import Config, bounded
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.flex_attention import AttentionName
 from dirl.model.logprobs import hidden_at_actions
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.actions import PolicyBatch, scores_of
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Learner, Loss, OptimizerConfig, StepOutcome, check_schedule

@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Generator, Tensor
 
-from dirl.diffusion.packing import Actions, ViewedDocument, Views, pack
+from dirl.diffusion.packing import Actions, DiffusionScheme, ViewedDocument, Views, pack
 from dirl.errors import UserError
 from dirl.rl.actions import PolicyBatch
 from dirl.rl.objective import ObjectiveConfig
@@ -53,9 +53,12 @@ class _Part:
 class Layout:
     """What packs of a model must look like."""
 
-    block_length: int
-    mask_token_id: int
+    scheme: DiffusionScheme
     budget: int  # packed tokens of a micro-batch
+
+    @property
+    def block_length(self) -> int:
+        return self.scheme.block_length
 
     def trunk(self, prompt_length: int) -> int:
         """Tokens of a prompt's full blocks."""
@@ -97,7 +100,7 @@ def _completions(
     for index, completion in enumerate(group.completions):
         trajectory = trajectory_of(completion, layout.block_length)
         seed = stable_seed(group.seed, index, *([iteration] if is_redrawn else []))
-        views = objective.views_of(trajectory, layout.mask_token_id, seed)
+        views = objective.views_of(trajectory, layout.scheme.mask_token_id, seed)
         position_V1 = views.block_V[:, None] * layout.block_length
         covered = (position_V1 + torch.arange(layout.block_length))[views.revealed_VB].unique()
         yield _Part(group, index, first + index, views, len(covered))

@@ -26,9 +26,9 @@ from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
 from dirl.files import append_json_lines, write_json
 from dirl.model.checkpoint import load_model, write_final
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import adapters_off, add_adapters
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collected, Collector, Rollouts

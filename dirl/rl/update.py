@@ -25,8 +25,8 @@ from dirl.config import Config, bounded
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.views import placeholder_pack
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import ActionScores
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.actions import PolicyBatch, annotate, scores_of, with_advantages, with_coefficients
 from dirl.rl.critic import Critic, CriticConfig, critic_metrics
 from dirl.rl.gauge import gauge, gauged_over_ranks
@@ -175,8 +175,7 @@ class PolicyUpdater:
         )
 
     def _layout(self) -> Layout:
-        shape = self._model().config
-        return Layout(shape.block_size, shape.mask_token_id, self.learner.config.max_tokens_per_micro_batch)
+        return Layout(self._model().scheme, self.learner.config.max_tokens_per_micro_batch)
 
     def _elsewhere(self, batches: Sequence[PolicyBatch]) -> Sequence[Elsewhere | None]:
         """What each micro-batch needs to know of completions that go on in others: a pass where there are such."""
@@ -220,8 +219,7 @@ class PolicyUpdater:
         return self.reference(packed, self.rule).logprob_T
 
     def _filler(self) -> PackedViews:
-        shape = self._model().config
-        return placeholder_pack(shape.block_size, shape.mask_token_id).to(self.distributed.device)
+        return placeholder_pack(self._model().scheme).to(self.distributed.device)
 
     def _model(self) -> BlockDiffusionModel:
         return self.distributed.unwrap(self.learner.module).model

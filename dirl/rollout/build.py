@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dirl.errors import UserError
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.engine import EngineConfig, RolloutEngine
 from dirl.rollout.lmdeploy.version import check_version
 from dirl.rollout.local.engine import TorchEngine

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import render_prompt, token_texts
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import Completion, EngineConfig, SamplingConfig
 from dirl.show.completions import completion_html, completions_table, list_html, play, tokens_table

@@ -15,8 +15,8 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import replay_views
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import PackedScorer, suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.training.balance import split_by_budget
 

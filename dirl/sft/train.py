@@ -30,10 +30,10 @@ from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import placeholder_pack
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, trained_fraction
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
@@ -119,7 +119,7 @@ class SFTTrainer(Trainer):
         """
         self.learner.module.eval()
         packs = self._packs(self.heldout, seed=stable_seed(self.config.seed, -1))
-        filler = placeholder_pack(self.block_length, self.model.config.mask_token_id).to(self.distributed.device)
+        filler = placeholder_pack(self.model.scheme).to(self.distributed.device)
         total, deciles = 0.0, torch.zeros(10, 2, dtype=torch.float64)
         for index, packed in enumerate(self.distributed.evened(packs, filler)):
             logprob_T = self.learner.module(packed, self.rule).logprob_T
@@ -164,7 +164,7 @@ class SFTTrainer(Trainer):
         return Loss(value, len(packed), {"tokens": tokens})
 
     def _empty_loss(self) -> Loss:
-        packed = placeholder_pack(self.block_length, self.model.config.mask_token_id)
+        packed = placeholder_pack(self.model.scheme)
         return self._loss(packed.to(self.distributed.device), 1.0).nothing()
 
     def _packs(self, batch: Sequence[Example], *, seed: int) -> list[PackedViews]:

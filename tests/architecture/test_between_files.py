@@ -33,6 +33,7 @@ LEFTOVERS = {
     "data/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's problems come in",
     "diffusion/noising.py": "the paper's forward process",
     "diffusion/trajectory.py": "the paper's noun: what a decoder saw and did",
+    "model/families/sdar.py": "a family: one file each, and most are small",
     "model/kernels.py": "the fence of an extra: where liger-kernel comes in",
     "model/tiny.py": "the embedded default; nothing that loads real models needs it",
     "presets.py": "sections that name a file; config.py only checks, reads and writes",

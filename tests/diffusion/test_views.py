@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.noising import NoiseConfig
-from dirl.diffusion.packing import PackedViews, ViewedDocument, Views, attention_rule, pack
+from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, Views, attention_rule, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views, placeholder_pack, replay_views
 from tests.documents import random_document, random_trajectory
@@ -249,7 +249,7 @@ def test_attention_rule_pair_by_pair() -> None:
 
 
 def test_placeholder_is_one_fully_masked_block() -> None:
-    packed = placeholder_pack(4, MASK)
+    packed = placeholder_pack(DiffusionScheme(block_length=4, mask_token_id=MASK))
     assert (len(packed), packed.actions.branch_T.tolist()) == (8, [0] * 4)
     assert packed.tokens.token_ids_L[packed.actions.index_T].tolist() == [MASK] * 4
     assert packed.actions.is_reveal_T.all()

@@ -22,7 +22,7 @@ from dirl.eval import evaluate
 from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, decoding_modes, digest_of_weights
 from dirl.files import read_json_lines
 from dirl.model.checkpoint import ModelConfig
-from dirl.model.sdar import SDARConfig
+from dirl.model.families.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model
 from dirl.reward import code_execution
 from dirl.reward.rubric import RewardConfig, Rubric

@@ -19,9 +19,9 @@ from dirl.data.rows import DataError
 from dirl.errors import UserError
 from dirl.files import expand
 from dirl.model.checkpoint import ModelConfig, load, load_model, save_model
+from dirl.model.families.sdar import SDARForCausalLM, SDARMoeForCausalLM
 from dirl.model.lora import LoraConfig
 from dirl.model.memory import trained_fraction
-from dirl.model.sdar import SDARForCausalLM, SDARMoeForCausalLM
 from dirl.model.tiny import save_tiny_model, tiny
 
 ROPE_THETA = 5_000.0  # neither transformers' default nor the tiny model's: a loader that drops it is seen

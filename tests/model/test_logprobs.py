@@ -13,8 +13,8 @@ from dirl.diffusion.likelihood import ScoringRule, action_logprobs
 from dirl.diffusion.packing import Actions, PackedViews, pack
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.attention import DensePlan
+from dirl.model.families.sdar import SDARConfig, SDARForCausalLM
 from dirl.model.logprobs import PackedScorer, _chunks_of_views, score_actions, suppressed_by
-from dirl.model.sdar import SDARConfig, SDARForCausalLM
 from tests.documents import action_table, random_document
 from tests.oracle import sharp_tiny_model
 

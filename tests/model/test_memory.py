@@ -16,10 +16,10 @@ from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import replay_views
 from dirl.model.checkpoint import ModelConfig
+from dirl.model.families.sdar import SDARConfig
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, estimate_memory, trained_fraction
-from dirl.model.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model, tiny
 from dirl.rl.rl_config import RLConfig, rl_workload
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.views import replay_views
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import PackedScorer, suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import trajectory_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
-from dirl.diffusion.packing import PackedViews
+from dirl.diffusion.packing import DiffusionScheme, PackedViews
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import StepSampling, placeholder_pack, replay_views, sampled_steps
 from dirl.model.logprobs import ActionScores
@@ -23,6 +23,8 @@ from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.policy_loss import policy_loss
 from tests.documents import action_table
 from tests.parity.test_enumeration import MASK, RULES, Path, Table, after, probability
+
+SCHEME = DiffusionScheme(block_length=1, mask_token_id=0)
 
 
 def trajectory_of(table: Table, path: Path) -> Trajectory:
@@ -82,7 +84,7 @@ def gradient(table: Table, paths: list[Path], advantages: list[float], importanc
     logprob_T = torch.cat(logprobs)
     actions = action_table(torch.zeros_like(path_T), torch.ones_like(path_T, dtype=torch.bool), path_T)
     batch = replace(
-        PolicyBatch.blank(PackedViews(placeholder_pack(1, 0).tokens, actions)),
+        PolicyBatch.blank(PackedViews(placeholder_pack(SCHEME).tokens, actions)),
         advantage_T=torch.tensor(advantages, dtype=torch.float64)[path_T],
         coefficient_T=probability_T * importance_T,
     )

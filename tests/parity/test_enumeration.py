@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import Likelihood, ScoringRule, action_logprobs
-from dirl.diffusion.packing import PackedViews
+from dirl.diffusion.packing import DiffusionScheme, PackedViews
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
 from dirl.diffusion.views import placeholder_pack
 from dirl.model.logprobs import ActionScores
@@ -31,6 +31,7 @@ from dirl.rl.policy_loss import policy_loss
 from tests.documents import action_table
 from tests.oracle import reference_reveal, sorted_and_cut
 
+SCHEME = DiffusionScheme(block_length=1, mask_token_id=0)
 MASK = -1
 State = tuple[int, ...]  # finished tokens, then the current block with MASK where it is masked
 Path = list["Outcome"]
@@ -216,7 +217,7 @@ def dipo_gradient(table: Table, paths: list[Path], advantages: list[float], like
     logprob_T = torch.cat(logprobs)
     actions = action_table(torch.zeros_like(path_T), torch.ones_like(path_T, dtype=torch.bool), path_T)
     batch = replace(
-        PolicyBatch.blank(PackedViews(placeholder_pack(1, 0).tokens, actions)),
+        PolicyBatch.blank(PackedViews(placeholder_pack(SCHEME).tokens, actions)),
         behavior_logprob_T=logprob_T.detach(),
         advantage_T=advantage_T,
         coefficient_T=probability_T,

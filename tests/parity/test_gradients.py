@@ -16,8 +16,8 @@ from dirl.diffusion.packing import ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import noisy_views
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rl.actions import PolicyBatch
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.policy_loss import policy_loss

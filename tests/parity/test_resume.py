@@ -12,7 +12,7 @@ import torch
 
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.packing import Views
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rollout.engine import Completion, SamplingConfig

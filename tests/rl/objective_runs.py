@@ -18,8 +18,10 @@ from torch import Tensor
 from dirl.config import CONFIGS, load_config
 from dirl.data.problems import Problem
 from dirl.data.tasks import tiny_tokenizer
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
-from dirl.model.sdar import BlockDiffusionModel, SDARConfig, SDARForCausalLM
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.sdar import SDARConfig, SDARForCausalLM
 from dirl.rl.advantage import advantages_of
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.rl_config import RLConfig
@@ -144,7 +146,7 @@ def smallest_budget(config: RLConfig, groups: list[RolloutGroup]) -> int:
 
 
 def layout_of(budget: int = WHOLE) -> Layout:
-    return Layout(4, tiny_tokenizer().mask_token_id, budget)
+    return Layout(DiffusionScheme(block_length=4, mask_token_id=tiny_tokenizer().mask_token_id), budget)
 
 
 def trainer_of(config: RLConfig) -> RLTrainer:

@@ -9,6 +9,7 @@ import torch
 
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import Likelihood
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.rl.actions import PolicyBatch, with_advantages, with_coefficients
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import LossType, ObjectiveConfig
@@ -60,7 +61,7 @@ def make_groups() -> list[RolloutGroup]:
 def batches(objective: ObjectiveConfig, budget: int) -> list[PolicyBatch]:
     groups = make_groups()
     advantages = [torch.tensor([2.0 * i + 1, 2.0 * i + 2]) for i in range(len(groups))]
-    packs = pack_groups(groups, objective, Layout(BLOCK, MASK, budget))
+    packs = pack_groups(groups, objective, Layout(DiffusionScheme(block_length=BLOCK, mask_token_id=MASK), budget))
     packs = with_coefficients(packs, groups, Distributed(), objective=objective, max_completion_length=16)
     return with_advantages(packs, advantages)
 

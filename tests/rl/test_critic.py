@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dirl.data.problems import Problem
-from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
+from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import placeholder_pack, replay_views
 from dirl.errors import UserError
@@ -197,7 +197,7 @@ def test_rollouts_get_what_their_steps_say(budget: int) -> None:
     """Against the completions themselves, however they are packed."""
     trained = trainer(replace(CONFIG, max_tokens_per_micro_batch=4096))
     groups = trained.collector.collect(0).groups
-    tables = pack_groups(groups, GAE, Layout(4, trained.model.config.mask_token_id, budget))
+    tables = pack_groups(groups, GAE, Layout(trained.model.scheme, budget))
     assert (len(tables) > 2) == (budget == 120)
     completions = [completion for group in groups for completion in group.completions]
     outcomes = torch.linspace(-1, 1, len(completions))
@@ -244,7 +244,7 @@ def test_a_completion_cut_between_blocks_is_one() -> None:
 
 def test_nothing_is_judged_where_there_is_nothing() -> None:
     assert with_gae([], [], gamma=1.0, lam=1.0) == []
-    packed = placeholder_pack(4, 0)
+    packed = placeholder_pack(DiffusionScheme(block_length=4, mask_token_id=0))
     empty = PackedViews(packed.tokens, packed.actions.rows(slice(0, 0)))
     (batch,) = with_gae([PolicyBatch.blank(empty)], [torch.zeros(0)], gamma=1.0, lam=1.0)
     assert len(batch.value_T) == 0

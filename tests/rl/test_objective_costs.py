@@ -12,6 +12,7 @@ from numpy.polynomial import Polynomial
 
 from dirl.config import load_config
 from dirl.data.problems import Problem
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.rl.actions import with_coefficients
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import ObjectiveConfig
@@ -22,7 +23,7 @@ from dirl.training.distributed import Distributed
 from tests.rl.objective_runs import PRESETS
 
 MASK, BLOCK = 99, 4
-LAYOUT = Layout(BLOCK, MASK, 1 << 30)
+LAYOUT = Layout(DiffusionScheme(block_length=BLOCK, mask_token_id=MASK), 1 << 30)
 
 
 def completion_of(prompt: list[int], num_blocks: int, draw: random.Random) -> Completion:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import render_prompt
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Scores
 from dirl.rl.advantage import advantages_of

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import decode, stop_token_ids
 from dirl.diffusion.unmasking import UnmaskingStrategy
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.engine import Completion, RolloutEngine, RolloutError, SamplingConfig
 from tests.oracle import (
     brute_force_logprobs,

@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import save_tokenizer, stop_token_ids
 from dirl.errors import UserError
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig, SleepLevel
 from dirl.rollout.lmdeploy import recorder

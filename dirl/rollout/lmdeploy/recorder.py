@@ -41,7 +41,7 @@ from lmdeploy.pytorch.strategies.dllm.sequence import DLLMSequenceStrategy, Sche
 from lmdeploy.pytorch.strategies.dllm.step_inputs import DLLMStepInputs
 from torch import Tensor
 
-from dirl.model.sdar import float32_product
+from dirl.model.families.block_diffusion import float32_product
 from dirl.rollout.block_step import Blocks, Sampler
 from dirl.rollout.engine import SamplingConfig
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dirl.model.attention import masked_attention
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 
 _IN_PLACE_FROM = 2 / 3  # share of the slots that are read; below it copying them takes less than padding rows
 

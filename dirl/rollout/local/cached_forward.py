@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.flex_attention import raise_recompile_limit
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.local.block_cache import BlockCache, LayerCache, QueryRows, Rotary
 
 DecoderLayer: TypeAlias = Any  # Qwen3DecoderLayer or Qwen3MoeDecoderLayer

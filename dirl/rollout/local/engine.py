@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import stop_token_ids
 from dirl.errors import UserError
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
 from dirl.model.memory import cache_bytes_per_token, free_bytes
-from dirl.model.sdar import BlockDiffusionModel
 from dirl.rollout.block_step import Sampler
 from dirl.rollout.decoded import check_thresholds, make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig

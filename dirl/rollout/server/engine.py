@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import save_tokenizer
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.decoded import check_thresholds, make_completion, touched_tokens
 from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.server.process import ServerProcess

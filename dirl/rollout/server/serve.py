@@ -29,7 +29,7 @@ from dirl.data.chat import load_tokenizer
 from dirl.errors import UserError, one_line
 from dirl.files import write_whole
 from dirl.model.checkpoint import default_device, load_model
-from dirl.model.sdar import BlockDiffusionModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import RolloutEngine, RolloutError
 from dirl.rollout.server.wire import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
 from dirl.errors import UserError  # noqa: E402
-from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
+from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
 from dirl.rollout.engine import SamplingConfig  # noqa: E402
 from dirl.rollout.local.block_cache import BlockCache, LayerCache  # noqa: E402
 from dirl.rollout.local.cached_forward import compiled_of  # noqa: E402

@@ -27,7 +27,7 @@ pytest.register_assert_rewrite("tests.rollout.engine_contract")
 from dirl.cli import main  # noqa: E402
 from dirl.errors import UserError  # noqa: E402
 from dirl.model.checkpoint import save_model  # noqa: E402
-from dirl.model.sdar import BlockDiffusionModel  # noqa: E402
+from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
 from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
