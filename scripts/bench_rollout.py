@@ -116,7 +116,9 @@ class PlainDecoder:
         masked_B[0, masked] = True
         prob_B, nothing_B = (torch.zeros(1, len(tokens), device=device) for _ in "pn")
         prob_B[0, masked] = confidence.gather(1, drawn[:, None]).squeeze(1).exp()
-        revealed = reveal_positions(self.sampling.unmasking, masked_B, prob_B, nothing_B, nothing_B)[0].tolist()
+        step_N = torch.full((1,), step, device=device)
+        rule = self.sampling.unmasking
+        revealed = reveal_positions(rule, masked_B, prob_B, nothing_B, nothing_B, step_N=step_N)[0].tolist()
         new = list(tokens)
         for lane, token in zip(masked, drawn.tolist(), strict=True):
             if revealed[lane]:

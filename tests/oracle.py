@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 
 def sharp_tiny_model(
-    seed: int = 0, *, sharpness: float = 5.0, block_length: int = 4
+    seed: int = 0, *, sharpness: float = 5.0, block_length: int = 4, shift: int = 0
 ) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
     """A tiny model that is far from uniform and to which every token it reads matters.
 
-    Scales are set here, whatever `tiny` starts from: larger ones would amplify float32 rounding beyond 1e-5 nats.
+    Block length 0: full attention. Scales are set here, whatever `tiny` starts from: larger ones would amplify
+    float32 rounding beyond 1e-5 nats.
     """
     model, tokenizer = tiny(seed)
     with torch.no_grad():
@@ -37,7 +38,7 @@ def sharp_tiny_model(
             if parameter.ndim == 2:
                 parameter.mul_((0.04 if "proj" in name else 0.02) / parameter.std())
         model.model.norm.weight.fill_(sharpness)
-    model.config.block_size = block_length
+    model.config.block_size, model.config.shift, model.config.full_attention = block_length, shift, block_length == 0
     return model.eval(), tokenizer
 
 
@@ -60,10 +61,16 @@ def make_extreme(model: BlockDiffusionModel, token_ids: Sequence[int], factor: f
 
 
 def state_logits(model: BlockDiffusionModel, clean_ids: list[int], block: int, noisy_block: list[int]) -> Tensor:
-    """Logits of one block in one state, the blocks before it clean; (B, V) float32."""
-    block_length = model.config.block_size
-    ids = clean_ids[: block * block_length] + noisy_block
-    return model(torch.tensor([ids])).logits[0, -block_length:].float()
+    """What predicts each place of one block in one state, the blocks before it clean; (B, V) float32.
+
+    Where predictions are shifted, the row before each place, and before a block the last row of the clean blocks alone.
+    """
+    context = clean_ids[: block * len(noisy_block)]
+    logits_BV = model(torch.tensor([context + noisy_block])).logits[0, -len(noisy_block) :].float()
+    if model.scheme.shift:
+        before_1V = model(torch.tensor([context])).logits[0, -1:].float() if context else logits_BV[:1]
+        logits_BV = torch.cat([before_1V, logits_BV[:-1]])
+    return logits_BV
 
 
 def confidence_probs(logits_BV: Tensor, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
@@ -103,10 +110,15 @@ def reference_reveal(
     confidence: Sequence[float],
     entropy: Sequence[float],
     uniform: Sequence[float],
+    steps_taken: int = 0,
 ) -> list[bool]:
     """Which positions of one block a step reveals, by the words of the strategies."""
     lanes = [lane for lane, is_masked in enumerate(masked) if is_masked]
-    count = math.ceil(len(masked) / min(rule.denoising_steps or len(masked), len(masked)))
+    num_steps = min(rule.denoising_steps or len(masked), len(masked))
+    dealt = [0] * num_steps  # positions dealt to the steps one by one, as cards
+    for card in range(len(masked)):
+        dealt[card % num_steps] += 1
+    count = dealt[min(steps_taken, num_steps - 1)]
     if rule.strategy == "low_confidence_dynamic":
         chosen = [lane for lane in lanes if confidence[lane] >= rule.confidence_threshold]
         if lanes and not chosen:
@@ -137,8 +149,30 @@ class DecodedState:
     held: list[int]  # lanes that stayed masked
 
 
-def decoded_states(completion: Completion, block_length: int, mask_token_id: int) -> Iterator[DecodedState]:
+def states_of(model: BlockDiffusionModel, completion: Completion) -> Iterator[DecodedState]:
     """Every denoising step of a completion, in order."""
+    if model.scheme.block_length:
+        return decoded_states(completion, model.scheme.block_length, model.scheme.mask_token_id)
+    return canvas_states(completion, model.scheme.mask_token_id)
+
+
+def canvas_states(completion: Completion, mask_token_id: int) -> Iterator[DecodedState]:
+    """The same under full attention: one block of the prompt, the tokens and the masks that stayed."""
+    start, window, steps = len(completion.prompt_ids), completion.generation_window, completion.step_map
+    for step in range(1, max(steps) + 1):
+        noisy = [mask_token_id if s >= step else t for t, s in zip(completion.token_ids, steps, strict=True)]
+        revealed = [i for i, s in enumerate(steps) if s == step]
+        current = revealed[0] // window
+        yield DecodedState(
+            block=0,
+            noisy=completion.prompt_ids + noisy + [mask_token_id] * completion.num_unwritten,
+            revealed=[start + i for i in revealed],
+            held=[start + i for i, s in enumerate(steps) if s > step and i // window == current],
+        )
+
+
+def decoded_states(completion: Completion, block_length: int, mask_token_id: int) -> Iterator[DecodedState]:
+    """Every denoising step of a completion that was decoded in blocks, in order."""
     clean = completion.prompt_ids + completion.token_ids
     steps = [0] * len(completion.prompt_ids) + completion.step_map
     for block in range(len(completion.prompt_ids) // block_length, len(clean) // block_length):
@@ -154,28 +188,26 @@ def decoded_states(completion: Completion, block_length: int, mask_token_id: int
 
 def brute_force_logprobs(model: BlockDiffusionModel, completion: Completion, sampling: SamplingConfig) -> Tensor:
     """Log-probability of each completion token at the step it was revealed, with gradients; (R,)."""
-    block_length = model.config.block_size
     clean = completion.prompt_ids + completion.token_ids
     found: dict[int, Tensor] = {}
-    for state in decoded_states(completion, block_length, model.config.mask_token_id):
+    for state in states_of(model, completion):
         logits_BV = state_logits(model, clean, state.block, state.noisy)
         probs_BV = sampling_probs(logits_BV, model, sampling)
         for lane in state.revealed:
-            position = state.block * block_length + lane
+            position = state.block * len(state.noisy) + lane
             found[position] = probs_BV[lane, clean[position]].log()
     return torch.stack([found[p] for p in range(len(completion.prompt_ids), len(clean))])
 
 
 def brute_force_actions(model: BlockDiffusionModel, completion: Completion, sampling: SamplingConfig) -> Tensor:
     """Log-probability of every action, reveals and holds, in the order of steps and positions; (T,)."""
-    block_length = model.config.block_size
     clean = completion.prompt_ids + completion.token_ids
     actions = []
-    for state in decoded_states(completion, block_length, model.config.mask_token_id):
+    for state in states_of(model, completion):
         logits_BV = state_logits(model, clean, state.block, state.noisy)
         confidence_BV = confidence_probs(logits_BV.detach(), model, sampling)
         sampled_BV = sampling_probs(logits_BV, model, sampling)
-        tokens = clean[state.block * block_length :][:block_length]
+        tokens = clean[state.block * len(state.noisy) :][: len(state.noisy)]
         bar = _bar([float(confidence_BV[lane, tokens[lane]]) for lane in state.revealed], sampling)
         for lane in sorted(state.revealed + state.held):
             if lane in state.revealed:

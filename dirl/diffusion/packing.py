@@ -7,7 +7,11 @@ the clean tokens of the prompt's full blocks (branch 0, the trunk). Every token 
     q attends k  iff  document(k) == document(q)  and  branch(k) in {0, branch(q)}
                  and  ( view(k) == 0 and block(k) < block(q)   or   view(k) == view(q) and block(k) == block(q) )
 
-with view 0 for clean tokens and a number of its own for every view.
+with view 0 for clean tokens and a number of its own for every view. Under full attention (block_length 0) a document is
+one block: its views are whole documents, nothing reads a clean copy, and there is none.
+
+An action is predicted by its own row of the pack, or, where a model's prediction is shifted, by the row before it: that
+of its view, and at the start of a block the last clean row of the block before, as in decoding.
 
 An *action* is what happens at one masked position of a view: its token is revealed, or it is held. Reveals carry the
 token and a weight; holds carry neither, and matter only to the trajectory likelihood.
@@ -68,6 +72,8 @@ class Views:
 
     def packed_length(self, prompt_length: int, block_length: int) -> int:
         """Tokens these add to the trunk of a document with such a prompt."""
+        if block_length == 0:
+            return self.token_ids_VB.numel()
         return prompt_length % block_length + len(self.completion_ids) + block_length * len(self)
 
 
@@ -81,7 +87,7 @@ class ViewedDocument:
     def packed_length(self, block_length: int) -> int:
         """Tokens this document takes in a pack."""
         prompt_length = len(self.prompt_ids)
-        trunk = prompt_length - prompt_length % block_length
+        trunk = prompt_length - prompt_length % block_length if block_length else 0
         return trunk + sum(views.packed_length(prompt_length, block_length) for views in self.branches)
 
 
@@ -124,7 +130,7 @@ class Actions:
     The last two are facts for the host, which would otherwise have to wait for the device to learn them.
     """
 
-    index_T: Tensor  # int64, which packed token; sorted
+    index_T: Tensor  # int64, the packed token whose row predicts it
     target_T: Tensor  # int64, the clean token
     is_reveal_T: Tensor  # bool, False: hold
     is_visited_T: Tensor  # bool, the decoder did this in this very state
@@ -186,8 +192,12 @@ class PackedViews:
         return PackedViews(self.tokens, Actions.of(**columns))
 
 
-def pack(documents: Sequence[ViewedDocument], block_length: int) -> PackedViews:
-    """Lay documents one after another: trunk, then for each branch its clean tokens and its views."""
+def pack(documents: Sequence[ViewedDocument], block_length: int, shift: int = 0) -> PackedViews:
+    """Lay documents one after another: trunk, then for each branch its clean tokens and its views.
+
+    Args:
+        block_length, shift: those of the model's `DiffusionScheme`.
+    """
     rows: list[tuple[Tensor, ...]] = []  # token ids, positions, views of consecutive tokens
     owners: list[tuple[int, int, int]] = []  # their document, their branch, their number
     actions: list[dict[str, Tensor]] = []
@@ -200,31 +210,47 @@ def pack(documents: Sequence[ViewedDocument], block_length: int) -> PackedViews:
 
     for number, document in enumerate(documents):
         prompt_length = len(document.prompt_ids)
-        trunk = prompt_length - prompt_length % block_length
+        trunk = prompt_length - prompt_length % block_length if block_length else 0
         trunk_ids, tail_ids = document.prompt_ids[:trunk], document.prompt_ids[trunk:]
+        trunk_start = length
         length += lay(number, 0, trunk_ids, torch.arange(trunk), torch.zeros_like(trunk_ids))
         for views in document.branches:
             branch += 1
-            clean_ids = torch.cat([tail_ids, views.completion_ids])
+            clean_ids = torch.cat([tail_ids, views.completion_ids]) if block_length else tail_ids[:0]
             position = torch.arange(trunk, trunk + len(clean_ids))
+            clean_start = length
             length += lay(number, branch, clean_ids, position, torch.zeros_like(clean_ids))
-            position_VB = views.block_V[:, None] * block_length + torch.arange(block_length)
-            view_VB = (torch.arange(len(views)) + next_view)[:, None].expand(-1, block_length)
-            actions.append(_actions_of(views, view_VB, position_VB - prompt_length, length, branch - 1))
+            position_VB = views.block_V[:, None] * block_length + torch.arange(views.token_ids_VB.shape[1])
+            view_VB = (torch.arange(len(views)) + next_view)[:, None].expand(position_VB.shape)
+            row_VB = torch.arange(position_VB.numel()).view(position_VB.shape) + length
+            if shift:
+                before_VB = position_VB - 1
+                clean_VB = before_VB + torch.where(before_VB < trunk, trunk_start, clean_start - trunk)
+                row_VB = _rows_before(row_VB, clean_VB, position_VB)
+            actions.append(_actions_of(views, view_VB, position_VB - prompt_length, row_VB, branch - 1))
             length += lay(number, branch, views.token_ids_VB.flatten(), position_VB.flatten(), view_VB.flatten())
             next_view += len(views)
     return PackedViews(_token_table(rows, owners, block_length), _joined(actions))
 
 
+def _rows_before(row_VB: Tensor, clean_VB: Tensor, position_VB: Tensor) -> Tensor:
+    """The row before each position of some views: in the view, or where a view begins its clean row.
+
+    Nothing stands before a sequence, whose first position therefore keeps its own.
+    """
+    clean_V1 = torch.where(position_VB[:, :1] == 0, row_VB[:, :1], clean_VB[:, :1])
+    return torch.cat([clean_V1, row_VB[:, :-1]], dim=1)
+
+
 def _actions_of(
-    views: Views, view_VB: Tensor, completion_index_VB: Tensor, start: int, branch: int
+    views: Views, view_VB: Tensor, completion_index_VB: Tensor, row_VB: Tensor, branch: int
 ) -> dict[str, Tensor]:
-    """The actions of one branch's views, the first of which stands at `start`."""
+    """The actions of one branch's views, which `row_VB` of the pack predict."""
     block_length = view_VB.shape[1]
     place_T = (views.revealed_VB | views.held_VB).flatten().nonzero().squeeze(1)
     is_reveal_T = views.revealed_VB.flatten()[place_T]
     return {
-        "index_T": place_T + start,
+        "index_T": row_VB.flatten()[place_T],
         "target_T": views.target_ids_VB.flatten()[place_T],
         "is_reveal_T": is_reveal_T,
         "is_visited_T": views.visited_VB.flatten()[place_T],
@@ -252,7 +278,7 @@ def _token_table(
         position_L=position_L,
         document_L=document.repeat_interleave(number),
         branch_L=branch.repeat_interleave(number),
-        block_L=position_L // block_length,
+        block_L=position_L // block_length if block_length else torch.zeros_like(position_L),
         view_L=view_L,
     )
 

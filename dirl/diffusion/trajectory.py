@@ -5,6 +5,10 @@ A trajectory is a prompt, every token of every block its completion touched, and
 block, the positions with a smaller step are visible and the others masked; in step s those equal to s are revealed and
 the later ones held.
 
+Under full attention the whole document is one block, and steps are counted over all of it. A decoder then works through
+generation windows from left to right: only the masks of the current one are decided about, and those of windows that it
+never came to are read all the same.
+
 Shapes: P prompt tokens, R completion tokens, K blocks touched by the completion, B block length.
 """
 
@@ -29,13 +33,16 @@ class Trajectory:
     prompt_ids: Tensor  # (P,) int64
     completion_ids: Tensor  # (R,) int64
     step_map: Tensor  # (R,) int64, >= 1
-    block_length: int
+    block_length: int  # 0: full attention, the document is one block
     logprobs: Tensor | None = None  # (R,) float32 nats, as the engine recorded them
     confidence_threshold: float = math.nan  # that it was decoded with, where it had one of its own; NaN: the rule's
+    window: int = 0  # full attention: tokens of a generation window, counted from the end of the prompt; 0: one for all
+    unwritten_ids: Tensor | None = None  # full attention: (U,) int64, masks after the completion that were read
 
     def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)
-        if completion_length == 0 or (prompt_length + completion_length) % self.block_length:
+        is_cut = bool(self.block_length) and (prompt_length + completion_length) % self.block_length
+        if completion_length == 0 or is_cut:
             raise ValueError(
                 f"a completion must have every token of its last block: prompt {prompt_length} + completion "
                 f"{completion_length} is not a multiple of block_length {self.block_length}"
@@ -46,18 +53,30 @@ class Trajectory:
     @property
     def first_block(self) -> int:
         """Absolute index of the first touched block."""
-        return len(self.prompt_ids) // self.block_length
+        return len(self.prompt_ids) // self.block_length if self.block_length else 0
 
     @cached_property
     def token_ids_KB(self) -> Tensor:
         """The clean tokens of the touched blocks; the first one may begin with the end of the prompt."""
-        return torch.cat([self._tail_ids, self.completion_ids]).view(-1, self.block_length)
+        unwritten_ids = self.completion_ids[:0] if self.unwritten_ids is None else self.unwritten_ids
+        tail_ids = self.prompt_ids[self.first_block * self.block_length :]
+        ids = torch.cat([tail_ids, self.completion_ids, unwritten_ids])
+        return ids.view(-1, self.block_length or len(ids))
 
     @cached_property
     def steps_KB(self) -> Tensor:
-        """The step of each of these tokens; 0 for those of the prompt."""
-        return torch.cat([torch.zeros_like(self._tail_ids), self.step_map]).view(-1, self.block_length)
+        """The step of each of these tokens; 0 for those of the prompt, and for masks that stayed."""
+        return self.placed(self.step_map)
 
     @property
-    def _tail_ids(self) -> Tensor:
-        return self.prompt_ids[self.first_block * self.block_length :]
+    def windows_KB(self) -> Tensor:
+        """The generation window of each of these tokens."""
+        number_R = torch.arange(len(self.completion_ids))
+        return self.placed(number_R // self.window if self.window else torch.zeros_like(number_R))
+
+    def placed(self, values_R: Tensor) -> Tensor:
+        """A value of each completion token at its place in the touched blocks, 0 elsewhere."""
+        placed_KB = values_R.new_zeros(self.token_ids_KB.shape)
+        start = len(self.prompt_ids) - self.first_block * self.block_length
+        placed_KB.view(-1)[start : start + len(values_R)] = values_R
+        return placed_KB

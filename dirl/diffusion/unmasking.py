@@ -34,10 +34,13 @@ class UnmaskingRule:
         if self.strategy not in get_args(UnmaskingStrategy):
             raise ValueError(f"unmasking_strategy must be one of {get_args(UnmaskingStrategy)}, got {self.strategy!r}")
 
-    def reveals_per_step(self, block_length: int) -> int:
-        """Positions revealed a step by the strategies with a fixed count; rounded up, so a block may end early."""
-        steps = self.denoising_steps or block_length
-        return -(-block_length // min(steps, block_length))
+    def reveals(self, step_N: Tensor, block_length: int) -> Tensor:
+        """Positions that the strategies with a fixed count reveal after so many steps of a block; (N,) int64.
+
+        Spread evenly, the first steps revealing one more where steps do not divide the block.
+        """
+        num_steps = min(self.denoising_steps or block_length, block_length)
+        return block_length // num_steps + (step_N < block_length % num_steps).long()
 
 
 def reveal_positions(
@@ -47,6 +50,7 @@ def reveal_positions(
     entropy_NB: Tensor,
     uniform_NB: Tensor,
     *,
+    step_N: Tensor,
     threshold_N: Tensor | None = None,
 ) -> Tensor:
     """True where a position is revealed in this step; (N, B).
@@ -56,19 +60,20 @@ def reveal_positions(
         confidence_NB: probability of the sampled token; read at masked positions only.
         entropy_NB: entropy in nats of the distribution the token was sampled from.
         uniform_NB: random numbers in [0, 1), for `random`.
+        step_N: int64, denoising steps that each block has taken.
         threshold_N: float32, each sequence's own in the place of the rule's, for `low_confidence_dynamic`.
     """
-    count = rule.reveals_per_step(masked_NB.shape[-1])
+    count_N1 = rule.reveals(step_N, masked_NB.shape[-1])[:, None]
     if rule.strategy == "low_confidence_dynamic":
         threshold = rule.confidence_threshold if threshold_N is None else threshold_N[:, None]
         return _above_threshold(masked_NB, confidence_NB, threshold)
     if rule.strategy == "low_confidence_static":
-        return _highest(confidence_NB, masked_NB, count)
+        return _highest(confidence_NB, masked_NB, count_N1)
     if rule.strategy == "sequential":
         leftness_B = -torch.arange(masked_NB.shape[-1], device=masked_NB.device, dtype=torch.float32)
-        return _highest(leftness_B.expand(masked_NB.shape), masked_NB, count)
+        return _highest(leftness_B.expand(masked_NB.shape), masked_NB, count_N1)
     if rule.strategy == "random":
-        return _highest(uniform_NB, masked_NB, count)
+        return _highest(uniform_NB, masked_NB, count_N1)
     return _within_entropy_bound(masked_NB, entropy_NB, rule.entropy_bound)
 
 
@@ -79,10 +84,11 @@ def _above_threshold(masked_NB: Tensor, confidence_NB: Tensor, threshold: float 
     return torch.where(revealed_NB.any(dim=-1, keepdim=True), revealed_NB, fallback_NB)
 
 
-def _highest(score_NB: Tensor, masked_NB: Tensor, count: int) -> Tensor:
-    """The `count` masked positions with the highest score, fewer where fewer are masked; ties go left."""
+def _highest(score_NB: Tensor, masked_NB: Tensor, count_N1: Tensor | int) -> Tensor:
+    """So many masked positions with the highest score, fewer where fewer are masked; ties go left."""
     order_NB = score_NB.masked_fill(~masked_NB, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(masked_NB).scatter(-1, order_NB[:, :count], True) & masked_NB
+    is_among_NB = (torch.arange(masked_NB.shape[-1], device=masked_NB.device) < count_N1).expand(masked_NB.shape)
+    return torch.zeros_like(masked_NB).scatter(-1, order_NB, is_among_NB) & masked_NB
 
 
 def _within_entropy_bound(masked_NB: Tensor, entropy_NB: Tensor, bound: float) -> Tensor:

@@ -82,6 +82,10 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1,
     revealed_VB = merged_VB == number_V1
     is_first_VB = steps_VB == (number_V1 - 1) * shrink + 1
     held_VB = merged_VB > number_V1
+    if trajectory.window:  # of the masks, only those of the step's own window could have been revealed
+        window_VB = trajectory.windows_KB[block_V]
+        current_V1 = window_VB.masked_fill(~revealed_VB, -1).amax(dim=1, keepdim=True)
+        held_VB &= window_VB == current_V1
     views = Views(
         completion_ids=trajectory.completion_ids,
         block_V=block_V + trajectory.first_block,
@@ -141,8 +145,7 @@ def _surprisal(views: Views, trajectory: Trajectory) -> Tensor:
     logprobs_R = trajectory.logprobs
     if logprobs_R is None or not bool(logprobs_R.isfinite().all()):
         raise UserError("step_sampling=surprisal: the engine recorded no log-probabilities of its tokens; use uniform")
-    tail = trajectory.token_ids_KB.numel() - len(logprobs_R)
-    surprisal_KB = torch.cat([torch.zeros(tail), -logprobs_R]).double().view(trajectory.token_ids_KB.shape)
+    surprisal_KB = trajectory.placed(-logprobs_R.double())
     surprisal_VB = surprisal_KB[views.block_V - trajectory.first_block]
     # What is masked here and not in the block's next view; a view may score more than that.
     masked_VB = views.revealed_VB | views.held_VB
@@ -153,7 +156,6 @@ def _surprisal(views: Views, trajectory: Trajectory) -> Tensor:
 
 def placeholder_pack(scheme: DiffusionScheme) -> PackedViews:
     """One block of one view: something to run a forward and a backward pass on where a rank has nothing to do."""
-    block_length = scheme.block_length or 1
-    ids_R = torch.zeros(block_length, dtype=torch.int64)
-    trajectory = Trajectory(ids_R[:0], ids_R, torch.ones_like(ids_R), block_length)
-    return pack([ViewedDocument(ids_R[:0], [replay_views(trajectory, scheme.mask_token_id)])], block_length)
+    ids_R = torch.zeros(scheme.block_length or 1, dtype=torch.int64)
+    trajectory = Trajectory(ids_R[:0], ids_R, torch.ones_like(ids_R), scheme.block_length)
+    return pack([ViewedDocument(ids_R[:0], [replay_views(trajectory, scheme.mask_token_id)])], scheme.block_length)

@@ -98,6 +98,9 @@ def _tiles(tokens: TokenTable) -> Iterator[tuple[Tensor, Tensor]]:
         if branch == 0:
             trunks[document] = clean
         trunk = trunks.get(document, range(0)) if branch else range(0)
+        if not clean and not trunk:  # each view reads itself alone, as under full attention
+            yield from ((rows, rows) for rows in _whole_views(tokens.view_L, views))
+            continue
         bounds = _chunk_bounds(block_L, clean, views)
         for first, end in pairwise(bounds):
             chunk_clean = _blocks_between(block_L, clean, first, end)
@@ -140,6 +143,13 @@ def _chunk_bounds(block_L: Tensor, *segments: range) -> list[int]:
     end = max(int(block_L[segment[-1]]) for segment in present) + 1
     num_chunks = min(max(1, round(sum(map(len, present)) / _CHUNK_TOKENS)), end - first)
     return [first + (end - first) * i // num_chunks for i in range(num_chunks + 1)]
+
+
+def _whole_views(view_L: Tensor, views: range) -> Iterator[Tensor]:
+    """Indices of consecutive views of one length, about _CHUNK_TOKENS of them together."""
+    view_length = int((view_L[views.start : views.stop] == view_L[views.start]).sum())
+    size = max(1, _CHUNK_TOKENS // view_length) * view_length
+    yield from torch.arange(views.start, views.stop, device=view_L.device).split(size)
 
 
 def _blocks_between(block_L: Tensor, segment: range, first: int, end: int) -> range:

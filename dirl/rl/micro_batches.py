@@ -58,11 +58,12 @@ class Layout:
 
     @property
     def block_length(self) -> int:
+        """0: full attention."""
         return self.scheme.block_length
 
     def trunk(self, prompt_length: int) -> int:
         """Tokens of a prompt's full blocks."""
-        return prompt_length - prompt_length % self.block_length
+        return prompt_length - prompt_length % self.block_length if self.block_length else 0
 
 
 def pack_groups(
@@ -88,7 +89,7 @@ def pack_groups(
     for _, of_group in groupby(wholes, key=lambda part: id(part.group)):
         documents += _documents(list(of_group), layout, has_holds=objective.likelihood == "trajectory")
     bins = split_by_budget([document.packed_length(layout.block_length) for document, _ in documents], layout.budget)
-    return [_policy_batch([documents[i] for i in chosen], layout.block_length, objective) for chosen in bins]
+    return [_policy_batch([documents[i] for i in chosen], layout.scheme, objective) for chosen in bins]
 
 
 def _completions(
@@ -98,11 +99,11 @@ def _completions(
     # Those that waited were scored under the masks of the first pass.
     is_redrawn = objective.refresh_masks and iteration > 0 and not group.behavior_logprobs
     for index, completion in enumerate(group.completions):
-        trajectory = trajectory_of(completion, layout.block_length)
+        trajectory = trajectory_of(completion, layout.scheme)
         seed = stable_seed(group.seed, index, *([iteration] if is_redrawn else []))
         views = objective.views_of(trajectory, layout.scheme.mask_token_id, seed)
         position_V1 = views.block_V[:, None] * layout.block_length
-        covered = (position_V1 + torch.arange(layout.block_length))[views.revealed_VB].unique()
+        covered = (position_V1 + torch.arange(views.token_ids_VB.shape[1]))[views.revealed_VB].unique()
         yield _Part(group, index, first + index, views, len(covered))
 
 
@@ -141,24 +142,28 @@ def _documents(
 
 
 def _parts(whole: _Part, block_length: int, room: int, *, has_holds: bool) -> list[_Part]:
-    """A completion in one part, or where it does not fit in several, cut between blocks."""
+    """A completion in one part, or where it does not fit in several, cut between blocks; between views of one alone."""
     views, prompt_length = whole.views, whole.prompt_length
     if views.packed_length(prompt_length, block_length) <= room:
         return [whole]
-    first_block = prompt_length // block_length
+    first_block = prompt_length // block_length if block_length else 0
     ends = [*(views.block_V.diff().nonzero().squeeze(1) + 1).tolist(), len(views)]
+    if block_length == 0:
+        ends = list(range(1, len(views) + 1))
+    view_length = views.token_ids_VB.shape[1]
     cut, start, previous = [], 0, 0
     for end in ends:
         num_clean = (int(views.block_V[end - 1]) + 1 - first_block) * block_length
-        if start < previous and num_clean + block_length * (end - start) > room:
+        if start < previous and num_clean + view_length * (end - start) > room:
             cut.append(slice(start, previous))
             start = previous
         previous = end
     parts, first_row = [], 0
     for rows in [*cut, slice(start, previous)]:
         chosen = views.rows(rows)
-        num_read = (int(chosen.block_V[-1]) + 1) * block_length - prompt_length  # to the end of its last block
-        chosen = replace(chosen, completion_ids=chosen.completion_ids[:num_read])
+        if block_length:
+            num_read = (int(chosen.block_V[-1]) + 1) * block_length - prompt_length  # to the end of its last block
+            chosen = replace(chosen, completion_ids=chosen.completion_ids[:num_read])
         placed = replace(whole, num_parts=len(cut) + 1, first_row=first_row, first_step=rows.start)
         parts.append(replace(placed, views=chosen))
         scored_VB = chosen.revealed_VB | chosen.held_VB if has_holds else chosen.revealed_VB
@@ -167,9 +172,9 @@ def _parts(whole: _Part, block_length: int, room: int, *, has_holds: bool) -> li
 
 
 def _policy_batch(
-    documents: Sequence[tuple[ViewedDocument, list[_Part]]], block_length: int, objective: ObjectiveConfig
+    documents: Sequence[tuple[ViewedDocument, list[_Part]]], scheme: DiffusionScheme, objective: ObjectiveConfig
 ) -> PolicyBatch:
-    packed = pack([document for document, _ in documents], block_length)
+    packed = pack([document for document, _ in documents], scheme.block_length, scheme.shift)
     if objective.likelihood == "reveal":
         packed = packed.reveals_only()
     parts = [part for _, of_document in documents for part in of_document]

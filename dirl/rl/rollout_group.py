@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import render_prompt
 from dirl.data.problems import Problem
 from dirl.rollout.engine import Completion
-from dirl.training.balance import packed_cost
+from dirl.training.balance import packed_cost, whole_cost
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ class RolloutGroup:
         return replace(self, completions=self.completions[:count], rewards=self.rewards[:count], reward_parts=parts)
 
     def replay_cost(self, block_length: int, hidden_size: int) -> float:
-        """Estimated work of training on the group; a view is one block, at each denoising step."""
+        """Estimated work of training on the group; a view is one block (0: the document), at each denoising step."""
+        if block_length == 0:
+            return sum(
+                whole_cost(len(c.prompt_ids) + len(c.token_ids) + c.num_unwritten, c.num_denoising_steps, hidden_size)
+                for c in self.completions
+            )
         lengths = [(len(c.token_ids), c.num_denoising_steps * block_length) for c in self.completions]
         return packed_cost(len(self.prompt.token_ids), lengths, hidden_size)
 

@@ -183,7 +183,7 @@ class RLTrainer(Trainer):
         if run.is_due(self.config.completions_steps):
             path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
             path.unlink(missing_ok=True)  # of a run that was continued from before
-            append_json_lines(path, completion_rows(groups, self.tokenizer, self.model.config.block_size))
+            append_json_lines(path, completion_rows(groups, self.tokenizer, self.model.scheme.block_length))
 
     def last_documents(self) -> list[Any]:
         groups = self.last.groups if self.last else []
@@ -220,7 +220,8 @@ class RLTrainer(Trainer):
         """A completion that is decoded token by token may not fit a micro-batch, which would end the run."""
         config = self.config
         longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
-        tokens = longest_prompt + config.rollout.max_completion_length * (1 + self.model.config.block_size)
+        block_length = self.model.scheme.block_length
+        tokens = longest_prompt + config.rollout.max_completion_length * (1 + block_length)
         longest = longest_prompt + config.rollout.max_completion_length
         if 0 < config.rollout.max_cached_tokens < longest:
             raise UserError(
@@ -260,7 +261,7 @@ class RLTrainer(Trainer):
 
     def _size(self) -> tuple[int, int]:
         """Block length and hidden size: what the cost of replaying a group depends on."""
-        return self.model.config.block_size, self.model.config.hidden_size
+        return self.model.scheme.block_length, self.model.config.hidden_size
 
     def _load(self, path: str, split: str, limit: int) -> list[Problem]:
         data = self.config.data

@@ -82,7 +82,13 @@ class Sampler:
         confidence_NB, entropy_NB = placed(drawn.confidences_T), placed(drawn.entropies_T)
         order_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * step_NB + 1)
         revealed_NB = reveal_positions(
-            sampling.unmasking, blocks.masked_NB, confidence_NB, entropy_NB, order_NB, threshold_N=blocks.threshold_N
+            sampling.unmasking,
+            blocks.masked_NB,
+            confidence_NB,
+            entropy_NB,
+            order_NB,
+            step_N=blocks.step_N,
+            threshold_N=blocks.threshold_N,
         )
         return DenoisingStep(revealed_NB, placed(drawn.token_ids_T), placed(drawn.logprobs_T))
 

@@ -15,6 +15,8 @@ from dirl.rollout.lmdeploy.version import check_version
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.watch import Observer
 
+LMDEPLOY_MODELS = ("sdar", "sdar_moe")  # block-diffusion models that its engine knows, by model_type
+
 
 def build_engine(
     model: BlockDiffusionModel,
@@ -36,7 +38,7 @@ def build_engine(
         from dirl.rollout.server.engine import connect
 
         return connect(model, tokenizer, config, bf16=bf16)
-    if chosen_engine(config) == "torch":
+    if chosen_engine(config, model) == "torch":
         compiled = config.compile == "always" or (config.compile == "auto" and torch.cuda.is_available())
         return TorchEngine(
             model,
@@ -58,11 +60,21 @@ def build_engine(
     )
 
 
-def chosen_engine(config: EngineConfig) -> Literal["torch", "lmdeploy"]:
-    """The engine that `auto` stands for on this machine, or the one that was named, if it can run."""
+def chosen_engine(config: EngineConfig, model: BlockDiffusionModel | None = None) -> Literal["torch", "lmdeploy"]:
+    """The engine that `auto` stands for on this machine, or the one that was named, if it can run.
+
+    Args:
+        model: that it shall decode with, which LMDeploy may not know; None: one that it knows.
+    """
     installed, has_cuda = _lmdeploy_version(), torch.cuda.is_available()
-    if config.engine == "torch" or (config.engine == "auto" and not (installed and has_cuda)):
+    is_known = model is None or model.config.model_type in LMDEPLOY_MODELS
+    if config.engine == "torch" or (config.engine == "auto" and not (installed and has_cuda and is_known)):
         return "torch"
+    if model is not None and not is_known:
+        raise UserError(
+            f"rollout.engine=lmdeploy: it decodes {' and '.join(LMDEPLOY_MODELS)}, and model.path is a model of type "
+            f"{model.config.model_type}; use torch"
+        )
     if installed is None:
         raise UserError("rollout.engine=lmdeploy: it is not installed; pip install 'dirl[lmdeploy]', or use torch")
     check_version(installed)

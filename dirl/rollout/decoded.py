@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from dirl.rollout.engine import Completion, SamplingConfig
 def touched_tokens(
     prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig, block_length: int
 ) -> list[int]:
-    """Completion tokens in the blocks that fit max_completion_length, for each prompt.
+    """Completion tokens in the blocks that fit max_completion_length, for each prompt; all, where there are no blocks.
 
     Raises:
         ValueError: not one seed per prompt, or no block fits after a prompt.
@@ -22,6 +23,8 @@ def touched_tokens(
     if len(seeds) != len(prompts):
         raise ValueError(f"generate needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
     limit = sampling.max_completion_length
+    if block_length == 0:
+        return [limit] * len(prompts)
     touched = [(len(p) + limit) // block_length * block_length - len(p) for p in prompts]
     for prompt, num_tokens in zip(prompts, touched, strict=True):
         if num_tokens <= 0:
@@ -59,7 +62,10 @@ def make_completion(
     """A completion from its tokens and steps; lengths, reasons and text follow from them."""
     stop_ids = stop_token_ids(tokenizer)
     stops = [i for i, token in enumerate(token_ids) if token in stop_ids]
-    steps = [0] * (len(prompt_ids) % block_length) + step_map
+    num_steps = max(step_map)
+    if block_length:
+        steps = [0] * (len(prompt_ids) % block_length) + step_map
+        num_steps = sum(max(steps[i : i + block_length]) for i in range(0, len(steps), block_length))
     return Completion(
         prompt_ids=list(prompt_ids),
         token_ids=token_ids,
@@ -67,7 +73,13 @@ def make_completion(
         logprobs=logprobs,
         completion_length=stops[0] + 1 if stops else len(token_ids),
         finish_reason="stop" if stops else "length",
-        num_denoising_steps=sum(max(steps[i : i + block_length]) for i in range(0, len(steps), block_length)),
+        num_denoising_steps=num_steps,
         text=decode(tokenizer, token_ids[: stops[0]] if stops else token_ids),
         confidence_threshold=confidence_threshold,
     )
+
+
+def on_canvas(completion: Completion, sampling: SamplingConfig) -> Completion:
+    """A completion under full attention, with what its replay must know of the canvas it was decoded on."""
+    num_unwritten = sampling.max_completion_length - len(completion.token_ids)
+    return replace(completion, generation_window=sampling.generation_window, num_unwritten=num_unwritten)

@@ -1,8 +1,8 @@
 """Prompts (token ids) -> completions (token ids, and which denoising step revealed each): every engine's contract.
 
-An engine decodes block by block. Blocks are aligned to absolute position 0, so the tail of a prompt that does not fill
-a block shares its block with the first completion tokens. Token ids are the truth; text is made once, for people and
-reward functions, and never goes back in.
+An engine decodes block by block; under full attention one canvas of prompt and masks, window by window. Blocks are
+aligned to absolute position 0, so the tail of a prompt that does not fill a block shares its block with the first
+completion tokens. Token ids are the truth; text is made once, for people and reward functions, and never goes back in.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class SamplingConfig(Config):
     # low_confidence_static, sequential, random: steps per block; 0: one per position
     denoising_steps: int = bounded(0, least=0)
     entropy_bound: float = bounded(0.1, least=0)  # entropy_bounded: nats of joint-dependence error allowed per step
+    # full attention: tokens of a window, all revealed before any right of it (LLaDA's block_length); 0: one window
+    generation_window: int = bounded(32, least=0)
 
     @property
     def distribution(self) -> TokenDistribution:
@@ -85,6 +87,8 @@ class Completion:
     num_denoising_steps: int  # forward passes that revealed something, over all blocks
     text: str  # of the tokens before the first EOS
     confidence_threshold: float | None = None  # that it was decoded with, where it had one of its own
+    generation_window: int = 0  # full attention: that it was decoded with; step_map then counts over all windows
+    num_unwritten: int = 0  # full attention: masks that stood after the R tokens to the end
 
     @property
     def tokens_per_step(self) -> float:

@@ -54,10 +54,16 @@ class Completions(list[ShownCompletion]):
 
 
 def with_texts(completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, block_length: int) -> Completions:
-    """The completions with the text of each token and the length of blocks: all it takes to show them."""
+    """The completions with texts of tokens and the length of blocks (0: full attention): all it takes to show them."""
     texts = token_texts(tokenizer, [completion.token_ids for completion in completions])
     return Completions(
-        ShownCompletion(**{**vars(completion), "token_texts": text, "block_length": block_length})
+        ShownCompletion(
+            **{
+                **vars(completion),
+                "token_texts": text,
+                "block_length": block_length or len(completion.prompt_ids) + len(completion.token_ids),
+            }
+        )
         for completion, text in zip(completions, texts, strict=True)
     )
 
@@ -82,4 +88,4 @@ def generate(
     ids = [render_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in asked]
     engine = build_engine(model, tokenizer, EngineConfig(engine="torch", compile="never"))
     completions = engine.generate(ids, SamplingConfig(**sampling), [seed + i for i in range(len(ids))])
-    return with_texts(completions, tokenizer, model.config.block_size)
+    return with_texts(completions, tokenizer, model.scheme.block_length)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dirl.diffusion.likelihood import ScoringRule
-from dirl.diffusion.packing import ViewedDocument, pack
+from dirl.diffusion.packing import DiffusionScheme, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import replay_views
 from dirl.model.families.block_diffusion import BlockDiffusionModel
@@ -23,7 +23,7 @@ from dirl.training.balance import split_by_budget
 _TOKENS_PER_PACK = 8192
 
 
-def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
+def trajectory_of(completion: Completion, scheme: DiffusionScheme) -> Trajectory:
     """The prompt, tokens and steps of a completion as tensors."""
     prompt_ids, completion_ids, step_map = (
         torch.tensor(ids, dtype=torch.int64)
@@ -31,7 +31,13 @@ def trajectory_of(completion: Completion, block_length: int) -> Trajectory:
     )
     recorded = None if completion.logprobs is None else torch.tensor(completion.logprobs, dtype=torch.float32)
     threshold = math.nan if completion.confidence_threshold is None else completion.confidence_threshold
-    return Trajectory(prompt_ids, completion_ids, step_map, block_length, recorded, threshold)
+    window, unwritten_ids = 0, None
+    if scheme.block_length == 0:
+        window = completion.generation_window
+        unwritten_ids = torch.full((completion.num_unwritten,), scheme.mask_token_id)
+    return Trajectory(
+        prompt_ids, completion_ids, step_map, scheme.block_length, recorded, threshold, window, unwritten_ids
+    )
 
 
 def logprobs(
@@ -45,18 +51,18 @@ def logprobs(
         sampling: how the completions were sampled; temperature, top_k and top_p change what a token's probability was.
     """
     sampling = sampling or SamplingConfig()
-    block_length, device = model.config.block_size, next(model.parameters()).device
-    trajectories = [trajectory_of(completion, block_length) for completion in completions]
+    scheme, device = model.scheme, next(model.parameters()).device
+    trajectories = [trajectory_of(completion, scheme) for completion in completions]
     documents = [
-        ViewedDocument(trajectory.prompt_ids, [replay_views(trajectory, model.config.mask_token_id)])
+        ViewedDocument(trajectory.prompt_ids, [replay_views(trajectory, scheme.mask_token_id)])
         for trajectory in trajectories
     ]
-    lengths = [document.packed_length(block_length) for document in documents]
+    lengths = [document.packed_length(scheme.block_length) for document in documents]
     rule = ScoringRule(sampling.distribution, sampling.unmasking, suppressed_by(model))
     scorer = PackedScorer(model)
     found: dict[int, Tensor] = {}
     for members in split_by_budget(lengths, max([_TOKENS_PER_PACK, *lengths])):
-        packed = pack([documents[i] for i in members], block_length).reveals_only().to(device)
+        packed = pack([documents[i] for i in members], scheme.block_length, scheme.shift).reveals_only().to(device)
         logprob_T = scorer(packed, rule).logprob_T
         for branch, index in enumerate(members):
             mine_T = packed.actions.branch_T == branch

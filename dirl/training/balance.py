@@ -29,6 +29,11 @@ def packed_cost(prompt_length: int, completions: Iterable[tuple[int, int]], hidd
     return cost
 
 
+def whole_cost(length: int, num_views: int, hidden_size: int) -> float:
+    """The same of views that are whole documents and read themselves in full."""
+    return num_views * length * (1 + length / (6 * hidden_size))
+
+
 def balanced_owners(costs: Sequence[float], owners: Sequence[int], num_ranks: int) -> list[int]:
     """Who trains on each item, from who has it: items move from the busiest rank to the idlest while that helps."""
     owners = list(owners)

@@ -8,6 +8,7 @@ import torch
 from dirl.diffusion.unmasking import UnmaskingRule, reveal_positions
 from tests.oracle import reference_reveal
 
+FIRST = torch.zeros(1, dtype=torch.int64)  # no step taken yet
 RULES = [
     UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.0),
     UnmaskingRule("low_confidence_dynamic", confidence_threshold=0.6),
@@ -30,8 +31,9 @@ def test_strategy_against_loops(rule: UnmaskingRule, block_length: int) -> None:
     masked_NB[0], masked_NB[1] = True, False
     # Coarse numbers, so that ties occur; unmasked positions carry numbers that must not matter.
     confidence_NB, entropy_NB, uniform_NB = (torch.randint(0, 6, (64, block_length)) / 5 for _ in range(3))
-    found_NB = reveal_positions(rule, masked_NB, confidence_NB, entropy_NB, uniform_NB)
-    rows = zip(*(x.tolist() for x in (masked_NB, confidence_NB, entropy_NB, uniform_NB)), strict=True)
+    step_N = torch.randint(0, min(rule.denoising_steps or block_length, block_length), (64,))
+    found_NB = reveal_positions(rule, masked_NB, confidence_NB, entropy_NB, uniform_NB, step_N=step_N)
+    rows = zip(*(x.tolist() for x in (masked_NB, confidence_NB, entropy_NB, uniform_NB, step_N)), strict=True)
     assert found_NB.tolist() == [reference_reveal(rule, *row) for row in rows]
     assert not (found_NB & ~masked_NB).any()
     assert torch.equal(found_NB.any(dim=1), masked_NB.any(dim=1))
@@ -42,15 +44,30 @@ def test_threshold_is_inclusive_and_ties_go_left() -> None:
     confidence = torch.tensor([[0.5, 0.25, 0.5, 0.25]])
     at_threshold = UnmaskingRule(confidence_threshold=0.5)
     above = UnmaskingRule(confidence_threshold=0.75)
-    assert reveal_positions(at_threshold, masked, confidence, nothing, nothing).tolist() == [[True, False, True, False]]
-    assert reveal_positions(above, masked, confidence, nothing, nothing).tolist() == [[True, False, False, False]]
+    found = [
+        reveal_positions(rule, masked, confidence, nothing, nothing, step_N=FIRST) for rule in (at_threshold, above)
+    ]
+    assert [x.tolist() for x in found] == [[[True, False, True, False]], [[True, False, False, False]]]
 
 
 @pytest.mark.parametrize(
-    ("block_length", "steps", "count"), [(4, 0, 1), (4, 4, 1), (4, 2, 2), (4, 1, 4), (4, 9, 1), (8, 3, 3), (2, 2, 1)]
+    ("block_length", "steps", "counts"),
+    [
+        (4, 0, [1, 1, 1, 1]),
+        (4, 4, [1, 1, 1, 1]),
+        (4, 3, [2, 1, 1]),
+        (4, 2, [2, 2]),
+        (4, 1, [4]),
+        (4, 9, [1, 1, 1, 1]),
+        (8, 3, [3, 3, 2]),
+        (32, 5, [7, 7, 6, 6, 6]),
+    ],
 )
-def test_reveals_per_step(block_length: int, steps: int, count: int) -> None:
-    assert UnmaskingRule("sequential", denoising_steps=steps).reveals_per_step(block_length) == count
+def test_a_block_is_spread_over_its_steps(block_length: int, steps: int, counts: list[int]) -> None:
+    """Base and remainder, as SDAR's, LLaDA's and dllm's decoders split a block."""
+    rule = UnmaskingRule("sequential", denoising_steps=steps)
+    assert rule.reveals(torch.arange(len(counts)), block_length).tolist() == counts
+    assert sum(counts) == block_length
 
 
 def test_an_unknown_strategy_is_named() -> None:
@@ -65,8 +82,11 @@ def test_sequences_with_thresholds_of_their_own() -> None:
     masked_NB = torch.rand(200, 4, generator=generator) < 0.8
     threshold_N = torch.randint(1, 11, (200,), generator=generator) / 10
     nothing_NB, rule = torch.zeros(200, 4), UnmaskingRule(confidence_threshold=0.9)
-    found_NB = reveal_positions(rule, masked_NB, confidence_NB, nothing_NB, nothing_NB, threshold_N=threshold_N)
+    found_NB = reveal_positions(
+        rule, masked_NB, confidence_NB, nothing_NB, nothing_NB, step_N=FIRST.expand(200), threshold_N=threshold_N
+    )
     for row, threshold in enumerate(threshold_N.tolist()):
         alone = UnmaskingRule(confidence_threshold=round(threshold, 1))
         masked, confidence, nothing = (x[row : row + 1] for x in (masked_NB, confidence_NB, nothing_NB))
-        assert torch.equal(found_NB[row : row + 1], reveal_positions(alone, masked, confidence, nothing, nothing))
+        expected = reveal_positions(alone, masked, confidence, nothing, nothing, step_N=FIRST)
+        assert torch.equal(found_NB[row : row + 1], expected)

@@ -19,13 +19,13 @@ from tests.oracle import make_extreme, sharp_tiny_model
 
 
 def group_of_completions(
-    sampling: SamplingConfig, block_length: int, *, group_size: int = 2
+    sampling: SamplingConfig, block_length: int, *, group_size: int = 2, shift: int = 0
 ) -> tuple[BlockDiffusionModel, list[list[Completion]]]:
     """Completions of prompts of every length modulo the block, some ended by EOS inside a block."""
-    model, tokenizer = sharp_tiny_model(block_length=block_length)
+    model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
     assert isinstance(tokenizer.eos_token_id, int)
     make_extreme(model, [tokenizer.eos_token_id], 4.0)
-    lengths = range(1, 2 * block_length + 2) if block_length <= 4 else (1, 3, 7, 8, 10, 13, 16)
+    lengths = range(1, 2 * (block_length or 4) + 2) if block_length <= 4 else (1, 3, 7, 8, 10, 13, 16)
     prompts = [torch.randint(0, 256, (length,)).tolist() for length in lengths]
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     completions = TorchEngine(model, tokenizer).generate(repeated, sampling, list(range(len(repeated))))
@@ -34,16 +34,16 @@ def group_of_completions(
 
 def packed(groups: Sequence[Sequence[Completion]], model: BlockDiffusionModel, *, shared: bool) -> PackedViews:
     """All completions in one pack, a group's prompt once or once per completion."""
-    block_length, mask_token_id = model.config.block_size, model.config.mask_token_id
+    scheme = model.scheme
     documents = [
         ViewedDocument(
             torch.tensor(part[0].prompt_ids),
-            [replay_views(trajectory_of(completion, block_length), mask_token_id) for completion in part],
+            [replay_views(trajectory_of(completion, scheme), scheme.mask_token_id) for completion in part],
         )
         for group in groups
         for part in ([group] if shared else [[completion] for completion in group])
     ]
-    return pack(documents, block_length)
+    return pack(documents, scheme.block_length, scheme.shift)
 
 
 def replayed(pack_: PackedViews, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
-from dirl.diffusion.packing import ViewedDocument, pack
+from dirl.diffusion.packing import DiffusionScheme, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import noisy_views
@@ -59,6 +59,16 @@ def test_sum_of_logprobs(block_length: int, shared: bool) -> None:
     assert_same_gradient(found, torch.stack([gradient(loss, model) for loss in one_by_one]).sum(0))
 
 
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 1), (0, 0), (0, 1)])
+def test_sum_of_logprobs_shifted_and_under_full_attention(block_length: int, shift: int) -> None:
+    sampling = replace(SAMPLING["dynamic"], generation_window=5)
+    model, groups = group_of_completions(sampling, block_length, shift=shift)
+    pack_ = packed(groups, model, shared=True).reveals_only()
+    found = gradient(replayed(pack_, model, sampling).sum(), model)
+    one_by_one = [brute_force_logprobs(model, c, sampling).sum() for group in groups for c in group]
+    assert_same_gradient(found, torch.stack([gradient(loss, model) for loss in one_by_one]).sum(0))
+
+
 @pytest.mark.parametrize("strategy", SAMPLING)
 def test_policy_loss_with_holds_clipping_and_reference(strategy: str) -> None:
     sampling, objective = SAMPLING[strategy], ObjectiveConfig(epsilon=0.1, epsilon_high=0.2, beta=0.05)
@@ -94,13 +104,13 @@ def test_policy_loss_with_holds_clipping_and_reference(strategy: str) -> None:
     assert_same_gradient(gradient(result.value, model), expected)
 
 
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 0), (4, 1), (1, 1), (0, 0), (0, 1)])
 @pytest.mark.parametrize("noise", [NoiseConfig(min_noise=0.1), NoiseConfig(complementary=True)], ids=["plain", "pairs"])
-def test_nelbo_of_given_masks(noise: NoiseConfig) -> None:
-    model, _ = sharp_tiny_model()
-    viewed = [
-        noisy_document(*lengths, noise, model.config.mask_token_id) for lengths in ((5, 7), (1, 11), (8, 4), (2, 2))
-    ]
-    pack_ = pack(viewed, 4)
+def test_nelbo_of_given_masks(noise: NoiseConfig, block_length: int, shift: int) -> None:
+    model, _ = sharp_tiny_model(block_length=block_length, shift=shift)
+    lengths = ((5, 7), (1, 11), (8, 4), (2, 2), (0, 8))
+    viewed = [noisy_document(*pair, noise, model.scheme) for pair in lengths]
+    pack_ = pack(viewed, block_length, shift)
     rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model))
     loss = nelbo_loss(PackedScorer(model, "sdpa")(pack_, rule).logprob_T, pack_.actions.weight_T, denominator=24.0)
     by_hand = sum_over_views(model, viewed) / 24.0
@@ -108,15 +118,17 @@ def test_nelbo_of_given_masks(noise: NoiseConfig) -> None:
     assert_same_gradient(gradient(loss, model), gradient(by_hand, model))
 
 
-def noisy_document(prompt_length: int, completion_length: int, noise: NoiseConfig, mask: int) -> ViewedDocument:
+def noisy_document(
+    prompt_length: int, completion_length: int, noise: NoiseConfig, scheme: DiffusionScheme
+) -> ViewedDocument:
     """A random document with noisy views; the last token of its completion is context only."""
     generator = torch.Generator().manual_seed(prompt_length)
     prompt_ids, completion_ids = torch.randint(0, 256, (prompt_length,)), torch.randint(0, 256, (completion_length,))
-    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), 4)
+    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), scheme.block_length)
     scored_KB = torch.ones_like(trajectory.token_ids_KB, dtype=torch.bool)
     scored_KB[-1, -1] = False
     levels_K = draw_noise_levels(len(scored_KB), noise, generator)
-    views = noisy_views(trajectory, scored_KB, levels_K, mask, noise=noise, generator=generator)
+    views = noisy_views(trajectory, scored_KB, levels_K, scheme.mask_token_id, noise=noise, generator=generator)
     return ViewedDocument(prompt_ids, [views])
 
 
@@ -132,7 +144,7 @@ def sum_over_views(model: BlockDiffusionModel, documents: Sequence[ViewedDocumen
             for lane, token in enumerate(noisy):
                 if token == model.config.mask_token_id:
                     probs_V = logits_BV[lane, : model.config.mask_token_id].softmax(-1)  # the mask is the last id
-                    total = total - views.weight_VB[view, lane] * probs_V[clean[block * 4 + lane]].log()
+                    total = total - views.weight_VB[view, lane] * probs_V[clean[block * len(noisy) + lane]].log()
     return total
 
 

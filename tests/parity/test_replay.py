@@ -51,8 +51,9 @@ def in_token_order(logprob_T: Tensor, pack_: PackedViews) -> list[Tensor]:
 
 
 @torch.no_grad()
-def assert_three_roads_meet(sampling: SamplingConfig, block_length: int) -> list[Completion]:
-    model, groups = group_of_completions(sampling, block_length, group_size=6 if block_length == 2 else 2)
+def assert_three_roads_meet(sampling: SamplingConfig, block_length: int, shift: int = 0) -> list[Completion]:
+    group_size = 6 if block_length == 2 else 2
+    model, groups = group_of_completions(sampling, block_length, group_size=group_size, shift=shift)
     completions = [completion for group in groups for completion in group]
     brute = [brute_force_logprobs(model, completion, sampling) for completion in completions]
     roads: dict[str, list[Tensor]] = {
@@ -81,6 +82,17 @@ def test_replay_equals_brute_force_equals_engine(strategy: str, block_length: in
     assert {len(completion.prompt_ids) % block_length for completion in completions} >= {0, 1, block_length - 1}
 
 
+@pytest.mark.parametrize(("block_length", "shift"), [(1, 1), (4, 1), (0, 0), (0, 1)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_replay_of_shifted_predictions_and_of_full_attention(strategy: str, block_length: int, shift: int) -> None:
+    """Block length 0 is full attention; one token a block and a shift are autoregressive decoding."""
+    sampling = replace(STRATEGIES[strategy], generation_window=6)
+    completions = assert_three_roads_meet(sampling, block_length, shift)
+    if block_length == 0:
+        assert any(completion.num_unwritten for completion in completions)  # read all the same
+        assert all(len(c.token_ids) + c.num_unwritten == sampling.max_completion_length for c in completions)
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("strategy", ["dynamic", "static"])
 def test_replay_under_the_distribution_that_was_sampled(strategy: str, distribution: str) -> None:
@@ -88,11 +100,12 @@ def test_replay_under_the_distribution_that_was_sampled(strategy: str, distribut
     assert_three_roads_meet(sampling, block_length=4)
 
 
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 0), (4, 1), (0, 0), (0, 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @torch.no_grad()
-def test_holds_of_a_pack_equal_brute_force(strategy: str) -> None:
-    sampling = STRATEGIES[strategy]
-    model, groups = group_of_completions(sampling, 4)
+def test_holds_of_a_pack_equal_brute_force(strategy: str, block_length: int, shift: int) -> None:
+    sampling = replace(STRATEGIES[strategy], generation_window=6)
+    model, groups = group_of_completions(sampling, block_length, shift=shift)
     pack_ = packed(groups, model, shared=True)
     found_T = replayed(pack_, model, sampling)
     completions = [completion for group in groups for completion in group]

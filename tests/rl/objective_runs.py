@@ -247,7 +247,8 @@ def rows_of(config: RLConfig, group: RolloutGroup, index: int, iteration: int) -
     mask = tiny_tokenizer().mask_token_id
     redrawn = [iteration] if objective.refresh_masks and iteration else []
     seed = stable_seed(group.seed, index, *redrawn)
-    drawn = objective.views_of(trajectory_of(completion, 4), mask, seed)
+    trajectory = trajectory_of(completion, DiffusionScheme(block_length=4, mask_token_id=mask))
+    drawn = objective.views_of(trajectory, mask, seed)
     return (replay_rows if objective.views == "replay" else mask_rows)(completion, objective, drawn, mask)
 
 

@@ -41,6 +41,17 @@ def test_a_named_engine_is_taken_or_refused(machine: pytest.MonkeyPatch) -> None
         chosen_engine(wanted)
 
 
+def test_a_model_that_lmdeploy_does_not_know(machine: pytest.MonkeyPatch) -> None:
+    model, _ = sharp_tiny_model()
+    assert chosen_engine(EngineConfig(), model) == "lmdeploy"
+    machine.setattr(type(model.config), "model_type", "llada")
+    assert chosen_engine(EngineConfig(), model) == "torch"
+    with pytest.raises(
+        ValueError, match=r"rollout\.engine=lmdeploy: it decodes sdar and sdar_moe, and .* llada; use torch"
+    ):
+        chosen_engine(EngineConfig(engine="lmdeploy"), model)
+
+
 @pytest.mark.parametrize("engine", ["auto", "lmdeploy"])
 def test_another_release_is_named_not_passed_over(machine: pytest.MonkeyPatch, engine: str) -> None:
     machine.setattr(build, "_lmdeploy_version", lambda: "0.19.1")

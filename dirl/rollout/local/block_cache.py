@@ -50,7 +50,10 @@ class LayerCache(NamedTuple):
 
 
 class Rotary:
-    """Rotary embedding of some positions: cosines, and sines whose first half is negated, (T, 1, E) each."""
+    """Rotary embedding of some positions: cosines, and sines whose first half is negated, (T, 1, E) each.
+
+    Some models turn only the first numbers of a head: E is as many.
+    """
 
     def __init__(self, cosine_T1E: Tensor, signed_sine_T1E: Tensor) -> None:
         self.cosine_T1E, self.signed_sine_T1E = cosine_T1E, signed_sine_T1E
@@ -68,6 +71,9 @@ class Rotary:
 
     def turn(self, heads_THE: Tensor) -> Tensor:
         """Queries or keys of those positions, turned."""
+        if (num_turned := self.cosine_T1E.shape[-1]) < heads_THE.shape[-1]:
+            turned, rest = heads_THE[..., :num_turned], heads_THE[..., num_turned:]
+            return torch.cat([self.turn(turned), rest], dim=-1)
         swapped_THE = heads_THE.roll(heads_THE.shape[-1] // 2, dims=-1)
         return (heads_THE * self.cosine_T1E).add_(swapped_THE.mul_(self.signed_sine_T1E))
 
@@ -83,7 +89,8 @@ class BlockCache:
         self, model: BlockDiffusionModel, num_slots: int, length: int, dtype: torch.dtype | None = None
     ) -> None:
         config, like = model.config, next(model.parameters())
-        shape = (num_slots, length, config.num_key_value_heads, config.head_dim)
+        head_dim = model.model.layers[0].self_attn.head_dim  # not every configuration says
+        shape = (num_slots, length, config.num_key_value_heads, head_dim)
 
         def zeros() -> Tensor:
             return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
@@ -119,6 +126,8 @@ class QueryRows(Protocol):
     position_T: Tensor
     token_C: Tensor  # which of these tokens ...
     slot_C: Tensor  # ... is written to which slot; each at least once
+    last_token_C: Tensor  # the last token ...
+    last_slot_C: Tensor  # ... of each slot's row
 
     def attend(self, query_THE: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Output of these tokens, (T, H, E), from a layer's whole cache, (S, L, G, E) each."""
@@ -146,6 +155,7 @@ class BlockRows:
         self.position_T = (block_A[:, None] * block_length + lane_B).flatten()
         self.slot_C = slot_A.repeat_interleave(block_length)
         self.token_C = torch.arange(len(self.slot_C), device=slot_A.device)
+        self.last_token_C, self.last_slot_C = self.token_C[block_length - 1 :: block_length], slot_A
         self.slot_R: Tensor | None = None if reads_in_place else slot_A
         self.row_A: Tensor | None = None  # row of each slot; None: in order
         end_R = self.end_A
@@ -196,6 +206,8 @@ class PromptRows:
         tokens = torch.arange(len(self.position_T), device=device).split(list(lengths))
         self.token_C = torch.cat([tokens[row] for row, _ in copies])
         self.slot_C = torch.cat([torch.full_like(tokens[row], slot) for row, slot in copies])
+        self.last_token_C = torch.stack([tokens[row][-1] for row, _ in copies])
+        self.last_slot_C = torch.tensor([slot for _, slot in copies], device=device)
         end_RW = torch.ones(len(lengths), max(lengths), dtype=torch.int64, device=device)
         end_RW[self.place] = (self.position_T // block_length + 1) * block_length
         self.mask_R1WL = _reads_up_to(end_RW, keys.dtype)

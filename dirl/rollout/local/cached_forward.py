@@ -2,7 +2,8 @@
 
 The layers are the model's own modules; what differs from its plain forward is what is left out. Tokens stand in one
 row whatever their sequences, keys go straight into the cache, and the last layer computes no more than was asked for:
-of a finished block, or of a prompt, its keys and values; of a noisy block, the positions that are still masked.
+of a finished block, or of a prompt, its keys and values; of a noisy block, the positions that are still masked. The
+layers of all families have the same parts, some without norms of queries and keys.
 
 Shapes: T tokens of the pass, N those whose hidden states are wanted, D hidden; H query heads, G key/value
 heads, E head dimension, X = H * E.
@@ -21,7 +22,7 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.flex_attention import raise_recompile_limit
 from dirl.rollout.local.block_cache import BlockCache, LayerCache, QueryRows, Rotary
 
-DecoderLayer: TypeAlias = Any  # Qwen3DecoderLayer or Qwen3MoeDecoderLayer
+DecoderLayer: TypeAlias = Any  # of Llama, Qwen2, Qwen3, Glm4Moe, ... in transformers
 
 
 class CachedForward:
@@ -37,13 +38,20 @@ class CachedForward:
         self._feed_forward: Callable[..., Tensor] = compiled_of(_feed_forward) if compiled else _feed_forward
 
     def __call__(
-        self, cache: BlockCache, token_ids_T: Tensor, sections: Sequence[QueryRows], wanted_N: Tensor | None = None
+        self,
+        cache: BlockCache,
+        token_ids_T: Tensor,
+        sections: Sequence[QueryRows],
+        wanted_N: Tensor | None = None,
+        *,
+        first_section: int = -1,
     ) -> Tensor:
         """Write the tokens' keys and values to the cache; (N, D), the wanted tokens' last hidden states.
 
         Args:
             sections: the tokens, in order, as rows of queries.
-            wanted_N: indices into the last section's tokens. None: only the cache is wanted.
+            wanted_N: indices into the tokens from the first of `first_section` on. None: only the cache is wanted.
+            first_section: the first one of which hidden states are wanted.
         """
         inner = self.model.model
         hidden_TD = inner.embed_tokens(token_ids_T)
@@ -55,12 +63,13 @@ class CachedForward:
             layer_cache.write(entries, key_TGE, value_TGE)
             hidden_TD = self._feed_forward(layer, hidden_TD, _attend(layer, query_THE, layer_cache, sections))
         layer, layer_cache = last
-        start = len(hidden_TD) - (0 if wanted_N is None else len(sections[-1].position_T))
+        read = sections[first_section:]
+        start = len(hidden_TD) - (0 if wanted_N is None else sum(len(rows.position_T) for rows in read))
         query_THE, key_TGE, value_TGE = self._project(layer, hidden_TD, rotary, start)
         layer_cache.write(entries, key_TGE, value_TGE)
         if wanted_N is None:
             return hidden_TD[:0]
-        attended_TX = _attend(layer, query_THE, layer_cache, sections[-1:])
+        attended_TX = _attend(layer, query_THE, layer_cache, read)
         hidden_ND = hidden_TD[start:].index_select(0, wanted_N)
         return inner.norm(self._feed_forward(layer, hidden_ND, attended_TX.index_select(0, wanted_N)))
 
@@ -69,8 +78,10 @@ def _project(layer: DecoderLayer, hidden_TD: Tensor, rotary: Rotary, start: int)
     """Queries of the tokens from `start` on, (T - start, H, E); keys and values of all, (T, G, E)."""
     attention, normed_TD = layer.self_attn, layer.input_layernorm(hidden_TD)
     heads = (-1, attention.head_dim)
-    query_THE = attention.q_norm(attention.q_proj(normed_TD[start:]).unflatten(-1, heads))
-    key_TGE = attention.k_norm(attention.k_proj(normed_TD).unflatten(-1, heads))
+    query_THE = attention.q_proj(normed_TD[start:]).unflatten(-1, heads)
+    key_TGE = attention.k_proj(normed_TD).unflatten(-1, heads)
+    if hasattr(attention, "q_norm"):
+        query_THE, key_TGE = attention.q_norm(query_THE), attention.k_norm(key_TGE)
     value_TGE = attention.v_proj(normed_TD).unflatten(-1, heads)
     return rotary[start:].turn(query_THE), rotary.turn(key_TGE), value_TGE
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,11 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
 from dirl.model.memory import cache_bytes_per_token, free_bytes
 from dirl.rollout.block_step import Sampler
-from dirl.rollout.decoded import check_thresholds, make_completion, touched_tokens
+from dirl.rollout.decoded import check_thresholds, make_completion, on_canvas, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
+from dirl.rollout.local.canvas import PASS_TOKENS, Canvases
 from dirl.rollout.local.slots import Request, Slots
 from dirl.rollout.watch import Observer
 from dirl.training.balance import consecutive
@@ -78,12 +80,12 @@ class TorchEngine:
     ) -> list[Completion]:
         if self._is_stale:
             raise RolloutError("the last push of weights did not finish; call update_weights before generate")
-        block_length = self.model.config.block_size
+        block_length = self.model.scheme.block_length
         touched = touched_tokens(prompts, seeds, sampling, block_length)
         check_thresholds(thresholds, prompts, sampling)
         own = [None] * len(prompts) if thresholds is None else thresholds
         requests = [
-            Request(i, prompt, seed, (len(prompt) + num_tokens) // block_length, threshold)
+            Request(i, prompt, seed, len(prompt) + num_tokens, threshold)
             for i, (prompt, seed, num_tokens, threshold) in enumerate(zip(prompts, seeds, touched, own, strict=True))
         ]
         was_training = self.model.training
@@ -128,26 +130,28 @@ class TorchEngine:
     def _watched(self, requests: Sequence[Request], sampling: SamplingConfig) -> dict[int, Completion]:
         self.observer.started(len(requests))
         finished = {}
-        for index, completion in self._decode(requests, sampling):
+        decode = self._decode if self.model.scheme.block_length else self._decode_canvases
+        for index, completion in decode(requests, sampling):
             finished[index] = completion
             self.observer.finished(completion)
         return finished
 
     def _decode(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
-        block_length, queue = self.model.config.block_size, deque(requests)
-        device = next(self.model.parameters()).device
-        length = max(r.end_block for r in requests) * block_length
+        scheme, queue, like = self.model.scheme, deque(requests), next(self.model.parameters())
+        block_length, device = scheme.block_length, like.device
+        length = max(r.end for r in requests)
         num_slots = min(self.max_batch_size, len(requests), self._sequences_that_fit(length))
-        num_blocks = max(r.end_block - len(r.prompt_ids) // block_length for r in requests)
-        slots = Slots(num_slots, num_blocks, block_length, self.model.config.mask_token_id, device)
+        num_blocks = max(r.end // block_length - len(r.prompt_ids) // block_length for r in requests)
+        carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
+        slots = Slots(num_slots, num_blocks, scheme, carried)
         cache = BlockCache(self.model, num_slots, length, self.autocast)
         sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
-            prompts: Sequence[_Section] = ()
+            prompts: Sequence[_Section] = []
             if admitted := {slot: queue.popleft() for slot in slots.free() if queue}:
                 slots.admit(admitted)
-                prompts = self._read_prompts(admitted, cache)
+                prompts = self._read_prompts(admitted, slots, cache)
             elif slots.free():  # an empty slot is a row of every pass
                 cache.keep_slots(slots.compact())
             slot_A = slots.is_active_S.nonzero().squeeze(1)
@@ -161,6 +165,28 @@ class TorchEngine:
             self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
                 yield self._completion(*slots.release(slot))
+
+    def _decode_canvases(
+        self, requests: Sequence[Request], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, Completion]]:
+        """The same under full attention, in batches: what has ended leaves room that the next batch takes."""
+        scheme, device = self.model.scheme, next(self.model.parameters()).device
+        length = max(request.end for request in requests)
+        num_rows = min(self.max_batch_size, max(1, (self.max_cached_tokens or PASS_TOKENS) // length))
+        sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
+        stop_ids = torch.tensor(self.stop_ids, device=device)
+        window = min(sampling.generation_window or length, sampling.max_completion_length)
+        for first in range(0, len(requests), num_rows):
+            canvases = Canvases(requests[first : first + num_rows], scheme, window, device)
+            while len(canvases):
+                blocks = canvases.blocks()
+                masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
+                step = sampler.denoise(canvases.forward(self.model, blocks, masked_M), blocks, masked_M)
+                canvases.apply(step)
+                self.observer.stepped(partial(canvases.frames, step))
+                for written in canvases.finished(stop_ids):
+                    index, completion = self._completion(*written)
+                    yield index, on_canvas(completion, sampling)
 
     def _precision(self) -> torch.autocast:
         device_type = next(self.model.parameters()).device.type
@@ -182,12 +208,12 @@ class TorchEngine:
         num_tokens = self.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
         return max(1, num_tokens // length)
 
-    def _read_prompts(self, admitted: dict[int, Request], cache: BlockCache) -> Sequence[_Section]:
+    def _read_prompts(self, admitted: dict[int, Request], slots: Slots, cache: BlockCache) -> Sequence[_Section]:
         """The full blocks of admitted prompts, each distinct one once, as a section of the next pass.
 
         What goes beyond a pass's budget is read at once.
         """
-        block_length = self.model.config.block_size
+        block_length = self.model.scheme.block_length
         slots_of: dict[tuple[int, ...], list[int]] = {}
         for slot, request in admitted.items():
             full = len(request.prompt_ids) - len(request.prompt_ids) % block_length
@@ -201,7 +227,11 @@ class TorchEngine:
             for prompts in consecutive(slots_of, len, _PREFILL_TOKENS)
         ]
         for token_ids_T, rows in sections[:-1]:
-            self.forward(cache, token_ids_T, [rows])
+            if self.model.scheme.shift:
+                hidden_CD = self.forward(cache, token_ids_T, [rows], rows.last_token_C)
+                slots.last_hidden_SD[rows.last_slot_C] = hidden_CD.to(slots.last_hidden_SD.dtype)
+            else:
+                self.forward(cache, token_ids_T, [rows])
         return sections[-1:]
 
     def _forward(
@@ -212,15 +242,44 @@ class TorchEngine:
         The same pass reads the prompts that were admitted and commits the blocks that were finished.
         """
         slot_P = slot_A[slots.has_previous_S[slot_A]]
-        sections = [*prompts, (slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache))]
+        sections = list(prompts)
         if len(slot_P):
             committed = self._blocks(slot_P, slots.block_S[slot_P] - 1, cache)
-            sections.insert(-1, (slots.previous_ids_SB[slot_P], committed))
+            sections.append((slots.previous_ids_SB[slot_P], committed))
+        sections.append((slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache)))
         token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in sections])
-        return self.forward(cache, token_ids_T, [rows for _, rows in sections], masked_M)
+        rows = [rows for _, rows in sections]
+        if not self.model.scheme.shift:
+            return self.forward(cache, token_ids_T, rows, masked_M)
+        return self._shifted(slots, slot_A, masked_M, token_ids_T, rows, cache)
+
+    def _shifted(
+        self,
+        slots: Slots,
+        slot_A: Tensor,
+        masked_M: Tensor,
+        token_ids_T: Tensor,
+        rows: Sequence[QueryRows],
+        cache: BlockCache,
+    ) -> Tensor:
+        """The same where the row before a position predicts it; before a block stands its slot's last clean row."""
+        block_length, *clean = self.model.scheme.block_length, *rows[:-1]
+        starts = [0, *accumulate(len(section.position_T) for section in clean)]
+        last_T = torch.cat([masked_M[:0], *(s.last_token_C + i for s, i in zip(clean, starts, strict=False))])
+        last_slot_T = torch.cat([slot_A[:0], *(section.last_slot_C for section in clean)])
+        slot_M = slot_A[masked_M // block_length]
+        is_first_M = masked_M % block_length == 0
+        is_kept_M = is_first_M & (slots.block_S[slot_M] > 0)
+        before_M = masked_M - (~is_first_M).long()  # nothing stands before a sequence, whose first row is its own
+        wanted_N = torch.cat([last_T, before_M[~is_kept_M] + starts[-1]])
+        hidden_ND = self.forward(cache, token_ids_T, rows, wanted_N, first_section=0)
+        slots.last_hidden_SD[last_slot_T] = hidden_ND[: len(last_T)].to(slots.last_hidden_SD.dtype)
+        hidden_MD = slots.last_hidden_SD[slot_M]
+        hidden_MD[~is_kept_M] = hidden_ND[len(last_T) :].to(hidden_MD.dtype)
+        return hidden_MD
 
     def _blocks(self, slot_A: Tensor, block_A: Tensor, cache: BlockCache) -> BlockRows:
-        return BlockRows(slot_A, block_A, cache.keys, self.model.config.block_size)
+        return BlockRows(slot_A, block_A, cache.keys, self.model.scheme.block_length)
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
@@ -231,7 +290,7 @@ class TorchEngine:
             step_map,
             logprobs,
             tokenizer=self.tokenizer,
-            block_length=self.model.config.block_size,
+            block_length=self.model.scheme.block_length,
             confidence_threshold=request.threshold,
         )
         return request.index, completion

@@ -3,7 +3,8 @@
 A slot has the current block (tokens, which are still masked, the denoising step each was revealed at, its logprob), the
 block before it until its clean keys are in the cache, and everything finished so far. A step is a denoising step here.
 
-Shapes: S slots, A active slots, F slots whose block is finished, B block length, K blocks of a completion at most.
+Shapes: S slots, A active slots, F slots whose block is finished, B block length, K blocks of a completion at most,
+D hidden.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.rollout.block_step import Blocks, DenoisingStep
 from dirl.rollout.watch import Frame
 
@@ -25,15 +27,20 @@ class Request:
     index: int  # place in the caller's list
     prompt_ids: Sequence[int]
     seed: int
-    end_block: int  # first block that may not be touched
+    end: int  # first position that may not be touched
     threshold: float | None = None  # of its own; None: that of the sampling
 
 
 class Slots:
-    """S sequences in flight."""
+    """S sequences in flight.
 
-    def __init__(self, num_slots: int, num_blocks: int, block_length: int, mask_token_id: int, device: torch.device):
-        self.block_length, self.mask_token_id, self.device = block_length, mask_token_id, device
+    Args:
+        last_hidden_SD: room for a hidden state of each; D is 0 where none is carried from block to block.
+    """
+
+    def __init__(self, num_slots: int, num_blocks: int, scheme: DiffusionScheme, last_hidden_SD: Tensor) -> None:
+        block_length, device = scheme.block_length, last_hidden_SD.device
+        self.block_length, self.mask_token_id, self.device = block_length, scheme.mask_token_id, device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
@@ -45,6 +52,8 @@ class Slots:
         self.token_ids_SB, self.step_map_SB, self.previous_ids_SB = (zeros(block_length) for _ in range(3))
         self.masked_SB = zeros(block_length, dtype=torch.bool)
         self.logprob_SB = zeros(block_length, dtype=torch.float32)
+        # Where predictions are shifted: hidden state of the token before the block, which predicts the block's first.
+        self.last_hidden_SD = last_hidden_SD
         self.has_previous_S = zeros(dtype=torch.bool)  # the previous block's clean keys are not in the cache yet
         self.done_ids_SKB, self.done_steps_SKB = (zeros(num_blocks, block_length) for _ in range(2))
         self.done_logprobs_SKB = zeros(num_blocks, block_length, dtype=torch.float32)
@@ -65,7 +74,7 @@ class Slots:
         length_N = torch.tensor(lengths, device=self.device)
         self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
         self.threshold_S[slot_N] = torch.tensor([r.threshold or 0.0 for r in requests.values()], device=self.device)
-        self.end_block_S[slot_N] = torch.tensor([r.end_block for r in requests.values()], device=self.device)
+        self.end_block_S[slot_N] = torch.tensor([r.end // block_length for r in requests.values()], device=self.device)
         self.first_block_S[slot_N] = self.block_S[slot_N] = length_N // block_length
         self.token_ids_SB[slot_N] = torch.tensor(blocks, device=self.device)
         self.masked_SB[slot_N] = torch.arange(block_length, device=self.device) >= (length_N % block_length)[:, None]

@@ -29,7 +29,7 @@ from dirl.data.chat import save_tokenizer
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.rollout.decoded import check_thresholds, make_completion, touched_tokens
+from dirl.rollout.decoded import check_thresholds, make_completion, on_canvas, touched_tokens
 from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.server.process import ServerProcess
 from dirl.rollout.server.wire import (
@@ -120,7 +120,7 @@ class ServerEngine:
         bf16: bool = False,  # how the trainer scores
     ) -> None:
         self.servers, self.tokenizer = list(servers), tokenizer
-        self.block_length = model.config.block_size
+        self.block_length = model.scheme.block_length
         self.weights_version = 0
         self._pushes = pushes
         self._model: nn.Module = model  # what was pushed last, for a server that has to start again
@@ -156,7 +156,7 @@ class ServerEngine:
         missing = [i for i in range(len(rows)) if i not in answers]
         if missing:
             raise RolloutError(f"{len(missing)} of {len(rows)} completions are missing, the first is {missing[0]}")
-        return [
+        completions = [
             make_completion(
                 prompt,
                 answers[i].token_ids,
@@ -168,6 +168,7 @@ class ServerEngine:
             )
             for i, prompt in enumerate(prompts)
         ]
+        return completions if self.block_length else [on_canvas(c, sampling) for c in completions]
 
     def update_weights(self, model: nn.Module) -> None:
         self.weights_version += 1
@@ -287,11 +288,12 @@ def _check_same_model(server: Server, model: BlockDiffusionModel, *, bf16: bool)
         if server.process is not None:
             raise
         raise UserError(f"rollout.server_urls: {error}; is `dirl serve` running there?") from error
-    config = model.config
+    scheme = model.scheme
     for name, ours in (
-        ("block_length", config.block_size),
-        ("mask_token_id", config.mask_token_id),
-        ("vocab_size", config.vocab_size),
+        ("block_length", scheme.block_length),
+        ("shift", scheme.shift),
+        ("mask_token_id", scheme.mask_token_id),
+        ("vocab_size", model.config.vocab_size),
     ):
         if (theirs := getattr(health, name)) != ours:
             raise UserError(f"server {server.url} has {name} {theirs}, the trainer {ours}; serve the same model")

@@ -71,12 +71,13 @@ class RolloutServer:
         self._parameters = dict(model.named_parameters())
 
     def health(self) -> Health:
-        config = self.model.config
+        scheme = self.model.scheme
         return Health(
             weights_version=self.weights_version,
-            block_length=config.block_size,
-            mask_token_id=config.mask_token_id,
-            vocab_size=config.vocab_size,
+            block_length=scheme.block_length,
+            shift=scheme.shift,
+            mask_token_id=scheme.mask_token_id,
+            vocab_size=self.model.config.vocab_size,
             bf16=self.bf16,
         )
 
@@ -155,10 +156,10 @@ def _load(config: ServeConfig) -> RolloutServer:
         model: Any = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.model.dtype)).eval()
     else:
         model = load_model(config.model, tokenizer).eval()
-    if chosen_engine(config.engine) == "torch":
+    if chosen_engine(config.engine, model) == "torch":
         model.to(default_device())  # it decodes with the module itself
     engine = build_engine(model, tokenizer, config.engine, bf16=config.bf16)
-    bf16 = config.bf16 if chosen_engine(config.engine) == "torch" else None
+    bf16 = config.bf16 if chosen_engine(config.engine, model) == "torch" else None
     return RolloutServer(model, engine, has_weights=not config.empty, bf16=bf16)
 
 

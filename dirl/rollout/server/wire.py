@@ -47,7 +47,8 @@ class Health:
     """What is served."""
 
     weights_version: int | None  # None: in the middle of a push, or never any
-    block_length: int
+    block_length: int  # 0: full attention
+    shift: int
     mask_token_id: int
     vocab_size: int
     bf16: bool | None  # decodes under autocast to bfloat16; None: in a precision of the engine's own
