@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MASK_TOKEN = "<|MASK|>"  # not "<MASK>", which the SDAR vocabulary reads as three ordinary tokens
-END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-)  # SDAR's eos_token; its chat template's
+# What families call their mask, where the tokenizer does not say which token it is.
+MASK_TOKENS = (MASK_TOKEN, "<|mask|>", "|<MASK>|", "<|mdm_mask|>")
+# SDAR's eos_token; its chat template's; then the ends of a turn in LLaDA, LLaDA2 and Llama.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|role_end|>", "<|end_of_text|>")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -33,10 +33,32 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     is_on_hub = is_hub_id(str(path))
     if not is_on_hub and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"no tokenizer at {path}: expected a directory holding tokenizer.json or tokenizer_config.json")
+    source = str(path) if is_on_hub else str(directory)
     try:
-        return AutoTokenizer.from_pretrained(str(path) if is_on_hub else str(directory))
+        # False, not the default: that asks on the terminal whether to run the code
+        return _without_its_code(source) or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"cannot load a tokenizer from {path}: {one_line(error, 200)}") from error
+
+
+def _without_its_code(source: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint that brings a class of its own (Dream's), read from its files; None: no such class.
+
+    What is left out is the class: with tokenizer.json the file says all it does, and vocab.json and merges.txt without
+    one are Qwen2's.
+    """
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.utils import cached_file
+
+    settings = get_tokenizer_config(source)
+    if "auto_map" not in settings:
+        return None
+    is_whole = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is not None
+    tokenizer_class = PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer
+    tokenizer = tokenizer_class.from_pretrained(source)
+    tokenizer.init_kwargs.pop("auto_map", None)  # saved again, it would name code that is not there
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
@@ -159,15 +181,25 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the mask token.
+    """Id of the mask token: the one the tokenizer declares, or else one of MASK_TOKENS in its vocabulary.
 
     Raises:
-        DataError: the vocabulary has none, so the model is no block-diffusion model.
+        DataError: there is none, so the model is no diffusion model.
     """
-    token_id = _token_id(tokenizer, MASK_TOKEN)
+    token_id = find_mask_token_id(tokenizer)
     if token_id is None:
-        raise DataError(f"the tokenizer has no {MASK_TOKEN} token; use the tokenizer of an SDAR checkpoint")
+        raise DataError(
+            f"the tokenizer declares no mask_token and has none of {', '.join(MASK_TOKENS)}; "
+            "use the tokenizer of a diffusion model"
+        )
     return token_id
+
+
+def find_mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """As `mask_token_id`; None where there is none."""
+    names = [str(tokenizer.mask_token), *MASK_TOKENS] if tokenizer.mask_token else MASK_TOKENS
+    found = (_token_id(tokenizer, name) for name in names)
+    return next((token_id for token_id in found if token_id is not None), None)
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:

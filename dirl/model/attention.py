@@ -43,7 +43,7 @@ def _attend(
     **_: Any,  # transformers hands every backend more than it needs
 ) -> tuple[Tensor, None]:
     if attention_plan is None:
-        raise ValueError("a block-diffusion model needs an attention_plan; call SDARForCausalLM, not its inner model")
+        raise ValueError("a block-diffusion model needs an attention_plan; call the model itself, not its inner one")
     return attention_plan.attend(query, key, value, scaling), None
 
 

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
-from dirl.data.chat import load_tokenizer, mask_token_id, save_tokenizer
+from dirl.data.chat import find_mask_token_id, load_tokenizer, mask_token_id, save_tokenizer
 from dirl.errors import MissingFileError, UserError, one_line
 from dirl.files import is_hub_id, write_json
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.model.families.sdar import SDARConfig, SDARMoeConfig
+from dirl.model.families.family import Family
+from dirl.model.families.registry import family_of, family_with_config, read_published
 from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
@@ -40,20 +42,50 @@ class ModelConfig(Config):
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
-    """An SDAR or SDAR-MoE model that knows its mask token and how many ids its tokenizer has.
+    """A model of one of our families that knows its mask token and how many ids its tokenizer has.
 
     Raises:
         MissingFileError: no config.json at a path that is not a hub id.
         UserError: another kind of model, damaged or incomplete files, or a tokenizer that does not fit.
     """
+    family, published, model_config = _read_config(config, tokenizer)
+    with _damage_named(config.path):
+        loaded: Any = family.model_class.from_pretrained(
+            config.path, config=model_config, dtype=getattr(torch, config.dtype), output_loading_info=True
+        )
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(f"model.path: the weights in {config.path!r} lack {missing[:3]}; get or save them again")
+    if family.keeps_published_config:
+        model.published_config = published
+    use_fused_kernels(model, config.kernels)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def random_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
+    """The model `load_model` would return with other weights, for one who will be sent them; reads config.json alone.
+
+    Raises:
+        MissingFileError, UserError: as `load_model`.
+    """
+    family, _, model_config = _read_config(config, tokenizer)
+    model: Any = family.model_class._from_config(model_config, dtype=getattr(torch, config.dtype))
+    return model
+
+
+def _read_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Family, dict[str, Any], Any]:
+    """The family, its config.json as it is published, and the configuration of our class."""
     path = config.path
     if not Path(path, "config.json").is_file() and not is_hub_id(path):
         raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
     with _damage_named(path):
-        model_config = AutoConfig.from_pretrained(path)
-    if not isinstance(model_config, (SDARConfig, SDARMoeConfig)):
-        raise UserError(f"model.path: {path!r} is a {model_config.model_type!r} model; need sdar or sdar_moe")
-    model_config.mask_token_id = mask_token_id(tokenizer)
+        published = read_published(path)
+        family = family_of(published, path)
+        model_config = family.read(published)
+    model_config.mask_token_id = _mask_token_id(family, published, tokenizer)
     model_config.tokenizer_length = len(tokenizer)
     model_config.block_size = config.block_length or model_config.block_size
     if len(tokenizer) > model_config.vocab_size:
@@ -61,18 +93,21 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {model_config.vocab_size} rows; "
             "use the tokenizer the model was made with"
         )
-    with _damage_named(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=model_config, dtype=getattr(torch, config.dtype), output_loading_info=True
+    return family, published, model_config
+
+
+def _mask_token_id(family: Family, published: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """What config.json names, where the family's does; else the tokenizer's mask token. They may not differ."""
+    named = published.get("mask_token_id") if family.config_names_mask else None
+    if named is None:
+        return mask_token_id(tokenizer)
+    found = find_mask_token_id(tokenizer)
+    if found not in (named, None):
+        raise UserError(
+            f"model.path: config.json says mask_token_id {named}, the tokenizer's mask token is {found}; "
+            "use the tokenizer the model was made with"
         )
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
-        raise UserError(f"model.path: the weights in {path!r} lack {missing[:3]}; get or save them again")
-    use_fused_kernels(model, config.kernels)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return int(named)
 
 
 @contextmanager
@@ -80,7 +115,9 @@ def _damage_named(path: str) -> Iterator[None]:
     """Libraries fail in many ways on files that are damaged or of another shape."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"model.path: cannot load {path!r}, get or save it again: {one_line(error, 200)}") from error
 
 
@@ -103,19 +140,25 @@ def save_model(
     path: str | Path,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a directory that loads here, in plain transformers code for SDAR, and in LMDeploy.
+    """Write a directory that loads here, in the code its family is published with and, for SDAR, in LMDeploy.
 
     Args:
         weights: whole parameters by name, where the model's own are sharded or adapted; None: the model's.
     """
     model.save_pretrained(path, state_dict=dict(weights) if weights is not None else None)
     save_tokenizer(tokenizer, path)
-    # transformers 5 keeps the rotary base under rope_parameters only; older SDAR code would fall back to 10000.
     config_file = Path(path, "config.json")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
-    config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
-    write_json(config_file, dict(sorted(config.items())))
+    write_json(config_file, _config_to_save(model, json.loads(config_file.read_text(encoding="utf-8"))))
+
+
+def _config_to_save(model: BlockDiffusionModel, written: dict[str, Any]) -> dict[str, Any]:
+    """The published config.json the model came with, or else what transformers has written."""
+    if model.published_config is not None:
+        return family_with_config(model.config).publish(model.config, model.published_config, written["dtype"])
+    written.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
+    # transformers 5 keeps the rotary base under rope_parameters only; older code would fall back to 10000.
+    written.setdefault("rope_theta", written["rope_parameters"]["rope_theta"])
+    return dict(sorted(written.items()))
 
 
 def write_final(

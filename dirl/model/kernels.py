@@ -9,9 +9,15 @@ import torch
 
 from dirl.errors import UserError
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.model.families.sdar import SDARMoeForCausalLM
 
 Kernels = Literal["auto", "torch", "liger"]
+# transformers' class that a family is made of -> Liger's name for it.
+_LIGER_NAMES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "LlamaForCausalLM": "llama",
+}
 
 
 def use_fused_kernels(model: BlockDiffusionModel, kernels: Kernels) -> None:
@@ -20,17 +26,20 @@ def use_fused_kernels(model: BlockDiffusionModel, kernels: Kernels) -> None:
     lm_head stays ours: it is computed in chunks, at scored positions only.
 
     Args:
-        kernels: auto patches where a GPU and the package are there; liger insists; torch never does.
+        kernels: auto patches where a GPU, the package and kernels for this model are there; liger insists; torch never
+            does.
     Raises:
-        UserError: liger was asked for and one of the two is missing.
+        UserError: liger was asked for and one of the three is missing.
     """
     is_possible = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
     if kernels == "liger" and not is_possible:
         raise UserError("model.kernels=liger needs a GPU and pip install 'dirl[liger]'; use auto or torch")
-    if kernels == "torch" or not is_possible:
+    names = [_LIGER_NAMES[base.__name__] for base in type(model).__mro__ if base.__name__ in _LIGER_NAMES]
+    if kernels == "liger" and not names:
+        raise UserError(f"model.kernels=liger: Liger has no kernels for {type(model).__name__}; use auto or torch")
+    if kernels == "torch" or not is_possible or not names:
         return
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen3, apply_liger_kernel_to_qwen3_moe
+    import liger_kernel.transformers as liger
 
-    is_moe = isinstance(model, SDARMoeForCausalLM)
-    apply = apply_liger_kernel_to_qwen3_moe if is_moe else apply_liger_kernel_to_qwen3
+    apply = getattr(liger, f"apply_liger_kernel_to_{names[0]}")
     apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model)

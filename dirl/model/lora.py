@@ -7,7 +7,7 @@ Source: LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,22 @@ class LoraConfig(Config):
 
     r: int = bounded(0, least=0)  # rank of the adapters; 0: train the weights themselves
     lora_alpha: int = bounded(16, least=1)  # the update is scaled with lora_alpha / r
-    target_modules: list[str] = field(default_factory=lambda: list(_ATTENTION_AND_MLP))  # names of linear layers
+    target_modules: list[str] = field(default_factory=list)  # names of linear layers; []: attention's and the MLP's
+
+
+def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+    """The linear layers that adapters stand beside, by their full names; experts, being one tensor, are none.
+
+    Raises:
+        UserError: a target names no linear layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {_last(name) for name in layers}
+    unknown = [name for name in config.target_modules if name not in names]
+    if unknown:
+        raise UserError(f"lora.target_modules: {unknown} names no linear layer; choose among {sorted(names)}")
+    targets = config.target_modules or _ATTENTION_AND_MLP
+    return {name: layer for name, layer in layers.items() if _last(name) in targets}
 
 
 def add_adapters(model: BlockDiffusionModel, config: LoraConfig, seed: int) -> None:
@@ -40,17 +55,14 @@ def add_adapters(model: BlockDiffusionModel, config: LoraConfig, seed: int) -> N
     """
     if config.r == 0:
         return
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [name for name in config.target_modules if name not in linear]
-    if unknown or not config.target_modules:
-        raise UserError(f"lora.target_modules: {unknown} names no linear layer; choose among {sorted(linear)}")
+    targets = {_last(name) for name in adapted_layers(model, config)}
     try:
         import peft
     except ImportError as error:
         raise UserError(f"lora.r={config.r} needs the peft package: pip install 'dirl[peft]'") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(_peft_config(config), model)
+        peft.inject_adapter_in_model(_peft_config(config, targets), model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # small updates of bfloat16 numbers round to nothing
@@ -74,14 +86,17 @@ def save_adapters(parameters: Mapping[str, Tensor], config: LoraConfig, base: st
     path.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name.replace('.default.', '.')}": t.contiguous() for name, t in parameters.items()}
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    described = _peft_config(config)
+    described = _peft_config(config, {_last(name.partition(".lora_")[0]) for name in parameters})
     described.base_model_name_or_path = base
     described.save_pretrained(str(path))
 
 
-def _peft_config(config: LoraConfig):  # type: ignore[no-untyped-def]  # peft's own class
+def _last(name: str) -> str:
+    """Of a module's full name."""
+    return name.rpartition(".")[2]
+
+
+def _peft_config(config: LoraConfig, targets: Collection[str]):  # type: ignore[no-untyped-def]  # peft's own class
     import peft
 
-    return peft.LoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=list(config.target_modules)
-    )
+    return peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=sorted(targets))

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl.errors import UserError, one_line
 from dirl.files import is_hub_id
 from dirl.model.checkpoint import ModelConfig
+from dirl.model.families.registry import family_of, family_with_config, read_published
 from dirl.model.logprobs import LOGITS_PER_CHUNK
-from dirl.model.lora import LoraConfig
+from dirl.model.lora import LoraConfig, adapted_layers
 
 _GB = 1e9
 # How many ranks share weights, gradients and optimizer states: name -> which of the three are divided.
@@ -155,8 +155,8 @@ def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:
     if lora.r == 0:
         return 1.0
     model = _outline(_shape(config))
-    linear = [m for n, m in model.named_modules() if n.rpartition(".")[2] in lora.target_modules]
-    adapters = sum(lora.r * (m.in_features + m.out_features) for m in linear if isinstance(m, nn.Linear))
+    layers = adapted_layers(model, lora).values()
+    adapters = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
     return adapters / sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -164,15 +164,16 @@ def _shape(config: ModelConfig) -> Any:
     if not Path(config.path).is_dir() and not is_hub_id(config.path):
         raise UserError(f"model.path={config.path}: no such directory; give a Hugging Face directory or a hub id")
     try:
-        return AutoConfig.from_pretrained(config.path)
+        published = read_published(config.path)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.path}: no readable config.json: {one_line(error, 200)}") from error
+    return family_of(published, config.path).read(published)
 
 
 def _outline(shape: Any) -> nn.Module:
     """The model without a single number in memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
+        return family_with_config(shape).model_class(shape)
 
 
 def activation_bytes(shape: Any, config: ModelConfig, compute_bytes: int) -> float:

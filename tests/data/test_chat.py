@@ -9,6 +9,7 @@ import pytest
 
 from dirl.data.chat import (
     decode,
+    find_mask_token_id,
     load_tokenizer,
     mask_token_id,
     render_messages,
@@ -95,11 +96,23 @@ def test_a_vocabulary_without_the_tokens_of_diffusion() -> None:
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel({"<MASK>": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="<MASK>")
-    with pytest.raises(DataError, match=r"no <\|MASK\|> token"):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    with pytest.raises(DataError, match=r"none of <\|MASK\|>, <\|mask\|>, \|<MASK>\|, <\|mdm_mask\|>; use"):
         mask_token_id(tokenizer)
+    assert find_mask_token_id(tokenizer) is None
     with pytest.raises(DataError, match="no eos token"):
         stop_token_ids(tokenizer)
+
+
+@pytest.mark.parametrize("text", MASK_TOKENS)
+def test_the_mask_token_is_the_declared_one_or_else_a_known_one(text: str) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<MASK>": 0, "[UNK]": 1, text: 2}, unk_token="[UNK]"))
+    silent = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    declared = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="<MASK>")
+    assert (mask_token_id(silent), mask_token_id(declared)) == (2, 0)
 
 
 def test_a_character_of_several_tokens_stands_at_the_last() -> None:

@@ -158,7 +158,7 @@ def test_a_directory_without_a_config_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "word"),
     [
-        ("config.json", lambda content: b"{}", "model_type"),
+        ("config.json", lambda content: b"{}", "architectures"),
         ("config.json", lambda content: content.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "RuntimeError"),
         ("model.safetensors", lambda content: content[:1000], "SafetensorError"),
         ("model.safetensors", None, "model.safetensors"),
@@ -191,7 +191,7 @@ def test_another_kind_of_model_is_named(tmp_path: Path) -> None:
     Qwen3ForCausalLM(Qwen3Config(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
-    assert_one_line(error, "model.path", "qwen3", "sdar")
+    assert_one_line(error, "model.path", "Qwen3ForCausalLM", "SDARForCausalLM", f"dirl convert {tmp_path} OUT")
 
 
 def test_a_tokenizer_that_does_not_fit_is_named(tmp_path: Path) -> None:

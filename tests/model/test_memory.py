@@ -91,6 +91,7 @@ def big(tmp_path: Path) -> str:
         head_dim=128,
         vocab_size=151936,
         tie_word_embeddings=False,
+        architectures=["SDARForCausalLM"],
     ).save_pretrained(tmp_path / "SDAR-8B")
     return str(tmp_path / "SDAR-8B")
 

@@ -63,6 +63,8 @@ class BlockDiffusionModel(PreTrainedModel):
         model: Any
         lm_head: LogitsHead
 
+    published_config = None  # the config.json it was loaded from, where saving repeats its keys
+
     def __init__(self, config: Any) -> None:
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config)

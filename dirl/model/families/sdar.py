@@ -1,13 +1,15 @@
-"""SDAR and SDAR-MoE: transformers' Qwen3 and Qwen3-MoE with block-diffusion attention.
+"""SDAR, SDAR-MoE and TraDo: transformers' Qwen3 and Qwen3-MoE with block-diffusion attention.
 
 SDAR is Qwen3 layer for layer, with the same parameter names; only the mask differs: tokens of a block see each other,
 and blocks see the blocks before them. Registered with Auto*, so that a directory whose config.json says
-`"model_type": "sdar"` loads without remote code.
+`"model_type": "sdar"` loads in plain transformers code too, without remote code.
 
 Source: SDAR (arXiv 2510.06303).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -17,9 +19,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.family import Family, register_weight_names
 
 SDAR_MASK_TOKEN_ID = 151669  # <|MASK|> in SDAR's vocabulary
 
@@ -54,15 +56,29 @@ class SDARMoeForCausalLM(BlockDiffusionModel, Qwen3MoeForCausalLM):
     config_class = SDARMoeConfig
 
 
+_VALUES: dict[str, Any] = {
+    "keeps_published_config": False,  # LMDeploy and SDAR's own code read what transformers writes, plus rope_theta
+    "mask_token": "<|MASK|>",
+    "stop_tokens": ("<|im_end|>", "<|endoftext|>"),
+    "confidence": "tempered",
+    "trains_fill": False,
+    "decoder": "threshold 0.9, 4 steps a block, temperature 1",
+    "sft": "one level per block, weight 1/t",
+}
+SDAR = Family(
+    name="SDAR",
+    checkpoints="SDAR-1.7B/4B/8B, TraDo-4B/8B-Instruct, TraDo-8B-Thinking",
+    model_class=SDARForCausalLM,
+    **_VALUES,
+)
+SDAR_MOE = Family(name="SDAR-MoE", checkpoints="SDAR-30B-A3B", model_class=SDARMoeForCausalLM, **_VALUES)
+
+
 def _register() -> None:
     for config, model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeForCausalLM)):
         AutoConfig.register(config.model_type, config)
         AutoModelForCausalLM.register(config, model)
-    # Without Qwen3-MoE's mapping the experts of a checkpoint would be left at random values, with a report only.
-    mapping = get_checkpoint_conversion_mapping("qwen3_moe")
-    if mapping is None:
-        raise ImportError("this transformers version has no checkpoint mapping for qwen3_moe; install 5.10 or newer")
-    register_checkpoint_conversion_mapping("sdar_moe", mapping, overwrite=True)
+    register_weight_names(SDARMoeConfig.model_type)
 
 
 _register()

@@ -23,12 +23,11 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load as read_safetensors
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dirl.data.chat import load_tokenizer
 from dirl.errors import UserError, one_line
 from dirl.files import write_whole
-from dirl.model.checkpoint import default_device, load_model
+from dirl.model.checkpoint import default_device, load_model, random_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import RolloutEngine, RolloutError
@@ -152,8 +151,7 @@ def serve(config: ServeConfig) -> None:
 def _load(config: ServeConfig) -> RolloutServer:
     tokenizer = load_tokenizer(config.model.path)
     if config.empty:
-        model_config = AutoConfig.from_pretrained(config.model.path)
-        model: Any = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.model.dtype)).eval()
+        model = random_model(config.model, tokenizer).eval()
     else:
         model = load_model(config.model, tokenizer).eval()
     if chosen_engine(config.engine, model) == "torch":

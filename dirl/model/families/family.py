@@ -1,0 +1,116 @@
+"""What a family of models is, as values: how its published files are read and written back, and how it was trained.
+
+A family's published `config.json` -> the configuration of one of our classes, and back. The file is read as data: code
+that a checkpoint brings along (`auto_map`) is never run, and nobody is asked whether it may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from dirl.errors import UserError
+from dirl.model.families.block_diffusion import BlockDiffusionModel
+
+# What a config.json may say about the way of diffusion, under the names our configurations have.
+_SCHEME_KEYS = ("block_size", "shift", "full_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture with everything about it that its tensors do not say.
+
+    A model class is called what its checkpoints call it in `architectures[0]`, and its configuration's defaults are the
+    family's block length, shift and attention.
+    """
+
+    name: str
+    checkpoints: str  # that are published in this form, for people
+    model_class: type[BlockDiffusionModel]
+    renamed: Mapping[str, str] = field(default_factory=dict)  # key of the published config -> key of our configuration
+    expected: Mapping[str, Any] = field(default_factory=dict)  # published key -> the one value our class computes
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = (
+        lambda published: {}
+    )  # further keys of our configuration
+    config_names_mask: bool = False  # the published mask_token_id counts; elsewhere the tokenizer's token does
+    keeps_published_config: bool = True  # saving repeats the keys that were read; False: it writes transformers' own
+    mask_token: str
+    stop_tokens: tuple[str, ...]
+    # What a step compares with its threshold: the drawn token's probability under the distribution it was drawn from,
+    # after temperature and top-k and top-p, after temperature only, or before all.
+    confidence: Literal["processed", "tempered", "untempered"]
+    trains_fill: bool  # SFT teaches the end-of-text tokens that fill a row up behind an answer
+    decoder: str  # settings of the published decoder, for people
+    sft: str  # noise and weight of the published SFT, for people
+
+    @property
+    def architecture(self) -> str:
+        """What `architectures[0]` of its checkpoints says."""
+        return self.model_class.__name__
+
+    @property
+    def config_class(self) -> Any:
+        return self.model_class.config_class
+
+    @property
+    def block_length(self) -> int:
+        """Of checkpoints that name none."""
+        return self.config_class.block_size
+
+    @property
+    def shift(self) -> int:
+        """1: the row before a position predicts its token; 0: its own row."""
+        return getattr(self.config_class, "shift", 0)
+
+    @property
+    def attention(self) -> Literal["block_causal", "full"]:
+        return "full" if getattr(self.config_class, "full_attention", False) else "block_causal"
+
+    def read(self, published: Mapping[str, Any]) -> Any:
+        """The configuration that a published config.json describes.
+
+        Raises:
+            UserError: it asks for something that the family's class does not compute.
+        """
+        for key, value in self.expected.items():
+            if published.get(key, value) != value:
+                raise UserError(f"config.json has {key}={published[key]!r}; of {self.name} only {value!r} is supported")
+        ours = {self.renamed.get(key, key): value for key, value in published.items() if key not in _NOT_OURS}
+        return self.config_class.from_dict({**ours, **self.derived(published)})
+
+    def publish(self, config: Any, published: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+        """The config.json to save: what was read, and what has changed since.
+
+        Args:
+            dtype: of the weights that are saved with it.
+        """
+        written = {key: value for key, value in published.items() if key != "auto_map"}  # its code is not copied
+        written |= {key: dtype for key in ("dtype", "torch_dtype") if key in written}
+        before, names = self.read(published), {ours: theirs for theirs, ours in self.renamed.items()}
+        for key in _SCHEME_KEYS:
+            value = getattr(config, key, None)
+            if value != getattr(before, key, None):
+                written[names.get(key, key)] = value
+        return written
+
+
+# Of the file rather than of the model; model_type is our class's own.
+_NOT_OURS = ("auto_map", "architectures", "model_type", "transformers_version")
+
+
+def register_weight_names(model_type: str, *rules: Any) -> None:
+    """Tell transformers how a family's tensors are named in its files; it reads and writes them so.
+
+    Experts, which files hold one by one, are stacked as in Qwen3-MoE; without its rules they would be left at random
+    values, with a report only.
+
+    Args:
+        rules: further WeightRenaming and WeightConverter.
+    """
+    experts = get_checkpoint_conversion_mapping("qwen3_moe")
+    if experts is None:
+        raise ImportError("this transformers version has no checkpoint mapping for qwen3_moe; install 5.10 or newer")
+    register_checkpoint_conversion_mapping(model_type, [*experts, *rules], overwrite=True)

@@ -1,0 +1,85 @@
+"""A directory or hub id -> its family: by what `architectures[0]` of its config.json says, and by nothing else.
+
+Not by model_type, which two families share; and not through transformers' Auto classes, which ask on the terminal
+whether to run the code a checkpoint brings along.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers.utils import cached_file
+
+from dirl.errors import UserError
+from dirl.model.families.a2d import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3, A2D_QWEN3_MOE
+from dirl.model.families.dream import DREAM
+from dirl.model.families.family import Family
+from dirl.model.families.fast_dllm_v2 import FAST_DLLM_V2
+from dirl.model.families.llada import LLADA, LLADA_MOE
+from dirl.model.families.llada2 import LLADA2
+from dirl.model.families.sdar import SDAR, SDAR_MOE
+
+FAMILIES = (
+    *(SDAR, SDAR_MOE, LLADA2, FAST_DLLM_V2, LLADA, LLADA_MOE, DREAM),
+    *(A2D_QWEN2, A2D_QWEN3, A2D_QWEN3_MOE, A2D_LLAMA),
+)
+# Architectures that `dirl convert` makes into families of ours.
+AUTOREGRESSIVE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM")
+# architectures[0] or model_type -> why there is no family for it.
+REFUSED = {
+    "DiffusionGemmaForBlockDiffusion": "it denoises random tokens and has no masks: use transformers' own code",
+    "llada2_moe_veomni": "its experts are stacked for training: undo that with dFactory's scripts/moe_convertor.py",
+}
+
+
+def read_published(path: str) -> dict[str, Any]:
+    """The config.json of a directory or hub id, as it is.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is no JSON object.
+    """
+    published = json.loads(_text_of(path, "config.json"))
+    if not isinstance(published, dict):
+        raise ValueError("config.json holds no JSON object")
+    return published
+
+
+def family_of(published: dict[str, Any], path: str) -> Family:
+    """The family whose checkpoint this config.json describes.
+
+    Raises:
+        UserError: an architecture without one, in one line that says what to do.
+    """
+    architecture = next(iter(published.get("architectures") or []), "")
+    for family in FAMILIES:
+        if family.architecture == architecture and published.get("model_type") not in REFUSED:
+            return family
+    raise UserError(f"model.path: {path!r} {_complaint(architecture, published.get('model_type'), path)}")
+
+
+def family_with_config(config: Any) -> Family:
+    """The family that a configuration of ours belongs to."""
+    (family,) = (family for family in FAMILIES if family.config_class is type(config))
+    return family
+
+
+def _complaint(architecture: str, model_type: object, path: str) -> str:
+    for name in (architecture, str(model_type)):
+        if name in REFUSED:
+            return f"is a {name}, which is not supported: {REFUSED[name]}"
+    known = f"known are {', '.join(family.architecture for family in FAMILIES)}"
+    if architecture in AUTOREGRESSIVE:
+        return f"is an autoregressive {architecture}; make it a diffusion model: dirl convert {path} OUT ({known})"
+    if not architecture:
+        return f"names no architectures in its config.json; {known}"
+    return f"is a {architecture}, for which there is no family; {known}"
+
+
+def _text_of(path: str, name: str) -> str:
+    file = cached_file(path, name)
+    if file is None:
+        raise OSError(f"no {name}")
+    with open(file, encoding="utf-8") as opened:
+        return opened.read()
