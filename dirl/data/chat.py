@@ -27,38 +27,44 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: there is no tokenizer at `path`.
     """
-    from transformers import AutoTokenizer
-
     directory = expand(path)
     is_on_hub = is_hub_id(str(path))
     if not is_on_hub and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"no tokenizer at {path}: expected a directory holding tokenizer.json or tokenizer_config.json")
     source = str(path) if is_on_hub else str(directory)
     try:
-        # False, not the default: that asks on the terminal whether to run the code
-        return _without_its_code(source) or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return _load_without_code(source)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"cannot load a tokenizer from {path}: {one_line(error, 200)}") from error
 
 
-def _without_its_code(source: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint that brings a class of its own (Dream's), read from its files; None: no such class.
+def _load_without_code(source: str) -> PreTrainedTokenizerBase:
+    """What AutoTokenizer loads, without its question on the terminal whether to run the code that a checkpoint names.
 
-    What is left out is the class: with tokenizer.json the file says all it does, and vocab.json and merges.txt without
-    one are Qwen2's.
+    A class of its own (Dream's) is left out: where there is a tokenizer.json, that says all there is to say; vocab.json
+    and merges.txt without one are Qwen2's.
     """
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.utils import cached_file
 
-    settings = get_tokenizer_config(source)
-    if "auto_map" not in settings:
-        return None
+    if "auto_map" not in get_tokenizer_config(source):
+        return AutoTokenizer.from_pretrained(source, config=_config_of_stranger(source), trust_remote_code=False)
     is_whole = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is not None
-    tokenizer_class = PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer
-    tokenizer = tokenizer_class.from_pretrained(source)
+    tokenizer = (PreTrainedTokenizerFast if is_whole else Qwen2Tokenizer).from_pretrained(source)
     tokenizer.init_kwargs.pop("auto_map", None)  # saved again, it would name code that is not there
     return tokenizer
+
+
+def _config_of_stranger(source: str) -> Any:
+    """An empty configuration for a model that transformers does not know, and would warn of; None: let it look."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError:  # no config.json: a tokenizer alone
+        return None
+    return None if settings.get("model_type") in CONFIG_MAPPING else PreTrainedConfig()
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dirl.data.chat import (
+    MASK_TOKENS,
     decode,
     find_mask_token_id,
     load_tokenizer,

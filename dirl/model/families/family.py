@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 
 # What a config.json may say about the way of diffusion, under the names our configurations have.
@@ -77,9 +78,21 @@ class Family:
         """
         for key, value in self.expected.items():
             if published.get(key, value) != value:
-                raise UserError(f"config.json has {key}={published[key]!r}; of {self.name} only {value!r} is supported")
+                raise UserError(
+                    f"model.path: config.json says {key}={published[key]!r}; of {self.name} only {value!r} is supported"
+                )
         ours = {self.renamed.get(key, key): value for key, value in published.items() if key not in _NOT_OURS}
-        return self.config_class.from_dict({**ours, **self.derived(published)})
+        try:
+            config = self.config_class.from_dict({**ours, **self.derived(published)})
+        except StrictDataclassError as error:  # a value of another type
+            raise UserError(f"model.path: config.json is no {self.name}'s: {one_line(error, 200)}") from error
+        for key, is_possible in (
+            ("block_size", type(config.block_size) is int and config.block_size > 0),
+            ("shift", getattr(config, "shift", 0) in (0, 1)),
+        ):
+            if not is_possible:
+                raise UserError(f"model.path: config.json says {key}={getattr(config, key)!r}, which is impossible")
+        return config
 
     def publish(self, config: Any, published: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         """The config.json to save: what was read, and what has changed since.
