@@ -34,10 +34,9 @@ def test_the_site_builds_and_its_links_hold(tmp_path: Path) -> None:
         assert [url for url in loaded if "canonical" not in url and not url.startswith("https://fonts")] == []
 
 
-def test_the_configuration_reference_is_fresh() -> None:
-    run = subprocess.run(
-        [sys.executable, "scripts/make_config_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["make_config_reference.py", "make_family_table.py"])
+def test_generated_pages_are_fresh(script: str) -> None:
+    run = subprocess.run([sys.executable, f"scripts/{script}", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

@@ -32,7 +32,8 @@ LEFTOVERS = {
     "errors.py": "every room raises them, so they stand below all",
     "data/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's problems come in",
     "diffusion/noising.py": "the paper's forward process",
-    "model/families/sdar.py": "a family: one file each, and most are small",
+    "model/families/dream.py": "a family: one file each, and some are small",
+    "model/families/fast_dllm_v2.py": "a family: one file each, and some are small",
     "model/kernels.py": "the fence of an extra: where liger-kernel comes in",
     "model/tiny.py": "the embedded default; nothing that loads real models needs it",
     "presets.py": "sections that name a file; config.py only checks, reads and writes",
@@ -69,6 +70,8 @@ USED_UNSEEN = {
     "dirl.rollout.lmdeploy.recorder.RecordedSequence.set_stop_pos": "lmdeploy calls its own method, see above",
     "dirl.rollout.lmdeploy.recorder._Float32Head.get_logits": "lmdeploy calls its own method, see above",
     "dirl.rollout.lmdeploy.recorder.SDAR*ForCausalLM": "lmdeploy builds it from its name in MODULE_MAP",
+    "dirl.model.families.*Config.*": "transformers' layers read what their configuration says",
+    "dirl.model.families.llada2._SplitByHeads.*": "transformers calls it while it reads and writes tensors",
     "dirl.reward.killable_pool.serve": "the program of a child process, which is a string, calls it",
     "dirl.reward.math_answer.load_judge": "a child process gets it by its name",
 }

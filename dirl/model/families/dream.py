@@ -39,5 +39,5 @@ DREAM = Family(
     confidence="processed",
     trains_fill=True,
     decoder="entropy, as many steps as tokens, temperature 0.2, top-p 0.95",
-    sft="one level per sequence in (0, 1), weight 1/t",
+    sft="one level per sequence in (0, 1), weight 1/t or by distance to what is known",
 )

@@ -38,5 +38,5 @@ FAST_DLLM_V2 = Family(
     confidence="processed",
     trains_fill=False,
     decoder="threshold 0.9 in sub-blocks of 8, temperature 0",
-    sft="one level per block in (0.001, 1), complementary pairs, weight 1",
+    sft="one level per block in (0, 1), complementary pairs, weight 1",
 )

@@ -63,7 +63,6 @@ def _experts_of_layers(published: Mapping[str, Any]) -> dict[str, Any]:
     return {"norm_topk_prob": False, "mlp_only_layers": [layer for layer, has in enumerate(each) if not has]}
 
 
-_SFT = "one level per sequence in (0.001, 1), weight 1/t"
 LLADA = Family(
     name="LLaDA",
     checkpoints="LLaDA-8B-Base/Instruct, LLaDA-1.5",
@@ -94,7 +93,7 @@ LLADA = Family(
     confidence="untempered",
     trains_fill=True,
     decoder="the most confident, as many a step as divide a block evenly over its steps; blocks of 16 to 512 by task",
-    sft=_SFT,
+    sft="one level per sequence in (0.001, 1), weight 1/t",
 )
 LLADA_MOE = Family(
     name="LLaDA-MoE",
@@ -112,8 +111,8 @@ LLADA_MOE = Family(
     stop_tokens=("<|role_end|>", "<|endoftext|>"),
     confidence="untempered",
     trains_fill=True,
-    decoder="LLaDA's",
-    sft=_SFT,
+    decoder="as LLaDA",
+    sft="as LLaDA",
 )
 
 # `ff_out` is the head outside a block and the down projection inside: the longer name comes first.

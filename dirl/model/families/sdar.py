@@ -63,7 +63,7 @@ _VALUES: dict[str, Any] = {
     "confidence": "tempered",
     "trains_fill": False,
     "decoder": "threshold 0.9, 4 steps a block, temperature 1",
-    "sft": "one level per block, weight 1/t",
+    "sft": "TraDo: share of masks in (0.1, 0.9), or the decoder's own steps",
 }
 SDAR = Family(
     name="SDAR",
