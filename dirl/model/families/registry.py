@@ -29,7 +29,7 @@ AUTOREGRESSIVE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
 # architectures[0] or model_type -> why there is no family for it.
 REFUSED = {
     "DiffusionGemmaForBlockDiffusion": "it denoises random tokens and has no masks: use transformers' own code",
-    "llada2_moe_veomni": "its experts are stacked for training: undo that with dFactory's scripts/moe_convertor.py",
+    "llada2_moe_veomni": "its experts are stacked for training: undo that with dFactory's moe_convertor.py",
 }
 
 
