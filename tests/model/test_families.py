@@ -71,6 +71,8 @@ def test_logits_are_those_of_the_published_tensors(name: str, tmp_path: Path) ->
     scheme = model.scheme
     assert (scheme.block_length, scheme.shift, scheme.mask_token_id) == (*SCHEMES[name], MASK_ID)
     assert (len(tokenizer), model.config.tokenizer_length, mask_token_id(tokenizer)) == (MASK_ID + 1,) * 2 + (MASK_ID,)
+    parameters = list(model.parameters())
+    assert len({parameter.untyped_storage().data_ptr() for parameter in parameters}) == len(parameters)
     may_read_LL = block_causal(len(IDS_L), SCHEMES[name][0] or len(IDS_L))
     with torch.no_grad():
         expected_LV = logits_of(checkpoint, IDS_L, may_read_LL)
@@ -149,12 +151,14 @@ def test_biases_of_experts_count_in_the_choice_alone(tmp_path: Path) -> None:
     raised, _ = load(written(changed(checkpoint, "expert_bias", lambda t: t + 3), tmp_path / "b"))
     torch.testing.assert_close(logits(raised), logits(model), atol=1e-6, rtol=0)
     # Groups that are dropped get no 0, which is above a biased score below 0 and would be chosen.
-    router = model.model.layers[1].mlp.gate
+    mlp, asked = model.model.layers[1].mlp, []
+    mlp.experts.register_forward_pre_hook(lambda _, given: asked.extend(sorted(row) for row in given[1].tolist()))
     hidden_LD = torch.randn(200, 32)
-    scores_LX = (hidden_LD @ router.weight.T).sigmoid()
+    mlp(hidden_LD[None])
+    scores_LX = (hidden_LD @ mlp.gate.weight.T).sigmoid()
     bias_X = checkpoint.tensors["model.layers.1.mlp.gate.expert_bias"]
     chosen = [chosen_experts(scores_X, bias_X, checkpoint.config) for scores_X in scores_LX]
-    assert [sorted(row) for row in router(hidden_LD)[-1].tolist()] == [sorted(row) for row in chosen]
+    assert asked == [sorted(row) for row in chosen]
     below_zero = [
         any(scores_X[e] + bias_X[e] < 0 for e in row) for scores_X, row in zip(scores_LX, chosen, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from dirl.data.conversations import Document
 from dirl.data.problems import Problem
 from dirl.errors import UserError
 from dirl.model.checkpoint import load, save_model
-from dirl.model.lora import LoraConfig, adapters_off, add_adapters
+from dirl.model.lora import LoraConfig, adapters_off, add_adapters, save_adapters
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
@@ -21,7 +22,8 @@ from dirl.rl.rl_config import RLConfig
 from dirl.rl.train import RLTrainer
 from dirl.rollout.local.engine import TorchEngine
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
-from dirl.training.full_parameters import full_state_dict
+from dirl.training.full_parameters import full_state_dict, named_adapter_parameters
+from tests.oracle import tiny_moe
 
 peft = pytest.importorskip("peft")
 
@@ -119,6 +121,20 @@ def test_adapters_of_a_bfloat16_model_are_float32() -> None:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     model(IDS).logits.sum().backward()
     assert {p.dtype for p in full_state_dict(model, keep=True).values()} == {torch.bfloat16}
+
+
+def test_without_targets_it_is_every_known_layer_that_is_there(tmp_path: Path) -> None:
+    """The experts of a mixture are one tensor: adapters stand beside its attention alone."""
+    model, _ = tiny_moe()
+    add_adapters(model, LORA, seed=0)
+    adapters = named_adapter_parameters(model, keep=True)
+    assert len(adapters) == 2 * 4 * model.config.num_hidden_layers
+    save_adapters(adapters, LORA, "base", tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    dense, _ = tiny()
+    add_adapters(dense, LORA, seed=0)
+    assert len(named_adapter_parameters(dense, keep=True)) == 2 * 7 * dense.config.num_hidden_layers
 
 
 def test_a_target_that_is_no_layer_is_an_error() -> None:

@@ -56,7 +56,8 @@ class _SplitByHeads(ConversionOps):
         config = kwargs["config"]
         heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         parts: tuple[Tensor, ...] = fused.split([number * config.head_dim for number in heads])
-        return {name: part.contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+        # Copies: of tensors that share one piece of memory, a checkpoint of training would keep only the first.
+        return {name: part.clone() for name, part in zip(target_patterns, parts, strict=True)}
 
     @property
     def reverse_op(self) -> ConversionOps:
