@@ -254,6 +254,9 @@ def test_config_json_alone_tells_the_size_and_makes_a_model_like_it(name: str, t
     alike = random_model(config, tokenizer)
     assert {n: p.shape for n, p in alike.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert alike.scheme == model.scheme and alike.config.tokenizer_length == MASK_ID + 1
+    model.config.save_pretrained(tmp_path / "config alone")  # as a server of rollouts gets it
+    again = random_model(ModelConfig(path=str(tmp_path / "config alone")), tokenizer)
+    assert {**again.config.to_dict(), "_name_or_path": ""} == {**model.config.to_dict(), "_name_or_path": ""}
     uses = estimate_memory(config, Workload(tokens_per_micro_batch=64, bf16=False), "ddp", 1).uses
     total = sum(p.numel() for p in model.parameters())
     assert uses["weights"] == 4 * total and uses["activations"] > 0

@@ -67,6 +67,7 @@ class BlockDiffusionModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         config._attn_implementation = ATTENTION_NAME
+        config.architectures = [type(self).__name__]  # saved alone, the configuration still names its family
         super().__init__(config)
         self.lm_head.__class__ = LogitsHead  # the same parameter, tied or not
 

@@ -57,10 +57,11 @@ class LLaDAMoEModelLM(BlockDiffusionModel, Qwen3MoeForCausalLM):
 
 
 def _experts_of_layers(published: Mapping[str, Any]) -> dict[str, Any]:
-    """`moe_layer_freq` has a 0 for each layer without experts."""
-    frequency = published.get("moe_layer_freq", 1)
-    each = frequency if isinstance(frequency, list) else []
-    return {"norm_topk_prob": False, "mlp_only_layers": [layer for layer, has in enumerate(each) if not has]}
+    """`moe_layer_freq` has a 0 for each layer without experts, or is one number for all."""
+    frequency = published.get("moe_layer_freq")
+    if not isinstance(frequency, list):
+        return {}
+    return {"mlp_only_layers": [layer for layer, has_experts in enumerate(frequency) if not has_experts]}
 
 
 LLADA = Family(
