@@ -72,7 +72,7 @@ TRAINED: dict[str, Callable[[Family], object]] = {
 
 
 def page() -> str:
-    converted = ", ".join(f"`{name}`" for name in AUTOREGRESSIVE)
+    converted = ", ".join(f"`{name}` to {family.name}" for name, family in AUTOREGRESSIVE.items())
     refused = "\n".join(f"- `{name}`: {why}." for name, why in REFUSED.items())
     return "\n".join(
         [

@@ -267,6 +267,14 @@ def test_config_json_alone_tells_the_size_and_makes_a_model_like_it(name: str, t
     assert not any("gate" in layer and "gate_proj" not in layer for layer in layers)  # routers are left alone
 
 
+def test_the_token_that_fills_rows_up_is_trained(tmp_path: Path) -> None:
+    model, _ = load(written(published.llada(), tmp_path))
+    fill = model.config.pad_token_id
+    assert fill == model.config.eos_token_id
+    model(torch.tensor([[1, fill, 2]])).logits.sum().backward()
+    assert float(model.model.embed_tokens.weight.grad[fill].abs().max()) > 0
+
+
 def test_stop_tokens_are_those_of_the_vocabulary(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(written(published.llada2(), tmp_path))
     stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))

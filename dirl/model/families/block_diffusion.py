@@ -69,6 +69,8 @@ class BlockDiffusionModel(PreTrainedModel):
         config._attn_implementation = ATTENTION_NAME
         config.architectures = [type(self).__name__]  # saved alone, the configuration still names its family
         super().__init__(config)
+        # Nothing is padded here, and the padding of several families is their end of text, whose row must learn.
+        self.model.embed_tokens.padding_idx = None
         self.lm_head.__class__ = LogitsHead  # the same parameter, tied or not
 
     @property

@@ -7,6 +7,7 @@ whether to run the code a checkpoint brings along.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
@@ -24,8 +25,13 @@ FAMILIES = (
     *(SDAR, SDAR_MOE, LLADA2, FAST_DLLM_V2, LLADA, LLADA_MOE, DREAM),
     *(A2D_QWEN2, A2D_QWEN3, A2D_QWEN3_MOE, A2D_LLAMA),
 )
-# Architectures that `dirl convert` makes into families of ours.
-AUTOREGRESSIVE = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM")
+# Architecture -> the family that `dirl convert` makes of it.
+AUTOREGRESSIVE = {
+    "Qwen2ForCausalLM": A2D_QWEN2,
+    "Qwen3ForCausalLM": A2D_QWEN3,
+    "Qwen3MoeForCausalLM": A2D_QWEN3_MOE,
+    "LlamaForCausalLM": A2D_LLAMA,
+}
 # architectures[0] or model_type -> why there is no family for it.
 REFUSED = {
     "DiffusionGemmaForBlockDiffusion": "it denoises random tokens and has no masks: use transformers' own code",
@@ -40,7 +46,8 @@ def read_published(path: str) -> dict[str, Any]:
         OSError: there is none.
         ValueError: it is no JSON object.
     """
-    published = json.loads(_text_of(path, "config.json"))
+    file = cached_file(path, "config.json")
+    published = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     if not isinstance(published, dict):
         raise ValueError("config.json holds no JSON object")
     return published
@@ -75,11 +82,3 @@ def _complaint(architecture: str, model_type: object, path: str) -> str:
     if not architecture:
         return f"names no architectures in its config.json; {known}"
     return f"is a {architecture}, for which there is no family; {known}"
-
-
-def _text_of(path: str, name: str) -> str:
-    file = cached_file(path, name)
-    if file is None:
-        raise OSError(f"no {name}")
-    with open(file, encoding="utf-8") as opened:
-        return opened.read()
