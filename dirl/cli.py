@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_talk(commands)
     doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
     doctor.set_defaults(run=_run_doctor)
+    convert = commands.add_parser("convert", help="make a block-diffusion model of an autoregressive one")
+    convert.add_argument("source", metavar="SRC", help="Hugging Face directory, hub id, or .gguf file")
+    convert.add_argument("output", metavar="OUT", help="directory to write")
+    convert.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="block_length=4 shift=1 full_attention=false"
+    )
+    convert.set_defaults(run=_run_convert)
     tiny = commands.add_parser("tiny-model", help="write the embedded default model, untrained")
     tiny.add_argument("directory", metavar="DIR")
     tiny.set_defaults(run=_run_tiny_model)
@@ -196,6 +203,15 @@ def _run_serve(options: argparse.Namespace) -> None:
     from dirl.rollout.server.wire import ServeConfig
 
     serve(load_config(ServeConfig, options.config, options.overrides))
+
+
+def _run_convert(options: argparse.Namespace) -> None:
+    from dirl.model.convert import ConvertConfig, convert
+
+    model = convert(options.source, options.output, load_config(ConvertConfig, None, options.overrides))
+    scheme, num_parameters = model.scheme, sum(parameter.numel() for parameter in model.parameters())
+    blocks = f"blocks of {scheme.block_length}" if scheme.block_length else "full attention"
+    _say(f"model: {options.output} ({num_parameters / 1e6:.0f} M parameters, {blocks}, shift {scheme.shift})")
 
 
 def _run_tiny_model(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 MASK_TOKEN = "<|MASK|>"  # not "<MASK>", which the SDAR vocabulary reads as three ordinary tokens
 # What families call their mask, where the tokenizer does not say which token it is.
 MASK_TOKENS = (MASK_TOKEN, "<|mask|>", "|<MASK>|", "<|mdm_mask|>")
+# Tokens that vocabularies keep free, such as Llama's <|reserved_special_token_0|>.
+RESERVED = re.compile(r"^<\|?(reserved_special_token|reserved|unused|extra_id)_?\d+\|?>$")
 # SDAR's eos_token; its chat template's; then the ends of a turn in LLaDA, LLaDA2 and Llama.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|role_end|>", "<|end_of_text|>")
 
@@ -28,6 +31,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         DataError: there is no tokenizer at `path`.
     """
     directory = expand(path)
+    if directory.suffix == ".gguf":
+        return _load_from_gguf(directory)
     is_on_hub = is_hub_id(str(path))
     if not is_on_hub and not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(f"no tokenizer at {path}: expected a directory holding tokenizer.json or tokenizer_config.json")
@@ -36,6 +41,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return _load_without_code(source)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"cannot load a tokenizer from {path}: {one_line(error, 200)}") from error
+
+
+def _load_from_gguf(file: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, KeyError, ImportError) as error:  # the last: no gguf package
+        raise DataError(f"cannot load a tokenizer from {file}: {one_line(error, 200)}") from error
 
 
 def _load_without_code(source: str) -> PreTrainedTokenizerBase:
@@ -65,6 +79,23 @@ def _config_of_stranger(source: str) -> Any:
     except OSError:  # no config.json: a tokenizer alone
         return None
     return None if settings.get("model_type") in CONFIG_MAPPING else PreTrainedConfig()
+
+
+def add_mask_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> int:
+    """Give an autoregressive model's tokenizer a mask token, in place; its id.
+
+    The one it has, or the last id that was reserved and never used, or MASK_TOKEN as the first id after all others.
+
+    Args:
+        num_rows: of the model's embeddings; ids from there on mean nothing to it.
+    """
+    found = find_mask_token_id(tokenizer)
+    if found is None:
+        reserved = sorted((token_id, text) for text, token_id in tokenizer.get_vocab().items() if RESERVED.search(text))
+        text = next((text for token_id, text in reversed(reserved) if token_id < num_rows), MASK_TOKEN)
+        tokenizer.add_special_tokens({"mask_token": text})
+        found = mask_token_id(tokenizer)
+    return found
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:

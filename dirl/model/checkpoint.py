@@ -48,7 +48,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
         UserError: another kind of model, damaged or incomplete files, or a tokenizer that does not fit.
     """
     family, published, model_config = _read_config(config, tokenizer)
-    with _damage_named(config.path):
+    with damage_named(config.path):
         loaded: Any = family.model_class.from_pretrained(
             config.path, config=model_config, dtype=getattr(torch, config.dtype), output_loading_info=True
         )
@@ -80,7 +80,7 @@ def _read_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     path = config.path
     if not Path(path, "config.json").is_file() and not is_hub_id(path):
         raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
-    with _damage_named(path):
+    with damage_named(path):
         published = read_published(path)
         family = family_of(published, path)
         model_config = family.read(published)
@@ -110,7 +110,7 @@ def _mask_token_id(family: Family, published: Mapping[str, Any], tokenizer: PreT
 
 
 @contextmanager
-def _damage_named(path: str) -> Iterator[None]:
+def damage_named(path: str) -> Iterator[None]:
     """Libraries fail in many ways on files that are damaged or of another shape."""
     try:
         yield

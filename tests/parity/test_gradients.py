@@ -123,7 +123,8 @@ def noisy_document(
 ) -> ViewedDocument:
     """A random document with noisy views; the last token of its completion is context only."""
     generator = torch.Generator().manual_seed(prompt_length)
-    prompt_ids, completion_ids = torch.randint(0, 256, (prompt_length,)), torch.randint(0, 256, (completion_length,))
+    words = min(scheme.mask_token_id, 256)
+    prompt_ids, completion_ids = torch.randint(words, (prompt_length,)), torch.randint(words, (completion_length,))
     trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), scheme.block_length)
     scored_KB = torch.ones_like(trajectory.token_ids_KB, dtype=torch.bool)
     scored_KB[-1, -1] = False
