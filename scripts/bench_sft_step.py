@@ -20,7 +20,8 @@ from bench_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, p
 from torch import Tensor
 
 from dirl.data.chat import load_tokenizer
-from dirl.data.conversations import Document, load_documents
+from dirl.data.conversations import Document
+from dirl.data.document_source import open_documents
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
@@ -98,10 +99,12 @@ class Bench:
 def load_examples(arguments: argparse.Namespace, vocabulary: int) -> list[Example]:
     if arguments.data:
         tokenizer = load_tokenizer(arguments.tokenizer)
-        documents = load_documents(arguments.data, tokenizer, max_length=8192, limit=arguments.documents, seed=0)
+        source = open_documents(arguments.data, tokenizer, limit=arguments.documents)
+        documents = [document for index in range(len(source)) if (document := source[index]) is not None]
         clip = [
             Document([t % vocabulary for t in d.prompt_ids], [t % vocabulary for t in d.completion_ids])
             for d in documents
+            if len(d) <= 8192
         ]
         return [make_example(d, BLOCK, 1, score_fill=True) for d in clip]
     return [make_example(d, BLOCK, 1, score_fill=True) for d in draw_documents(arguments.documents, vocabulary)]

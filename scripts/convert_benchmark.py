@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dirl.data.problems import Problem, problem_from_row
-from dirl.data.rows import convert_rows, read_rows
+from dirl.data.row_source import open_rows
+from dirl.data.rows import convert_rows
 from dirl.files import write_whole
 
 HASHES = "SHA256SUMS.json"
@@ -72,9 +73,10 @@ def convert(name: str, folder: Path) -> list[dict[str, object]]:
         raise ValueError(f"{folder} holds no {SOURCES[name].files}, but {there}")
     problems: list[Problem] = []
     for path in matching:
-        rows = read_rows(str(folder / path), split="test")
-        found, _ = convert_rows(str(folder / path), rows, problem_from_row, limit=0, skip_bad_rows=False)
-        problems += found
+        file = str(folder / path)
+        rows = open_rows(file, split="test").scan()
+        found = convert_rows(file, rows, problem_from_row, limit=0, skip_bad_rows=False)
+        problems += [problem for _, problem in found]
     return [as_row(problem) for problem in problems]
 
 

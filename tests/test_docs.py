@@ -87,7 +87,7 @@ def dotted_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
 def test_data_formats_tell_the_truth_about_think_blocks() -> None:
     """Under a template like SDAR's the two forms of a row differ by the empty think block, and by nothing else."""
     from dirl.data.chat import decode
-    from dirl.data.conversations import documents_from_row
+    from dirl.data.conversations import document_of
 
     _, tokenizer = tiny()
     tokenizer.chat_template = (
@@ -97,7 +97,7 @@ def test_data_formats_tell_the_truth_about_think_blocks() -> None:
     )
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     rows: list[dict[str, object]] = [{"messages": turns}, {"prompt": "Q", "completion": "A"}]
-    (whole,), (plain,) = (documents_from_row(row, tokenizer, system_prompt="") for row in rows)
+    whole, plain = (document_of(row, 0, tokenizer, system_prompt="") for row in rows)
     assert whole.prompt_ids == plain.prompt_ids
     assert decode(tokenizer, whole.completion_ids) == "<think>\n\n</think>\n\n" + decode(
         tokenizer, plain.completion_ids

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dirl import errors
-from dirl.data.rows import DataError, read_rows
+from dirl.data.row_source import open_rows
+from dirl.data.rows import DataError
 from dirl.errors import one_line
 from dirl.reward.rubric import RewardConfig, RewardError, Rubric
 
@@ -28,7 +29,7 @@ def test_one_line_has_the_class_and_the_text() -> None:
 def test_what_others_raise_reaches_people_as_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"")
     with pytest.raises(DataError, match="not a readable parquet file: ArrowInvalid: ") as unreadable:
-        list(read_rows(str(tmp_path / "rows.parquet"), split="train"))
+        open_rows(str(tmp_path / "rows.parquet"), split="train")
     with Rubric(RewardConfig(functions=[f"{__file__}:fails"])) as rubric, pytest.raises(RewardError) as raised:
         rubric.score(["?"], ["!"], completion_ids=[[1]], step_maps=[[1]], columns={})
     assert "raised RuntimeError: first second (" in str(raised.value)

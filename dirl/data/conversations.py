@@ -1,100 +1,93 @@
 """SFT rows -> tokenised documents: a prompt, and the completion that is imitated.
 
-Three forms of row are read: {"messages"}, {"prompt", "response"} (DiRL) and {"prompt", "completion"}. A conversation of
-several assistant turns becomes one document a turn, with everything before it as the prompt: that is the situation a
-decoder is in, and a later turn must not be seen by the block an earlier one ends in.
+Four forms of row are read: {"messages"}, {"prompt", "response"} (DiRL), {"prompt", "completion"} and {"text"}. A
+conversation of several assistant turns becomes one document a turn, with everything before it as the prompt: that is
+the situation a decoder is in, and a later turn must not be seen by the block an earlier one ends in. A text is a
+document without a prompt: all of it is learned.
+
+`count_documents` looks at the form of a row and at nothing that needs a tokenizer; `document_of` tokenises.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dirl.data.chat import decode, mask_token_id, render_messages, render_prompt, stop_token_ids, with_system_prompt
-from dirl.data.rows import DataError, check_text, convert_rows, read_rows, shorten
-from dirl.data.tasks import find_task
+from dirl.data.chat import (
+    MASK_TOKEN,
+    decode,
+    mask_token_id,
+    render_messages,
+    render_prompt,
+    stop_token_ids,
+    with_system_prompt,
+)
+from dirl.data.rows import check_text, shorten
 from dirl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 COMPLETION_KEYS = ("completion", "response")
+_HAS_MASK = "has the mask token in its completion, which a model never writes; remove it"
 
 
 @dataclass(frozen=True)
 class Document:
     """What is read and what is learned to be written."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # empty: a text, which may be cut
     completion_ids: list[int]  # ends with an EOS
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def load_documents(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    limit: int = 0,
-    seed: int = 0,
-    skip_bad_rows: bool = False,
-    system_prompt: str = "",
-) -> list[Document]:
-    """Documents of at most `max_length` tokens; longer ones are left out and counted, never cut.
+def count_documents(row: Mapping[str, object]) -> int:
+    """How many documents a row becomes: its assistant turns. Raises: ValueError saying what is wrong with its form."""
+    if "messages" in row:
+        messages = _checked_messages(row["messages"])
+        return sum(message["role"] == "assistant" for message in messages)
+    for key in _text_keys(row):
+        text = row[key]
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"has {key}={shorten(text)}; expected a non-empty string")
+    _check_learned(str(row[_text_keys(row)[-1]]))
+    return 1
 
-    Args:
-        path: .json, .jsonl, .parquet or .csv file, hub id, or `task:NAME`.
-        limit: rows read at most; 0: all.
-        seed: draws the rows of a task.
+
+def document_of(
+    row: Mapping[str, object], number: int, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str
+) -> Document:
+    """The document of this number (from 0) of a row that `count_documents` has found good.
+
     Raises:
-        DataError: one line naming the file, the row, and what is wrong with it.
+        ValueError: the chat template or the tokenizer makes something of the row that cannot be learned from.
     """
-
-    def convert(row: dict[str, object]) -> list[Document]:
-        return documents_from_row(row, tokenizer, system_prompt=system_prompt)
-
-    if path.startswith("task:"):
-        task = find_task(path)
-        demonstrations = task.demonstrations(limit or task.num_train, seed)
-        rows = iter(enumerate([dict[str, object](row) for row in demonstrations], start=1))
-    else:
-        rows = read_rows(path, split="train")  # type: ignore[assignment]
-    converted, _ = convert_rows(path, rows, convert, limit=limit, skip_bad_rows=skip_bad_rows)
-    documents = [document for row_documents in converted for document in row_documents]
-    kept = [document for document in documents if len(document) <= max_length]
-    if len(kept) < len(documents):
-        logger.warning("%s: left out %d documents over max_length=%d", path, len(documents) - len(kept), max_length)
-    if not kept:
-        raise DataError(f"{path}: all {len(documents)} documents are longer than max_length={max_length}; raise it")
-    return kept
-
-
-def documents_from_row(
-    row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, *, system_prompt: str
-) -> list[Document]:
-    """The documents of one row. Raises: ValueError saying what is wrong with it."""
     if "messages" in row:
         messages = with_system_prompt(_checked_messages(row["messages"]), system_prompt=system_prompt)
-        return [
-            _assistant_turn(messages[: index + 1], tokenizer)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return _assistant_turn(messages[: turns[number] + 1], tokenizer)
+    *others, learned = _text_keys(row)
+    ids = tokenizer.encode(str(row[learned]), add_special_tokens=False)
+    if not others:
+        return Document([], _ended_text(ids, tokenizer))
+    prompt_ids = render_prompt(tokenizer, str(row[others[0]]), system_prompt=system_prompt)
+    return Document(prompt_ids, _ended(ids, tokenizer))
+
+
+def _text_keys(row: Mapping[str, object]) -> tuple[str, ...]:
+    """The columns of a row that is no conversation; the last one is learned."""
     key = next((key for key in COMPLETION_KEYS if key in row), None)
-    if "prompt" not in row or key is None:
-        raise UserError(
-            f"has the columns {', '.join(map(str, row)) or '(none)'}; expected messages, or prompt and completion, "
-            "or prompt and response"
-        )
-    prompt, completion = _text(row, "prompt"), _text(row, key)
-    prompt_ids = render_prompt(tokenizer, prompt, system_prompt=system_prompt)
-    return [Document(prompt_ids, _ended(tokenizer.encode(completion, add_special_tokens=False), tokenizer))]
+    if "prompt" in row and key is not None:
+        return ("prompt", key)
+    if "text" in row:
+        return ("text",)
+    raise UserError(
+        f"has the columns {', '.join(map(str, row)) or '(none)'}; expected messages, or prompt and completion, "
+        "or prompt and response, or text"
+    )
 
 
 def _checked_messages(messages: object) -> list[Mapping[str, object]]:
@@ -104,9 +97,21 @@ def _checked_messages(messages: object) -> list[Mapping[str, object]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
             raise UserError(f"has the message {shorten(message)}; expected a role and a text content")
         check_text(message["content"])
+        if message["role"] == "assistant":
+            _check_learned(message["content"])
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant message to learn from")
     return messages
+
+
+def _check_learned(text: str) -> None:
+    if MASK_TOKEN in text:
+        raise UserError(_HAS_MASK)
+
+
+def _check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    if mask_token_id(tokenizer) in ids:
+        raise UserError(_HAS_MASK)
 
 
 def _assistant_turn(messages: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase) -> Document:
@@ -123,8 +128,7 @@ def _assistant_turn(messages: Sequence[Mapping[str, object]], tokenizer: PreTrai
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids up to and including the token that ends a turn, which is added where it is missing."""
-    if mask_token_id(tokenizer) in ids:
-        raise UserError("has the mask token in its completion, which a model never writes; remove it")
+    _check_ids(ids, tokenizer)
     stops = stop_token_ids(tokenizer)
     first_stop = next((i for i, token in enumerate(ids) if token in stops), None)
     if first_stop is not None:
@@ -133,6 +137,13 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
             raise UserError(f"has text after the token that ends a turn: {shorten(rest)}")
         return ids[: first_stop + 1]
     return [*ids, turn_end_id(tokenizer)]
+
+
+def _ended_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text and the token that ends one; it may hold others, of conversations that somebody has rendered."""
+    _check_ids(ids, tokenizer)
+    stops = stop_token_ids(tokenizer)
+    return ids if ids and ids[-1] in stops else [*ids, stops[0]]
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -144,10 +155,3 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
     stops = stop_token_ids(tokenizer)
     return next((token for token in reversed(turn) if token in stops), stops[0])
-
-
-def _text(row: Mapping[str, object], key: str) -> str:
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"has {key}={shorten(value)}; expected a non-empty string")
-    return value

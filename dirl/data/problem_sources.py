@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dirl.data import reasoning_tasks
 from dirl.data.problems import Problem, problem_from_row
-from dirl.data.rows import DataError, convert_rows, read_rows
+from dirl.data.row_source import open_rows
+from dirl.data.rows import DataError, convert_rows
 from dirl.data.tasks import find_task
 
 
@@ -23,10 +24,10 @@ def load_problems(
     """
     if path.startswith("task:"):
         return _task_problems(path, split=split, limit=limit, seed=seed)
-    problems, _ = convert_rows(
-        path, read_rows(path, split=split), problem_from_row, limit=limit, skip_bad_rows=skip_bad_rows
-    )
-    return problems
+    rows = open_rows(path, split=split).scan()
+    return [
+        problem for _, problem in convert_rows(path, rows, problem_from_row, limit=limit, skip_bad_rows=skip_bad_rows)
+    ]
 
 
 def _task_problems(path: str, *, split: str, limit: int, seed: int) -> list[Problem]:

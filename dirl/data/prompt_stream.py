@@ -49,6 +49,11 @@ class PromptStream:
             taken += piece
         return taken
 
+    @property
+    def last(self) -> int:
+        """The index that was taken last."""
+        return self._order[self.position - 1]
+
     def state_dict(self) -> dict[str, Any]:
         names = ("num_items", "seed", "data_fingerprint", "epoch", "position")
         return {name: getattr(self, name) for name in names}

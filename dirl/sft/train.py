@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
 from dirl.data.chat import load_tokenizer
-from dirl.data.conversations import Document, load_documents
-from dirl.data.prompt_stream import PromptStream, fingerprint
+from dirl.data.conversations import Document
+from dirl.data.document_source import DocumentSource, ListedDocuments, open_documents
+from dirl.data.document_stream import DocumentStream, Fit, none_fits
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
@@ -48,8 +49,9 @@ class SFTDataConfig(Config):
 
     path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
     limit: int = bounded(0, least=0)  # rows read; 0: all
-    num_heldout: int = bounded(128, least=0)  # rows set aside for the held-out loss
-    max_length: int = bounded(4096, least=1)  # tokens of prompt + completion; longer documents are left out and counted
+    num_heldout: int = bounded(128, least=0)  # documents set aside for the held-out loss
+    # tokens of prompt + completion; longer documents are left out when they are drawn and counted, texts are cut
+    max_length: int = bounded(4096, least=1)
     system_prompt: str = ""
     skip_bad_rows: bool = False
     score_fill: bool = True  # also learn what fills the last block after EOS, so that the decoder ends in few steps
@@ -84,11 +86,10 @@ class SFTTrainer(Trainer):
         super().__init__(config)
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
-        self.block_length = self.model.config.block_size
-        self.examples, self.heldout, self.rows = self._examples(documents)
-        trajectories = [example.trajectory for example in self.examples]
-        data = fingerprint((t.prompt_ids.tolist(), t.completion_ids.tolist()) for t in trajectories)
-        self.stream = self.source = PromptStream(len(self.examples), config.seed, data)
+        self.documents: DocumentSource = self._open() if documents is None else ListedDocuments(documents)
+        trained, self._heldout_indices = self._split()
+        self.stream = self.source = DocumentStream(self.documents, trained, config.seed)
+        self.heldout = self._heldout()
         add_adapters(self.model, config.lora, config.seed)
         self.learner = Learner(
             PackedScorer(self.model, config.model.attention, config.max_tokens_per_micro_batch),
@@ -98,18 +99,27 @@ class SFTTrainer(Trainer):
             on_skip=self.record_skipped,
         )
         self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(self.model))
-        self._last_taken: list[int] = []  # indices of the last step's documents
+        self._last_taken: list[int] = []  # numbers of the last step's documents
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its metrics."""
-        self._last_taken = self.stream.take(self.config.global_batch_size)
-        batch = [self.examples[i] for i in self._last_taken]
+        drawn = self.stream.take(self.config.global_batch_size, self._fit)
+        self._last_taken = drawn.indices
+        batch = self.examples(drawn.documents)
         packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done))
         denominator = float(sum(example.num_scored for example in batch))
         losses = [partial(self._loss, packed, denominator) for packed in packs]
         outcome = self.learner.update(losses, self._empty_loss)
         self.steps_done += 1
-        return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)}
+        passed_over = {"documents/too_long": float(drawn.num_too_long), "documents/bad": float(drawn.num_bad)}
+        return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)} | passed_over
+
+    def examples(self, documents: Sequence[Document]) -> list[Example]:
+        """Documents, each filled up to the end of its last block."""
+        pad_id = self.tokenizer.pad_token_id
+        fill_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
+        block_length, score_fill = self.model.config.block_size, self.config.data.score_fill
+        return [make_example(document, block_length, fill_id, score_fill=score_fill) for document in documents]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -145,7 +155,7 @@ class SFTTrainer(Trainer):
         return {"perf/train_tokens_per_s": metrics["num_tokens"] / metrics["timing_s/step"]}
 
     def last_documents(self) -> list[Any]:
-        return list(self.distributed.share([self.rows[i] for i in self._last_taken]))
+        return list(self.distributed.share(self._last_taken))
 
     def write_final(self) -> Path:
         return write_final(
@@ -191,32 +201,39 @@ class SFTTrainer(Trainer):
         split: Callable[[Sequence[int]], list[list[int]]] = partial(
             split_by_budget, budget=self.config.max_tokens_per_micro_batch
         )
-        packs = pack_micro_batches(documents, self.block_length, split)
+        packs = pack_micro_batches(documents, self.model.config.block_size, split)
         return [packed.to(self.distributed.device) for packed in packs]
 
-    def _examples(self, documents: Sequence[Document] | None) -> tuple[list[Example], list[Example], list[int]]:
-        """Training examples, held-out ones (the last of a fixed shuffle), and which documents the former are."""
+    @property
+    def _fit(self) -> Fit:
+        return Fit(self.config.data.max_length, self.model.config.block_size)
+
+    def _open(self) -> DocumentSource:
         data = self.config.data
-        if documents is None:
-            documents = load_documents(
-                data.path,
-                self.tokenizer,
-                max_length=data.max_length,
-                limit=data.limit,
-                seed=self.config.seed,
-                skip_bad_rows=data.skip_bad_rows,
-                system_prompt=data.system_prompt,
-            )
-        if len(documents) <= data.num_heldout:
-            raise UserError(
-                f"data.num_heldout={data.num_heldout} leaves none of {len(documents)} documents to train on; lower it"
-            )
-        pad_id = self.tokenizer.pad_token_id
-        fill_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        examples = [make_example(d, self.block_length, fill_id, score_fill=data.score_fill) for d in documents]
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.config.seed)).tolist()
-        cut = len(examples) - data.num_heldout
-        return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]], order[:cut]
+        return open_documents(
+            data.path,
+            self.tokenizer,
+            limit=data.limit,
+            seed=self.config.seed,
+            skip_bad_rows=data.skip_bad_rows,
+            system_prompt=data.system_prompt,
+        )
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        """Which documents are trained on and which are held out: the last of a fixed shuffle."""
+        count, num_heldout = len(self.documents), self.config.data.num_heldout
+        if count <= num_heldout:
+            raise UserError(f"data.num_heldout={num_heldout} leaves none of {count} documents to train on; lower it")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed)).tolist()
+        return order[: count - num_heldout], order[count - num_heldout :]
+
+    def _heldout(self) -> list[Example]:
+        """The held-out documents that fit."""
+        drawn = [document for i in self._heldout_indices if (document := self.documents[i]) is not None]
+        fitting = [piece for document in drawn for piece in self._fit.pieces(document)]
+        if self._heldout_indices and not fitting:
+            raise none_fits(f"{self.documents.name}, held out", len(self._heldout_indices), self._fit)
+        return self.examples(fitting)
 
 
 def sft_workload(config: SFTConfig) -> Workload:

@@ -213,6 +213,8 @@ TABLE = MetricTable(
         ),
         Metric("num_completion_tokens", "tokens", "of the step, up to and including the ends"),
         Metric("num_tokens", "tokens", "packed tokens of the step: clean ones and views"),
+        Metric("documents/too_long", "documents", "passed over in this step: longer than `data.max_length`"),
+        Metric("documents/bad", "documents", "passed over in this step: bad rows that only tokenising shows"),
         Metric(
             "grad_norm",
             "",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dirl.data.chat import decode, load_tokenizer, stop_token_ids
-from dirl.data.conversations import load_documents
+from dirl.data.conversations import Document
+from dirl.data.document_source import open_documents
 from dirl.data.problem_sources import load_problems
 from dirl.data.prompt_stream import PromptStream
 from dirl.data.rows import DataError
@@ -24,11 +25,17 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+def read_documents(path: str, tokenizer: Any, **settings: Any) -> list[Document]:
+    """All documents of a path, drawn one after another."""
+    source = open_documents(path, tokenizer, **settings)
+    return [document for index in range(len(source)) if (document := source[index]) is not None]
+
+
 def test_three_forms_of_row(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}]
     rows = [{"prompt": "q", "completion": "a b"}, {"prompt": "q", "response": "a b"}, {"messages": messages}]
-    first, *others = load_documents(write(tmp_path / "d.jsonl", rows), tokenizer, max_length=99)
+    first, *others = read_documents(write(tmp_path / "d.jsonl", rows), tokenizer)
     assert all(document == first for document in others) and len(others) == 2
     assert tokenizer.decode(first.prompt_ids) == "<|user|>q<|assistant|>"
     assert tokenizer.decode(first.completion_ids) == "a b<|im_end|>"
@@ -40,38 +47,50 @@ def test_a_completion_with_the_mask_token_is_a_bad_row(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": f"a {tokenizer.mask_token} b"}]
     path = write(tmp_path / "d.jsonl", rows)
     with pytest.raises(DataError, match=r"d\.jsonl.*2.*has the mask token in its completion"):
-        load_documents(path, tokenizer, max_length=99)
-    assert len(load_documents(path, tokenizer, max_length=99, skip_bad_rows=True)) == 1
+        read_documents(path, tokenizer)
+    assert len(read_documents(path, tokenizer, skip_bad_rows=True)) == 1
 
 
 def test_each_assistant_turn_is_a_document(tmp_path: Path) -> None:
     roles = ["user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
     tokenizer = tiny_tokenizer()
-    documents = load_documents(write(tmp_path / "d.jsonl", [{"messages": messages}]), tokenizer, max_length=99)
+    documents = read_documents(write(tmp_path / "d.jsonl", [{"messages": messages}]), tokenizer)
     assert [tokenizer.decode(d.completion_ids) for d in documents] == ["1<|im_end|>", "3<|im_end|>"]
     assert tokenizer.decode(documents[1].prompt_ids) == "<|user|>0<|assistant|>1<|im_end|><|user|>2<|assistant|>"
 
 
-def test_long_documents_are_left_out_and_bad_rows_named(tmp_path: Path) -> None:
+def test_bad_forms_are_named_before_anything_is_tokenised(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "a" * length} for length in (3, 50)]
     path = write(tmp_path / "d.jsonl", [*rows, {"prompt": "", "completion": "a"}])
     with pytest.raises(DataError, match=r"d\.jsonl row 3 .*prompt=''"):
-        load_documents(path, tiny_tokenizer(), max_length=20)
-    assert len(load_documents(path, tiny_tokenizer(), max_length=20, skip_bad_rows=True)) == 1
+        open_documents(path, tiny_tokenizer())
+    assert len(open_documents(path, tiny_tokenizer(), skip_bad_rows=True)) == 2
+
+
+def test_a_text_is_a_document_without_a_prompt(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    path = write(tmp_path / "d.jsonl", [{"text": "a b"}, {"text": "<|user|>q<|assistant|>a<|im_end|>", "id": 7}])
+    plain, rendered = read_documents(path, tokenizer, system_prompt="not for texts")
+    assert plain.prompt_ids == rendered.prompt_ids == []
+    assert tokenizer.decode(plain.completion_ids) == "a b<|im_end|>"
+    assert tokenizer.decode(rendered.completion_ids) == "<|user|>q<|assistant|>a<|im_end|>"
+    for row, words in (({"text": " "}, "text=' '"), ({"text": f"a{tokenizer.mask_token}"}, "has the mask token")):
+        with pytest.raises(DataError, match=rf"row 1 has {words}|row 1 {words}"):
+            open_documents(write(tmp_path / "d.jsonl", [row]), tokenizer)
 
 
 def test_a_completion_is_never_cut_at_a_stop_token_within(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "one<|im_end|>\n"}])
-    (document,) = load_documents(path, tokenizer, max_length=99)
+    (document,) = read_documents(path, tokenizer)
     assert tokenizer.decode(document.completion_ids) == "one<|im_end|>"
     for row in (
         {"prompt": "q", "completion": "one<|endoftext|>two"},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "one<|im_end|>two"}]},
     ):
         with pytest.raises(DataError, match=r"d\.jsonl row 1 has text after the token that ends a turn: 'two'"):
-            load_documents(write(tmp_path / "d.jsonl", [row]), tokenizer, max_length=99)
+            read_documents(write(tmp_path / "d.jsonl", [row]), tokenizer)
 
 
 def test_system_prompt_and_rows_that_bring_their_own(tmp_path: Path) -> None:
@@ -79,7 +98,7 @@ def test_system_prompt_and_rows_that_bring_their_own(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "a"}, {"messages": turns}]
     rows.append({"messages": [{"role": "system", "content": "own"}, *turns]})
     tokenizer = tiny_tokenizer()
-    documents = load_documents(write(tmp_path / "d.jsonl", rows), tokenizer, max_length=99, system_prompt="given")
+    documents = read_documents(write(tmp_path / "d.jsonl", rows), tokenizer, system_prompt="given")
     prompts = [tokenizer.decode(document.prompt_ids) for document in documents]
     assert prompts == [f"<|system|>{text}<|user|>q<|assistant|>" for text in ("given", "given", "own")]
 
@@ -98,9 +117,9 @@ def test_system_prompt_and_rows_that_bring_their_own(tmp_path: Path) -> None:
 def test_bad_conversations_are_named(row: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a"}, row])
     with pytest.raises(DataError, match=rf"d\.jsonl row 2 .*{words}") as caught:
-        load_documents(path, tiny_tokenizer(), max_length=99)
+        read_documents(path, tiny_tokenizer())
     assert "\n" not in str(caught.value)
-    assert len(load_documents(path, tiny_tokenizer(), max_length=99, skip_bad_rows=True)) == 1
+    assert len(read_documents(path, tiny_tokenizer(), skip_bad_rows=True)) == 1
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path) -> None:
@@ -108,12 +127,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(DataError, match=r"row 1 renders differently as a prompt and as a whole"):
-        load_documents(write(tmp_path / "d.jsonl", [{"messages": messages}]), tokenizer, max_length=99)
-
-
-def test_nothing_short_enough_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"all 5 documents are longer than max_length=3"):
-        load_documents("task:noisy_sums", tiny_tokenizer(), max_length=3, limit=5)
+        read_documents(write(tmp_path / "d.jsonl", [{"messages": messages}]), tokenizer)
 
 
 def test_the_real_tokenizer() -> None:
@@ -123,7 +137,7 @@ def test_the_real_tokenizer() -> None:
     data = SHARED / "data" / "GSM8K_sft.json"
     if not data.is_file():
         pytest.skip("GSM8K is not beside the repository")
-    documents = load_documents(str(data), tokenizer, max_length=4096, limit=50)
+    documents = read_documents(str(data), tokenizer, limit=50)
     assert len(documents) == 50
     for document in documents:
         assert document.completion_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -40,6 +40,8 @@ def train(case: str, output_dir: Path) -> None:
     is_idle = case == "idle"
     model, tokenizer = tiny()
     documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
+    if case == "usual":  # a text that is cut, and documents that are too long
+        documents += [Document([], list(range(30, 70))), Document([1], [9] * 40), Document([2], [8] * 40)]
     # A large epsilon keeps Adam from blowing rounding errors up to whole steps.
     sft = SFTTrainer(
         SFTConfig(
@@ -49,7 +51,7 @@ def train(case: str, output_dir: Path) -> None:
             learning_rate=1e-2,
             adam_epsilon=1e-2,
             max_tokens_per_micro_batch=64,
-            data=SFTDataConfig(num_heldout=1 if is_idle else 3),
+            data=SFTDataConfig(num_heldout=1 if is_idle else 3, max_length=26),
         ),
         model=model,
         tokenizer=tokenizer,

@@ -45,6 +45,16 @@ def sft_trainer(output_dir: Path) -> SFTTrainer:
     return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
 
 
+def sft_texts_trainer(output_dir: Path) -> SFTTrainer:
+    """With texts that are cut over several steps, and documents that are too long."""
+    model, tokenizer = tiny()
+    data = SFTDataConfig(num_heldout=2, max_length=14)
+    config = replace(sft_trainer(output_dir).config, data=data)
+    texts = [Document([], list(range(40, 40 + length))) for length in range(50, 75, 5)]
+    too_long = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 16)]
+    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=[*texts, *too_long])
+
+
 def rl_trainer(output_dir: Path) -> RLTrainer:
     model, tokenizer = tiny()
     config = RLConfig(
@@ -81,7 +91,7 @@ def weights(model: BlockDiffusionModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("make", [sft_trainer, rl_trainer, threshold_trainer])
+@pytest.mark.parametrize("make", [sft_trainer, sft_texts_trainer, rl_trainer, threshold_trainer])
 def test_resumed_equals_uninterrupted(
     make: Callable[[Path], SFTTrainer | RLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,23 +55,50 @@ def noisy_sequences(packs: Sequence[PackedViews]) -> list[list[int]]:
 
 def test_noise_does_not_depend_on_the_number_of_ranks() -> None:
     trained = trainer(CONFIG)
-    alone = noisy_sequences(trained._packs(trained.examples, seed=5))
-    assert alone == noisy_sequences(trained._packs(trained.examples, seed=5))
-    assert alone != noisy_sequences(trained._packs(trained.examples, seed=6))
+    alone = noisy_sequences(trained._packs(trained.examples(DOCUMENTS), seed=5))
+    assert alone == noisy_sequences(trained._packs(trained.examples(DOCUMENTS), seed=5))
+    assert alone != noisy_sequences(trained._packs(trained.examples(DOCUMENTS), seed=6))
     for world_size in (2, 5, 20):
         together = []
         for rank in range(world_size):
             trained.distributed = OneOf(rank, world_size)
-            together += noisy_sequences(trained._packs(trained.examples, seed=5))
+            together += noisy_sequences(trained._packs(trained.examples(DOCUMENTS), seed=5))
         assert sorted(together) == alone
 
 
 def test_every_document_is_trained_on_or_held_out() -> None:
     trained = trainer(CONFIG)
-    every = [*trained.examples, *trained.heldout]
+    drawn = trained.stream.take(12, trained._fit).documents
+    every = [*trained.examples(drawn), *trained.heldout]
     lengths = sorted(len(example.trajectory.prompt_ids) + example.num_scored for example in every)
     assert len(trained.heldout) == 4
     assert lengths == sorted(-(-len(document) // 4) * 4 for document in DOCUMENTS)
+
+
+def test_texts_are_learned_whole_in_pieces_that_fit() -> None:
+    """No prompt, in packs, losses, costs and the held-out evaluation; what is too long is counted."""
+    texts = [Document([], list(range(40, 40 + length))) for length in range(5, 45)]
+    too_long = [Document([1], [50] * 12) for _ in range(5)]
+    data = SFTDataConfig(num_heldout=9, max_length=12)
+    trained = trainer(replace(CONFIG, data=data, learning_rate=1e-2), [*texts, *too_long])
+    assert all(len(example.trajectory.prompt_ids) == 0 for example in trained.heldout)
+    assert all(len(example.trajectory.completion_ids) <= 12 for example in trained.heldout)
+    packs: list[PackedViews] = []
+    trained.learner.module.register_forward_pre_hook(lambda module, arguments: packs.append(arguments[0]))
+    before = trained.evaluate()["eval/loss"]
+    packs.clear()
+    metrics = [trained.step() for _ in range(30)]
+    assert sum(row["documents/too_long"] for row in metrics) > 0
+    assert trained.evaluate()["eval/loss"] < 0.8 * before
+    first = trained._packs(trained.examples([Document([], list(range(60, 72)))]), seed=0)[0].tokens
+    clean = first.view_L == 0
+    assert first.token_ids_L[clean].tolist() == list(range(60, 72))
+    assert first.position_L[clean].tolist() == list(range(12)) and len(first) == 24
+
+
+def test_heldout_documents_that_are_all_too_long_are_one_line() -> None:
+    with pytest.raises(ValueError, match=r"list of documents, held out: all 4 documents are longer .*max_length=5"):
+        trainer(replace(CONFIG, data=SFTDataConfig(num_heldout=4, max_length=5)))
 
 
 @pytest.mark.parametrize("complementary", [False, True])

@@ -47,7 +47,7 @@ def test_ranks_of_sft_are_about_equally_busy() -> None:
     documents = [Document([5] * 8, [7] * (400 if i < 4 else 20)) for i in range(16)]
     config = SFTConfig(output_dir="unused", data=SFTDataConfig(num_heldout=0))
     trainer = SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
-    batch = sorted(trainer.examples, key=lambda example: -len(example.trajectory.completion_ids))
+    batch = sorted(trainer.examples(documents), key=lambda example: -len(example.trajectory.completion_ids))
     found: list[tuple[int, int]] = []  # documents and tokens of each rank
     for rank in range(2):
         trainer.distributed = cast(Any, SimpleNamespace(rank=rank, world_size=2, device=model.device))
