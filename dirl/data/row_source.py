@@ -1,8 +1,8 @@
 """A data path -> a source of rows: it goes through them once in order, and reads single ones again from their places.
 
 A path is a local .json, .jsonl, .parquet or .csv file, or a hub id `owner/name`, with `owner/name:config` for data sets
-of several configurations. Rows stay where they are, on disk: a place is the byte a row begins at, or, in a table of
-`datasets` (parquet files and hub data sets, which it maps into memory), its index.
+of several configurations. Rows stay where they are, on disk: a place is the byte a row begins at, or its index in
+a table (parquet files, hub data sets).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Protocol
 
 from dirl.data.rows import DataError, FoundRow, NotJson
@@ -20,6 +22,7 @@ from dirl.errors import one_line
 from dirl.files import expand, is_hub_id
 
 PIECE = 1 << 17  # bytes of a JSON array read at once
+BATCH_ROWS = 100  # of a parquet file, written and read together
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
@@ -248,23 +251,59 @@ class _Window:
         return bool(data)
 
 
+class _ParquetFile:
+    """A file whose rows can only be unpacked by the thousands: they are laid down in a temporary file, by the hundred.
+
+    The file has no name and is gone with the process.
+    """
+
+    def __init__(self, file: Path) -> None:
+        from pyarrow import parquet
+
+        self.file = file
+        self._spool: BinaryIO | None = None
+        self._reader: Any = None  # of the spool
+        with self._damage_named():
+            parquet.ParquetFile(file).close()
+
+    def scan(self) -> Iterator[FoundRow]:
+        from pyarrow import ipc, parquet
+
+        self._spool = spool = TemporaryFile()  # noqa: SIM115 - it stays
+        self._reader = None
+        options = ipc.IpcWriteOptions(compression="lz4")
+        with self._damage_named(), parquet.ParquetFile(self.file, pre_buffer=False, buffer_size=1 << 16) as source:
+            batches = source.iter_batches(BATCH_ROWS, use_threads=False)
+            with ipc.new_file(spool, source.schema_arrow, options=options) as sink:
+                number = 0
+                for index, batch in enumerate(batches):
+                    sink.write_batch(batch)
+                    for place, row in enumerate(batch.to_pylist(), start=index * BATCH_ROWS):
+                        number += 1
+                        yield FoundRow(number, place, row)
+
+    def read(self, place: int) -> object:
+        from pyarrow import ipc
+
+        self._reader = self._reader or ipc.open_file(self._spool)
+        batch = self._reader.get_batch(place // BATCH_ROWS)
+        return batch.slice(place % BATCH_ROWS, 1).to_pylist()[0]
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        from pyarrow import ArrowException
+
+        try:
+            yield
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{self.file} is not a readable parquet file: {one_line(error, 200)}") from error
+
+
 def _from_json(line: str) -> object:
     try:
         return json.loads(line)
     except ValueError:  # also a number of more digits than Python reads
         return NotJson(line.strip())  # refused or counted as a bad row
-
-
-def _open_parquet(file: Path) -> RowSource:
-    from datasets import Dataset  # not before: it takes seconds
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowException, parquet
-
-    try:
-        parquet.ParquetFile(file).close()  # datasets has many words for a damaged file
-        return ListedRows(Dataset.from_parquet(str(file)))
-    except (ArrowException, DatasetGenerationError, OSError) as error:
-        raise DataError(f"{file} is not a readable parquet file: {one_line(error, 200)}") from error
 
 
 def _open_hub(path: str, name: str, configuration: str, *, split: str) -> RowSource:
@@ -280,6 +319,6 @@ def _open_hub(path: str, name: str, configuration: str, *, split: str) -> RowSou
 SOURCES: dict[str, Callable[[Path], RowSource]] = {
     ".json": _JsonArray,
     ".jsonl": _JsonLines,
-    ".parquet": _open_parquet,
+    ".parquet": _ParquetFile,
     ".csv": _CsvFile,
 }

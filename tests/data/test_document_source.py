@@ -40,11 +40,18 @@ def write_rows(file: Path) -> str:
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_rows_are_read_again_from_their_places(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dirl.data.row_source.PIECE", 50)  # bytes: a row goes over several pieces
+    monkeypatch.setattr("dirl.data.row_source.BATCH_ROWS", 7)
     source = open_rows(write_rows(tmp_path / f"rows{suffix}"), split="train")
     found = list(source.scan())
     assert [row.content for row in found] == ROWS
     assert [source.read(row.place) for row in reversed(found)] == ROWS[::-1]
     assert found == list(source.scan())
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_the_first_rows_alone(suffix: str, tmp_path: Path) -> None:
+    source = open_documents(write_rows(tmp_path / f"rows{suffix}"), tiny_tokenizer(), limit=7)
+    assert len(source) == 7 and source[6] is not None
 
 
 def test_every_format_is_the_same_data(tmp_path: Path) -> None:
