@@ -51,9 +51,10 @@ PATH = {"path": True}  # metadata of a field that holds a path, or a list of the
 class Config:
     """What every configuration is: frozen, given by keyword, and checked however it came to be.
 
-    Fields are of type int, float, str, bool, Literal, list, dict or Config. Types, choices and bounds (`bounded`) are
-    checked here; what they cannot say a class says in a method `check(self)`, which raises a ValueError whose message
-    begins with the field's name. Each class's own `check` is called once, base classes first: nobody calls super.
+    Fields are of type int, float, str, bool, Literal, list, dict (of object: of whatever YAML holds) or Config. Types,
+    choices and bounds (`bounded`) are checked here; what they cannot say a class says in a method `check(self)`, which
+    raises a ValueError whose message begins with the field's name. Each class's own `check` is called once, base
+    classes first: nobody calls super.
     Fields marked with PATH hold their `~` written out.
     """
 
@@ -152,6 +153,18 @@ class _Source:
             if named == old or named.startswith(f"{old}."):
                 return new + named.removeprefix(old)
         return named
+
+
+def with_changes(config: Schema, changes: Mapping[str, Any], where: str) -> Schema:
+    """A configuration with other values of some dotted keys, read and checked as those of a file named `where` are.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        _put(values, key.split("."), value)
+    return _build(type(config), values, "", _Source(where, (), _aliases(type(config))), config)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -268,7 +281,8 @@ def _build(schema: type[Schema], values: Any, prefix: str, source: _Source, defa
             raise ConfigError(f"{source.of(key)}: unknown key {key!r}{_suggestion(key, schema, source.aliases)}")
         hint = hints[str(name)]
         if _is_section(hint):
-            arguments[name] = _build(hint, value, key, source, _default(fields[name]))
+            start = _default(fields[name]) if default is None else getattr(default, name)
+            arguments[name] = _build(hint, value, key, source, start)
         else:
             arguments[name] = _read(value, hint)
     try:
@@ -316,7 +330,9 @@ def _demand(name: str, value: Any, hint: Any, bounds: Mapping[str, Any] | None =
 def _is_a(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    return (
+        isinstance(hint, type) and isinstance(value, hint) and (hint in (bool, object) or not isinstance(value, bool))
+    )
 
 
 def _demand_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:

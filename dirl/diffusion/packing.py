@@ -46,6 +46,11 @@ class DiffusionScheme:
     mask_token_id: int
     shift: Literal[0, 1] = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Every position reads every other: no prefix is ever final."""
+        return self.block_length == 0
+
 
 @dataclass(frozen=True)
 class Views:

@@ -197,6 +197,15 @@ class Collector:
         self._counters: Counter[str] = Counter()
         self._should_stop, self._remember = should_stop, remember
 
+    def begin_stage(self, rollouts: Rollouts, from_step: int) -> None:
+        """Roll out like this from now on; groups that wait and were sampled in an earlier stage are given up.
+
+        Args:
+            from_step: finished optimizer steps at which the stage begins.
+        """
+        self.rollouts, self.config = rollouts, rollouts.config
+        self.waiting = [group for group in self.waiting if group.sampled_at >= from_step]
+
     @property
     def is_amid(self) -> bool:
         """Whether a step is half collected."""

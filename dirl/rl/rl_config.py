@@ -18,6 +18,7 @@ from dirl.rl.update import UpdateConfig
 from dirl.rollout.build import chosen_engine
 from dirl.training.loop import TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES
+from dirl.training.stages import stages_of
 
 _OBJECTIVE_KEYS = (
     *("likelihood", "epsilon", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards"),
@@ -53,6 +54,12 @@ class RLConfig(TrainingConfig, UpdateConfig):
 
     ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
     PRESETS: ClassVar[Mapping[str, Path]] = {"objective": CONFIGS / "objectives"}
+    CHANGEABLE: ClassVar[tuple[str, ...]] = (
+        "model.block_length",
+        *("rollout.max_completion_length", "rollout.temperature", "rollout.top_k", "rollout.top_p"),
+        *("rollout.confidence_threshold", "rollout.denoising_steps", "rollout.entropy_bound"),
+        *("rollout.prompts_per_step", "rollout.num_generations", "rollout.max_sampling_rounds", "rollout.oversampling"),
+    )
 
     output_dir: str = "outputs/rl"
     learning_rate: float = bounded(1e-6, least=0)
@@ -82,6 +89,19 @@ class RLConfig(TrainingConfig, UpdateConfig):
             )
         if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
             raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        changed = {key for stage in stages_of(self) for key in stage.changes}
+        if "model.block_length" not in changed:
+            return
+        engine = self.rollout.mode if self.rollout.mode == "server" else self.rollout.engine
+        if (engine if engine != "auto" else chosen_engine(self.rollout)) != "torch":
+            raise UserError(
+                f"stages: model.block_length cannot change with rollout.engine={self.rollout.engine}, "
+                f"rollout.mode={self.rollout.mode}: that engine is built for one; set rollout.engine=torch, "
+                "rollout.mode=colocate"
+            )
 
     @property
     def has_critic(self) -> bool:

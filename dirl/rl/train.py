@@ -44,6 +44,7 @@ from dirl.rollout.watch import RolloutProgress
 from dirl.training.loop import Trainer
 from dirl.training.optimizer import Learner
 from dirl.training.run import Run
+from dirl.training.stages import RunStage, stages_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class RLTrainer(Trainer):
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
-        reference, decoded = self._frozen_copies()
+        self._first_block_length = self.model.config.block_size
+        self._reference, self._decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)
         values = self._value_model() if config.has_critic else None  # before the weights are sharded
         self.learner = Learner(
@@ -80,20 +82,13 @@ class RLTrainer(Trainer):
         )
         self.critic = self._critic(values) if values is not None else None
         self.engine = engine or build_engine(
-            decoded,
+            self._decoded,
             self.tokenizer,
             config.rollout,
             bf16=config.bf16,
             observer=RolloutProgress(self.terminal, self.timings),
         )
-        self.updater = PolicyUpdater(
-            self.learner,
-            ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model)),
-            config,
-            max_completion_length=config.rollout.max_completion_length,
-            reference=reference,
-            critic=self.critic,
-        )
+        self.updater = self._updater()
         self.thresholds = build_threshold_policy(
             config.rollout,
             self.distributed.unwrap(self.learner.module),
@@ -104,13 +99,14 @@ class RLTrainer(Trainer):
         )
         self.collector = self.source = Collector(
             self._prompts(problems),
-            Rollouts(self.engine, self.rubric, config.rollout, self.timings, self._size(), self.thresholds),
+            self._rollouts(),
             self.distributed,
             config.seed,
             should_stop=self.signals.is_stop_asked,
-            remember=self.updater.remember,
+            remember=lambda groups: self.updater.remember(groups),
         )
-        self._check_lengths()
+        for stage in stages_of(config):
+            self._check_lengths(stage.config)
         self.heldout = self._heldout()
         self.last: Collected | None = None  # the rollouts of the last step, to look at
 
@@ -125,6 +121,7 @@ class RLTrainer(Trainer):
 
         An exception in the update (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
         """
+        self.enter_stage()
         collected = self.last = self.collector.collect(self.steps_done)
         advantages = advantages_of(collected.groups, self.config.objective, self.distributed)
         with self.timings.phase("update_weights"):
@@ -138,6 +135,12 @@ class RLTrainer(Trainer):
             self.engine.wake()
         self.steps_done += self.config.steps_per_rollout
         return metrics | metrics_of_all_ranks(collected, self.distributed)
+
+    def begin_stage(self, stage: RunStage[Any]) -> None:
+        for model in (self.model, self._decoded):
+            model.config.block_size = self.config.model.block_length or self._first_block_length
+        self.updater = self._updater()
+        self.collector.begin_stage(self._rollouts(), stage.from_step)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy.
@@ -216,11 +219,10 @@ class RLTrainer(Trainer):
             nn.Module.to(decoded, self.distributed.device)
         return reference, decoded
 
-    def _check_lengths(self) -> None:
+    def _check_lengths(self, config: RLConfig) -> None:
         """A completion that is decoded token by token may not fit a micro-batch, which would end the run."""
-        config = self.config
         longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
-        block_length = self.model.scheme.block_length
+        block_length = 0 if self.model.scheme.is_full else config.model.block_length or self._first_block_length
         tokens = longest_prompt + config.rollout.max_completion_length * (1 + block_length)
         longest = longest_prompt + config.rollout.max_completion_length
         if 0 < config.rollout.max_cached_tokens < longest:
@@ -235,6 +237,21 @@ class RLTrainer(Trainer):
                 "would end the run; raise it, or lower rollout.max_completion_length",
                 *(config.max_tokens_per_micro_batch, tokens),
             )
+
+    def _updater(self) -> PolicyUpdater:
+        config = self.config
+        return PolicyUpdater(
+            self.learner,
+            ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model)),
+            config,
+            max_completion_length=config.rollout.max_completion_length,
+            reference=self._reference,
+            critic=self.critic,
+        )
+
+    def _rollouts(self) -> Rollouts:
+        size = self.model.scheme.block_length, self.model.config.hidden_size  # what replaying a group costs depends on
+        return Rollouts(self.engine, self.rubric, self.config.rollout, self.timings, size, self.thresholds)
 
     def _value_model(self) -> ValueModel:
         config = self.config
@@ -258,10 +275,6 @@ class RLTrainer(Trainer):
     def _without_adapters(self, packed: PackedViews, rule: ScoringRule) -> ActionScores:
         with adapters_off(self.model):
             return self.learner.module(packed, rule)
-
-    def _size(self) -> tuple[int, int]:
-        """Block length and hidden size: what the cost of replaying a group depends on."""
-        return self.model.scheme.block_length, self.model.config.hidden_size
 
     def _load(self, path: str, split: str, limit: int) -> list[Problem]:
         data = self.config.data

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
 from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
 from dirl.training.seeds import stable_seed
+from dirl.training.stages import RunStage, stages_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,20 @@ class SFTDataConfig(Config):
 class SFTConfig(TrainingConfig):
     """Everything of an SFT run."""
 
+    CHANGEABLE: ClassVar[tuple[str, ...]] = (
+        *("model.block_length", "data.max_length", "data.score_fill", "global_batch_size"),
+        *("noise.noise_level", "noise.min_noise", "noise.low_discrepancy", "noise.complementary"),
+    )
+
     output_dir: str = "outputs/sft"
     global_batch_size: int = bounded(64, least=1)  # documents per optimizer step, over all ranks
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+    def check(self) -> None:
+        stages_of(self)
 
 
 class SFTTrainer(Trainer):
@@ -86,6 +95,7 @@ class SFTTrainer(Trainer):
         super().__init__(config)
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
+        self._first_block_length = self.model.config.block_size
         self.documents: DocumentSource = self._open() if documents is None else ListedDocuments(documents)
         trained, self._heldout_indices = self._split()
         self.stream = self.source = DocumentStream(self.documents, trained, config.seed)
@@ -103,6 +113,7 @@ class SFTTrainer(Trainer):
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its metrics."""
+        self.enter_stage()
         drawn = self.stream.take(self.config.global_batch_size, self._fit)
         self._last_taken = drawn.indices
         batch = self.examples(drawn.documents)
@@ -113,6 +124,10 @@ class SFTTrainer(Trainer):
         self.steps_done += 1
         passed_over = {"documents/too_long": float(drawn.num_too_long), "documents/bad": float(drawn.num_bad)}
         return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)} | passed_over
+
+    def begin_stage(self, stage: RunStage[Any]) -> None:
+        self.model.config.block_size = self.config.model.block_length or self._first_block_length
+        self.heldout = self._heldout()
 
     def examples(self, documents: Sequence[Document]) -> list[Example]:
         """Documents, each filled up to the end of its last block."""

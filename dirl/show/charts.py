@@ -55,6 +55,7 @@ PANELS = (
     Panel("Truncated completions", "share"),
     Panel("Gradient norm", "L2 norm before clipping"),
     Panel("Learning rate", "", "plain"),
+    Panel("Stage", "which of the configuration's stages", "plain"),
     Panel("Time per phase", "seconds of a step", "stacked"),
     Panel("Throughput", "tokens per second"),
     Panel("Peak memory", "GB", "plain"),

@@ -19,6 +19,7 @@ _RATIO = "probability ratio, trainer over engine, of a token under the weights t
 TABLE = MetricTable(
     (
         Metric("step", "", "finished optimizer steps"),
+        Metric("stage", "", "which of `stages` the step was in; 0: before the first", panel="Stage"),
         Metric(
             "loss",
             "nats",

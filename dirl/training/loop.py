@@ -24,10 +24,11 @@ from dirl.training.metrics import Timings
 from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.run import Resumable, Run, logger
 from dirl.training.run_state import RunConfig
+from dirl.training.stages import RunStage, StagedConfig, stages_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(RunConfig, OptimizerConfig):
+class TrainingConfig(RunConfig, OptimizerConfig, StagedConfig):
     """What every stage that trains is told."""
 
     eval_steps: int = bounded(0, least=0)  # optimizer steps between evaluations; 0: only at the end
@@ -49,7 +50,9 @@ class Trainer(ABC):
     heldout: Sequence[Any] = ()  # what it is evaluated on
 
     def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
+        self.stages = stages_of(config)
+        self.now = self.stages[0]  # the stage of `stages` that holds
+        self.config = config  # of that stage
         self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
         self.timings = Timings()
         self.signals = SignalWatch(self.distributed.max)
@@ -59,6 +62,8 @@ class Trainer(ABC):
     @abstractmethod
     def step(self) -> dict[str, float]:
         """One batch of data and its optimizer steps (`steps_done` counts them); its metrics.
+
+        Calls `enter_stage` before anything else.
 
         Raises:
             StopAsked: a signal came before the update; what there is is kept for the next call.
@@ -80,6 +85,19 @@ class Trainer(ABC):
     def begin(self) -> None:  # noqa: B027 - most stages have nothing to do
         """Called once, when the weights are those that the run starts or goes on with."""
 
+    def enter_stage(self) -> None:
+        """Take on the configuration that holds for the step to come."""
+        stage = [stage for stage in self.stages if stage.from_step <= self.steps_done][-1]
+        if stage is self.now:
+            return
+        self.now, self.config = stage, stage.config
+        changes = ", ".join(f"{key}={value}" for key, value in stage.changes.items())
+        self.terminal.say(f"stage {stage.number} of {len(self.stages) - 1} begins at step {self.steps_done}: {changes}")
+        self.begin_stage(stage)
+
+    def begin_stage(self, stage: RunStage[Any]) -> None:  # noqa: B027 - nothing that was built from the old values
+        """Called once `config` is that of another stage: rebuild what was built from the one before."""
+
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out data; asked for where there are any."""
         return {}
@@ -97,8 +115,8 @@ class Trainer(ABC):
 
     def train(self) -> Path:
         """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
-        config = self.config
-        with self._run() as run:
+        config = self.stages[0].config
+        with self._run(config) as run:
             self.steps_done = run.step
             self.begin()
             while not run.is_finished:
@@ -114,6 +132,8 @@ class Trainer(ABC):
                     run.say(f"training ends early: {reason}")
                     run.save()
                     break
+                if len(self.stages) > 1:
+                    metrics["stage"] = float(self.now.number)
                 run.advance(self.steps_done)
                 self.record(run)
                 if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
@@ -133,10 +153,10 @@ class Trainer(ABC):
         self.distributed.barrier()
         return final
 
-    def _run(self) -> Run:
+    def _run(self, config: TrainingConfig) -> Run:
         return Run(
-            self.config,
-            config_to_dict(self.config),
+            config,
+            config_to_dict(config),
             self.learners(),
             self.source,
             signals=self.signals,

@@ -81,6 +81,32 @@ def threshold_trainer(output_dir: Path) -> RLTrainer:
     return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
 
 
+def sft_stages_trainer(output_dir: Path) -> SFTTrainer:
+    """A stage begins where the checkpoint is, and one beyond it."""
+    plain = sft_texts_trainer(output_dir)
+    stages: list[dict[str, object]] = [
+        {"from_step": 2, "model.block_length": 2, "data.max_length": 17},
+        {"from_step": 3, "model.block_length": 8, "global_batch_size": 6, "noise.complementary": True},
+    ]
+    model, tokenizer = tiny()
+    documents = [document for i in range(12) if (document := plain.documents[i]) is not None]
+    return SFTTrainer(replace(plain.config, stages=stages), model=model, tokenizer=tokenizer, documents=documents)
+
+
+def rl_stages_trainer(output_dir: Path) -> RLTrainer:
+    """With groups that wait when the stage begins where the checkpoint is."""
+    plain = rl_trainer(output_dir)
+    rollout = replace(plain.config.rollout, oversampling=2.0)
+    stages: list[dict[str, object]] = [
+        {"from_step": 2, "model.block_length": 8, "rollout.max_completion_length": 20},
+        {"from_step": 3, "rollout.temperature": 0.7},
+    ]
+    model, tokenizer = tiny()
+    problems = [prompt.problem for prompt in plain.collector.prompts]
+    config = replace(plain.config, rollout=rollout, stages=stages)
+    return RLTrainer(config, model=model, tokenizer=tokenizer, problems=problems)
+
+
 def numbers(output_dir: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = ("timing_s/", "perf/", "time")
@@ -91,7 +117,10 @@ def weights(model: BlockDiffusionModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("make", [sft_trainer, sft_texts_trainer, rl_trainer, threshold_trainer])
+MAKERS = (sft_trainer, sft_texts_trainer, sft_stages_trainer, rl_trainer, threshold_trainer, rl_stages_trainer)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_resumed_equals_uninterrupted(
     make: Callable[[Path], SFTTrainer | RLTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +148,10 @@ def test_resumed_equals_uninterrupted(
     expected = weights(whole.model)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.model).items())
     assert not all(torch.equal(value, expected[name]) for name, value in after_kill.items())
+    if make in (sft_stages_trainer, rl_stages_trainer):
+        assert [row["stage"] for row in numbers(tmp_path / "parts")] == [0, 0, 1, 2]
+    if make is rl_stages_trainer:
+        assert numbers(tmp_path / "whole")[1]["groups/carried_over"] > 0
     if make is threshold_trainer:
         heads = [(tmp_path / run / "final" / "threshold_policy.json").read_text() for run in ("whole", "parts")]
         assert heads[0] == heads[1] and any(map(any, json.loads(heads[0])["weight"]))
