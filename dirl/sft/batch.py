@@ -19,6 +19,7 @@ from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
 from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views
+from dirl.sft.autoregressive import with_block_starts
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,17 @@ def pack_micro_batches(
     documents: Sequence[ViewedDocument],
     block_length: int,
     split: Callable[[Sequence[int]], list[list[int]]],
+    *,
+    starts: bool = False,
 ) -> list[PackedViews]:
-    """Packs of documents, as `split` (lengths -> bins of indices) groups them."""
+    """Packs of documents, as `split` (lengths -> bins of indices) groups them.
+
+    Args:
+        starts: score the first tokens of blocks too, from the clean copy.
+    """
     bins = split([document.packed_length(block_length) for document in documents])
-    return [pack([documents[i] for i in members], block_length) for members in bins]
+    packs = [pack([documents[i] for i in members], block_length) for members in bins]
+    if not starts:
+        return packs
+    prompt_lengths = [[len(documents[i].prompt_ids) for i in members] for members in bins]
+    return [with_block_starts(packed, lengths) for packed, lengths in zip(packs, prompt_lengths, strict=True)]

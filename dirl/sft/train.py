@@ -26,7 +26,7 @@ from dirl.data.document_stream import DocumentStream, Fit, none_fits
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
-from dirl.diffusion.packing import PackedViews
+from dirl.diffusion.packing import PackedViews, ViewedDocument
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import placeholder_pack
 from dirl.errors import UserError
@@ -35,6 +35,7 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, trained_fraction
+from dirl.sft.autoregressive import count_block_starts, next_token_loss
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
@@ -65,6 +66,7 @@ class SFTConfig(TrainingConfig):
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
         *("model.block_length", "data.max_length", "data.score_fill", "global_batch_size"),
         *("noise.noise_level", "noise.min_noise", "noise.low_discrepancy", "noise.complementary"),
+        "autoregressive_weight",
     )
 
     output_dir: str = "outputs/sft"
@@ -73,6 +75,8 @@ class SFTConfig(TrainingConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    # weight of next-token prediction from the clean copy, at the first token of each block; 0: none
+    autoregressive_weight: float = bounded(0.0, least=0)
 
     def check(self) -> None:
         stages_of(self)
@@ -117,13 +121,17 @@ class SFTTrainer(Trainer):
         drawn = self.stream.take(self.config.global_batch_size, self._fit)
         self._last_taken = drawn.indices
         batch = self.examples(drawn.documents)
-        packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done))
-        denominator = float(sum(example.num_scored for example in batch))
-        losses = [partial(self._loss, packed, denominator) for packed in packs]
+        is_autoregressive = self.config.autoregressive_weight > 0
+        packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done), starts=is_autoregressive)
+        num_scored = float(sum(example.num_scored for example in batch))
+        num_starts = float(max(count_block_starts(example.trajectory for example in batch), 1))
+        losses = [partial(self._loss, packed, num_scored, num_starts) for packed in packs]
         outcome = self.learner.update(losses, self._empty_loss)
         self.steps_done += 1
-        passed_over = {"documents/too_long": float(drawn.num_too_long), "documents/bad": float(drawn.num_bad)}
-        return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)} | passed_over
+        metrics = {"documents/too_long": float(drawn.num_too_long), "documents/bad": float(drawn.num_bad)}
+        if is_autoregressive:
+            metrics["loss_autoregressive"] = outcome.sums.get("next_token", 0.0)
+        return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)} | metrics
 
     def begin_stage(self, stage: RunStage[Any]) -> None:
         self.model.config.block_size = self.config.model.block_length or self._first_block_length
@@ -182,18 +190,21 @@ class SFTTrainer(Trainer):
             is_main=self.distributed.is_main,
         )
 
-    def _loss(self, packed: PackedViews, denominator: float) -> Loss:
-        scores = self.learner.module(packed, self.rule)
-        value = nelbo_loss(scores.logprob_T, packed.actions.weight_T, denominator)
-        tokens = torch.full_like(value.detach(), len(packed), dtype=torch.float64)
-        return Loss(value, len(packed), {"tokens": tokens})
+    def _loss(self, packed: PackedViews, num_scored: float, num_starts: float) -> Loss:
+        logprob_T, weight = self.learner.module(packed, self.rule).logprob_T, self.config.autoregressive_weight
+        value = nelbo_loss(logprob_T, packed.actions.weight_T, num_scored)
+        sums = {"tokens": torch.full_like(value.detach(), len(packed), dtype=torch.float64)}
+        if weight > 0:
+            sums["next_token"] = next_token_loss(logprob_T, packed.actions, num_starts)
+            value = value + weight * sums["next_token"]
+        return Loss(value, len(packed), sums)
 
     def _empty_loss(self) -> Loss:
         packed = placeholder_pack(self.model.scheme)
-        return self._loss(packed.to(self.distributed.device), 1.0).nothing()
+        return self._loss(packed.to(self.distributed.device), 1.0, 1.0).nothing()
 
-    def _packs(self, batch: Sequence[Example], *, seed: int) -> list[PackedViews]:
-        """This rank's micro-batches of a global batch."""
+    def _packs(self, batch: Sequence[Example], *, seed: int, starts: bool = False) -> list[PackedViews]:
+        """This rank's micro-batches of a global batch; `starts`: with the first tokens of blocks scored too."""
         levels = batch_noise_levels(batch, self.config.noise, seed)
         ranks, hidden_size = self.distributed.world_size, self.model.config.hidden_size
         num_views = 2 if self.config.noise.complementary else 1
@@ -201,23 +212,23 @@ class SFTTrainer(Trainer):
         costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
         owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
         mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]
-        return self._local_packs(
+        documents = self._viewed(
             [batch[i] for i in mine], [levels[i] for i in mine], [stable_seed(seed, i) for i in mine]
         )
-
-    def _local_packs(
-        self, examples: Sequence[Example], levels: Sequence[Tensor], seeds: Sequence[int]
-    ) -> list[PackedViews]:
-        mask_token_id, noise = self.model.config.mask_token_id, self.config.noise
-        documents = [
-            view_document(example, levels_K, mask_token_id, noise=noise, seed=seed)
-            for example, levels_K, seed in zip(examples, levels, seeds, strict=True)
-        ]
         split: Callable[[Sequence[int]], list[list[int]]] = partial(
             split_by_budget, budget=self.config.max_tokens_per_micro_batch
         )
-        packs = pack_micro_batches(documents, self.model.config.block_size, split)
+        packs = pack_micro_batches(documents, self.model.config.block_size, split, starts=starts)
         return [packed.to(self.distributed.device) for packed in packs]
+
+    def _viewed(
+        self, examples: Sequence[Example], levels: Sequence[Tensor], seeds: Sequence[int]
+    ) -> list[ViewedDocument]:
+        mask_token_id, noise = self.model.config.mask_token_id, self.config.noise
+        return [
+            view_document(example, levels_K, mask_token_id, noise=noise, seed=seed)
+            for example, levels_K, seed in zip(examples, levels, seeds, strict=True)
+        ]
 
     @property
     def _fit(self) -> Fit:

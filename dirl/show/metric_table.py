@@ -12,6 +12,10 @@ from typing import Any
 from dirl.files import read_json_lines
 from dirl.show.metric import Metric, MetricTable
 
+_LOSS = (
+    "SFT: NELBO per scored token of the global batch, and `loss_autoregressive` times its weight. RL: the negative "
+    "surrogate; its value says little"
+)
 _DECILES = "held-out cross-entropy per masked token at noise levels from d/10 to (d+1)/10"
 _BINS = "groups with no right completion (`0`), up to a quarter, half, three quarters, below all, all (`100`)"
 _RATIO = "probability ratio, trainer over engine, of a token under the weights that sampled it, before any cut"
@@ -23,7 +27,7 @@ TABLE = MetricTable(
         Metric(
             "loss",
             "nats",
-            "SFT: NELBO per scored token of the global batch. RL: the negative surrogate; its value says little",
+            _LOSS,
             panel="Loss",
             picture="loss",
             column="loss",
@@ -40,6 +44,7 @@ TABLE = MetricTable(
             tile="held-out loss",
             headline=2,
         ),
+        Metric("loss_autoregressive", "nats", "per first token of a block, from the clean copy", panel="Loss"),
         Metric(
             "eval/loss_noise_decile_{d}",
             "nats",

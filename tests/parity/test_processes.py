@@ -52,6 +52,8 @@ def train(case: str, output_dir: Path) -> None:
             adam_epsilon=1e-2,
             max_tokens_per_micro_batch=64,
             data=SFTDataConfig(num_heldout=1 if is_idle else 3, max_length=26),
+            autoregressive_weight=0.2 if case == "usual" else 0.0,
+            stages=[{"from_step": 1, "data.max_length": 20, "global_batch_size": 4}] if case == "usual" else [],
         ),
         model=model,
         tokenizer=tokenizer,

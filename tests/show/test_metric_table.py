@@ -40,7 +40,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     model, tokenizer = tiny()
     data = SFTDataConfig(limit=40, num_heldout=16)
     sft = SFTConfig(output_dir=str(folder / "sft"), max_steps=2, global_batch_size=4, save_steps=1, data=data)
-    sft = replace(sft, stages=[{"from_step": 1, "model.block_length": 8}])
+    sft = replace(sft, stages=[{"from_step": 1, "model.block_length": 8}], autoregressive_weight=0.1)
     SFTTrainer(sft, model=model, tokenizer=tokenizer).train()
     problems = [Problem(f"{n}+1=", str(n + 1), {}) for n in range(8)]
     rl = RLConfig(
