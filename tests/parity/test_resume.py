@@ -96,7 +96,7 @@ def sft_stages_trainer(output_dir: Path) -> SFTTrainer:
 def rl_stages_trainer(output_dir: Path) -> RLTrainer:
     """With groups that wait when the stage begins where the checkpoint is."""
     plain = rl_trainer(output_dir)
-    rollout = replace(plain.config.rollout, oversampling=2.0)
+    rollout = replace(plain.config.rollout, oversampling=4.0)
     stages: list[dict[str, object]] = [
         {"from_step": 2, "model.block_length": 8, "rollout.max_completion_length": 20},
         {"from_step": 3, "rollout.temperature": 0.7},
