@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
-from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
+from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views
 from dirl.sft.autoregressive import with_block_starts
@@ -34,14 +34,15 @@ class Example:
         return int(self.scored_KB.sum())
 
 
-def make_example(document: Document, block_length: int, fill_id: int, *, score_fill: bool) -> Example:
+def make_example(document: Document, block_length: int, fill_id: int, *, score_fill: bool, window: int = 1) -> Example:
     """Fill the last block: a decoder denoises whole blocks, so the model must know what follows EOS in one.
 
     Args:
+        block_length: 0 under full attention, where the completion is filled to a multiple of `window` instead.
         score_fill: whether the fill is masked and scored too. Otherwise it is only context.
     """
     prompt_length, real_length = len(document.prompt_ids), len(document.completion_ids)
-    num_fill = -(prompt_length + real_length) % block_length
+    num_fill = -(prompt_length + real_length) % block_length if block_length else -real_length % window
     prompt_ids = torch.tensor(document.prompt_ids, dtype=torch.int64)
     completion_ids = torch.tensor([*document.completion_ids, *[fill_id] * num_fill], dtype=torch.int64)
     trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), block_length)
@@ -73,7 +74,7 @@ def view_document(
 
 def pack_micro_batches(
     documents: Sequence[ViewedDocument],
-    block_length: int,
+    scheme: DiffusionScheme,
     split: Callable[[Sequence[int]], list[list[int]]],
     *,
     starts: bool = False,
@@ -83,8 +84,8 @@ def pack_micro_batches(
     Args:
         starts: score the first tokens of blocks too, from the clean copy.
     """
-    bins = split([document.packed_length(block_length) for document in documents])
-    packs = [pack([documents[i] for i in members], block_length) for members in bins]
+    bins = split([document.packed_length(scheme.block_length) for document in documents])
+    packs = [pack([documents[i] for i in members], scheme.block_length, scheme.shift) for members in bins]
     if not starts:
         return packs
     prompt_lengths = [[len(documents[i].prompt_ids) for i in members] for members in bins]

@@ -38,7 +38,7 @@ from dirl.model.memory import Workload, trained_fraction
 from dirl.sft.autoregressive import count_block_starts, next_token_loss
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.loss import decile_sums, nelbo_loss
-from dirl.training.balance import balanced_owners, packed_cost, split_by_budget
+from dirl.training.balance import balanced_owners, packed_cost, split_by_budget, whole_cost
 from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
 from dirl.training.seeds import stable_seed
@@ -57,6 +57,8 @@ class SFTDataConfig(Config):
     system_prompt: str = ""
     skip_bad_rows: bool = False
     score_fill: bool = True  # also learn what fills the last block after EOS, so that the decoder ends in few steps
+    # full attention: completions are filled with EOS to a multiple of so many tokens, as generation windows are
+    fill_window: int = bounded(32, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,8 @@ class SFTTrainer(Trainer):
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
         self._first_block_length = self.model.config.block_size
+        if self.model.scheme.is_full and any(stage.config.autoregressive_weight > 0 for stage in stages_of(config)):
+            raise UserError("autoregressive_weight is of blocks, and the model of model.path has none; leave it 0")
         self.documents: DocumentSource = self._open() if documents is None else ListedDocuments(documents)
         trained, self._heldout_indices = self._split()
         self.stream = self.source = DocumentStream(self.documents, trained, config.seed)
@@ -141,8 +145,11 @@ class SFTTrainer(Trainer):
         """Documents, each filled up to the end of its last block."""
         pad_id = self.tokenizer.pad_token_id
         fill_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        block_length, score_fill = self.model.config.block_size, self.config.data.score_fill
-        return [make_example(document, block_length, fill_id, score_fill=score_fill) for document in documents]
+        block_length, data = self.model.scheme.block_length, self.config.data
+        return [
+            make_example(document, block_length, fill_id, score_fill=data.score_fill, window=data.fill_window)
+            for document in documents
+        ]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -209,7 +216,10 @@ class SFTTrainer(Trainer):
         ranks, hidden_size = self.distributed.world_size, self.model.config.hidden_size
         num_views = 2 if self.config.noise.complementary else 1
         lengths = [(len(e.trajectory.prompt_ids), len(e.trajectory.completion_ids)) for e in batch]
-        costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
+        if self.model.scheme.is_full:
+            costs = [whole_cost(prompt + tokens, num_views, hidden_size) for prompt, tokens in lengths]
+        else:
+            costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
         owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
         mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]
         documents = self._viewed(
@@ -218,7 +228,7 @@ class SFTTrainer(Trainer):
         split: Callable[[Sequence[int]], list[list[int]]] = partial(
             split_by_budget, budget=self.config.max_tokens_per_micro_batch
         )
-        packs = pack_micro_batches(documents, self.model.config.block_size, split, starts=starts)
+        packs = pack_micro_batches(documents, self.model.scheme, split, starts=starts)
         return [packed.to(self.distributed.device) for packed in packs]
 
     def _viewed(
@@ -232,7 +242,7 @@ class SFTTrainer(Trainer):
 
     @property
     def _fit(self) -> Fit:
-        return Fit(self.config.data.max_length, self.model.config.block_size)
+        return Fit(self.config.data.max_length, self.model.scheme.block_length or 1)
 
     def _open(self) -> DocumentSource:
         data = self.config.data

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dirl.data.conversations import Document
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
@@ -22,7 +24,10 @@ from dirl.rl.actions import PolicyBatch
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.policy_loss import policy_loss
 from dirl.rollout.engine import SamplingConfig
+from dirl.sft.batch import batch_noise_levels, view_document
 from dirl.sft.loss import nelbo_loss
+from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+from dirl.training.seeds import stable_seed
 from tests.oracle import brute_force_actions, brute_force_logprobs, sharp_tiny_model, state_logits
 from tests.parity.packs import group_of_completions, packed, replayed
 
@@ -172,3 +177,23 @@ def test_gradient_checkpointing_and_chunked_logits_change_nothing(monkeypatch: p
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert_same_gradient(step(), expected)
+
+
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 1), (1, 1), (0, 0), (0, 1)])
+@torch.no_grad()
+def test_sft_scores_by_the_scheme_of_its_model(block_length: int, shift: int, tmp_path: Path) -> None:
+    """The trainer's held-out loss from its own documents, by plain passes."""
+    model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
+    model.config.block_size = block_length or 4
+    documents = [Document(list(range(40, 40 + n)), list(range(60, 66 + n))) for n in range(6)]
+    config = SFTConfig(output_dir=str(tmp_path), data=SFTDataConfig(num_heldout=4, fill_window=8))
+    trainer = SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+    seed, heldout = stable_seed(config.seed, -1), trainer.heldout
+    levels = batch_noise_levels(heldout, config.noise, seed)
+    viewed = [
+        view_document(example, levels_K, model.scheme.mask_token_id, noise=config.noise, seed=stable_seed(seed, i))
+        for i, (example, levels_K) in enumerate(zip(heldout, levels, strict=True))
+    ]
+    num_scored = sum(example.num_scored for example in heldout)
+    expected = float(sum_over_views(model.eval(), viewed)) / num_scored
+    assert trainer.evaluate()["eval/loss"] == pytest.approx(expected, rel=1e-5)

@@ -7,9 +7,11 @@ import torch
 
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.sft.batch import batch_noise_levels, make_example, pack_micro_batches, view_document
 
 MASK, FILL, BLOCK = 99, 98, 4
+SCHEME = DiffusionScheme(block_length=BLOCK, mask_token_id=MASK)
 
 
 @pytest.mark.parametrize("prompt_length", range(1, 6))
@@ -24,6 +26,15 @@ def test_the_last_block_is_filled_and_scored_on_request(prompt_length: int, scor
     assert scored == document.completion_ids + [FILL] * num_fill * score_fill
 
 
+@pytest.mark.parametrize(("num_tokens", "num_fill"), [(7, 3), (10, 0), (11, 9)])
+def test_under_full_attention_windows_are_filled(num_tokens: int, num_fill: int) -> None:
+    """From the end of the prompt on, whatever its length."""
+    document = Document([1, 2, 3], list(range(num_tokens)))
+    example = make_example(document, 0, FILL, score_fill=True, window=10)
+    assert example.trajectory.completion_ids.tolist() == document.completion_ids + [FILL] * num_fill
+    assert example.scored_KB.tolist() == [[False] * 3 + [True] * (num_tokens + num_fill)]
+
+
 def test_unscored_fill_is_never_masked() -> None:
     example = make_example(Document([1, 2], [50, 51, 52]), BLOCK, FILL, score_fill=False)
     for seed in range(20):
@@ -36,7 +47,7 @@ def test_complementary_pairs_score_every_token_once() -> None:
     examples = [make_example(Document([1] * n, list(range(50, 61))), BLOCK, FILL, score_fill=True) for n in range(1, 6)]
     for seed, (example, levels_K) in enumerate(zip(examples, batch_noise_levels(examples, noise, 3), strict=True)):
         document = view_document(example, levels_K, MASK, noise=noise, seed=seed)
-        (packed,) = pack_micro_batches([document], BLOCK, lambda lengths: [list(range(len(lengths)))])
+        (packed,) = pack_micro_batches([document], SCHEME, lambda lengths: [list(range(len(lengths)))])
         assert sorted(packed.actions.completion_index_T.tolist()) == list(range(example.num_scored))
 
 
