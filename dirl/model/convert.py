@@ -8,6 +8,7 @@ Source: dllm's a2d (github.com/ZHZisZZ/dllm); the shift keeps what the source's 
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def convert(source: str, output: str | Path, config: ConvertConfig) -> BlockDiff
     """Write the block-diffusion directory; returns its model, in the source's precision.
 
     Args:
-        source: Hugging Face directory, hub id, or a .gguf file, whose numbers are restored to float32.
+        source: Hugging Face directory, hub id, or a .gguf file (or a directory with only that), whose numbers are
+            restored to float32.
     Raises:
         UserError: no autoregressive model of a known architecture, or something stands at `output`.
     """
@@ -74,8 +76,10 @@ def convert(source: str, output: str | Path, config: ConvertConfig) -> BlockDiff
 
 def _load(source: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """The source's model and tokenizer; a diffusion model is sent away before its weights are read."""
-    file = Path(source)
-    if file.suffix == ".gguf":
+    file = _gguf_file(Path(source))
+    if file is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"reading {file} needs the gguf package: pip install 'dirl[gguf]'")
         if not file.is_file():
             raise MissingFileError(f"no file {source}; name a .gguf file, a Hugging Face directory or a hub id")
         with damage_named(source):
@@ -94,6 +98,14 @@ def _load(source: str) -> tuple[Any, PreTrainedTokenizerBase]:
             raise UserError(f"{source!r} is a {known.architecture}: a diffusion model already; train it as it is")
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     return model, load_tokenizer(source)
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The .gguf file that is named, or that is all there is in a directory."""
+    if path.suffix == ".gguf":
+        return path
+    found = [] if (path / "config.json").is_file() else list(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
 
 
 def _family_for(autoregressive: Any, source: str) -> Family:
