@@ -73,7 +73,7 @@ TRAINED: dict[str, Callable[[Family], object]] = {
 
 CONVERTING = """\
 With blocks of one token and a shift of 1 a converted model's logits are its source's. `dirl convert` also reads .gguf
-files (`pip install 'dirl[gguf]'`); the mask is the tokenizer's own, a reserved token that was never used, or a new one
+files (`pip install 'dirl[gguf]'`). The mask is the tokenizer's own, a reserved token that was never used, or a new one
 whose embedding is the mean of all. `stages` enlarge the block in training ([stages](stages.md)).
 
 ```bash
@@ -84,20 +84,21 @@ CONFIG=configs/smollm2/sft.yaml bash examples/sft.sh
 
 ## What is exact, and what is not there
 
-For every family: replay under packed views equals plain forward passes and what the in-process engine recorded, for every
-unmasking strategy (`tests/parity/test_families.py`). Under full attention nothing is cached: each step reads the whole
-canvas of prompt and `rollout.max_completion_length` masks, in windows of `rollout.generation_window` tokens. LMDeploy
-decodes SDAR and SDAR-MoE alone. Not there: LLaDA2.1's editing of tokens already revealed (its models decode as 2.0 does),
-approximate caches, Fast-dLLM v2's own training rule for the first token of a block (it is trained as it is decoded, from
-the clean copy), confidence before temperature or after truncation, blocks counted from the end of the prompt.
+For every family: replay under packed views equals plain forward passes and what the in-process engine recorded, for
+every unmasking strategy (`tests/parity/test_families.py`). Under full attention nothing is cached: each step reads
+the whole canvas of prompt and `rollout.max_completion_length` masks, in windows of `rollout.generation_window`
+tokens. LMDeploy decodes SDAR and SDAR-MoE alone. Not there: LLaDA2.1's editing of tokens already revealed (its models
+decode as 2.0 does), approximate caches, Fast-dLLM v2's own training rule for the first token of a block (it is
+trained as it is decoded, from the clean copy), confidence before temperature or after truncation, blocks counted from
+the end of the prompt.
 
 ## Adding a family
 
-One file in `dirl/model/families/`: a configuration (its defaults are the block length, shift and attention), a subclass
-`(BlockDiffusionModel, NearestForCausalLM)` named as `architectures[0]` says, a `Family` record, and where names of tensors
-differ `register_weight_names`; then its name in `registry.FAMILIES`. A tiny published checkpoint in
-`tests/model/published.py` and its formula in `tests/model/family_oracle.py` bring all tests along: logits, saving, replay,
-gradients, and every stage from the command line.
+One file in `dirl/model/families/`: a configuration (its defaults are the block length, shift and attention), a
+subclass `(BlockDiffusionModel, NearestForCausalLM)` named as `architectures[0]` says, a `Family` record, and where
+names of tensors differ `register_weight_names`; then its name in `registry.FAMILIES`. A tiny published checkpoint in
+`tests/model/published.py` and its formula in `tests/model/family_oracle.py` bring all tests along: logits, saving,
+replay, gradients, and every stage from the command line.
 """
 
 

@@ -31,6 +31,8 @@ STRATEGIES = {
     ),
     "random": SamplingConfig(unmasking_strategy="random", denoising_steps=2, max_completion_length=20),
 }
+# Other schemes that test the same in other places.
+MORE_SCHEMES = [pytest.param(*pair, marks=pytest.mark.matrix) for pair in ((1, 1), (0, 0), (4, 1))]
 DISTRIBUTIONS: dict[str, dict[str, Any]] = {
     "hot": {"temperature": 1.5},
     "top_k": {"top_k": 5},
@@ -82,7 +84,7 @@ def test_replay_equals_brute_force_equals_engine(strategy: str, block_length: in
     assert {len(completion.prompt_ids) % block_length for completion in completions} >= {0, 1, block_length - 1}
 
 
-@pytest.mark.parametrize(("block_length", "shift"), [(1, 1), (4, 1), (0, 0), (0, 1)])
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 1), (0, 1), MORE_SCHEMES[0], MORE_SCHEMES[1]])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_replay_of_shifted_predictions_and_of_full_attention(strategy: str, block_length: int, shift: int) -> None:
     """Block length 0 is full attention; one token a block and a shift are autoregressive decoding."""
@@ -100,7 +102,7 @@ def test_replay_under_the_distribution_that_was_sampled(strategy: str, distribut
     assert_three_roads_meet(sampling, block_length=4)
 
 
-@pytest.mark.parametrize(("block_length", "shift"), [(4, 0), (4, 1), (0, 0), (0, 1)])
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 0), (0, 1), MORE_SCHEMES[1], MORE_SCHEMES[2]])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @torch.no_grad()
 def test_holds_of_a_pack_equal_brute_force(strategy: str, block_length: int, shift: int) -> None:
