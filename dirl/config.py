@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from dirl.errors import ConfigError, one_line
 from dirl.files import expand, write_whole
-from dirl.presets import preset_in_full, with_presets
+from dirl.presets import ABSENT, preset_in_full, put, take, with_presets
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ _WANTED = {
     list: "a list",
     dict: "a mapping of keys",
 }
-_ABSENT = object()
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # of the checkout
 PATH = {"path": True}  # metadata of a field that holds a path, or a list of them, and may hold something else
 
@@ -163,7 +162,7 @@ def with_changes(config: Schema, changes: Mapping[str, Any], where: str) -> Sche
     """
     values: dict[str, Any] = {}
     for key, value in changes.items():
-        _put(values, key.split("."), value)
+        put(values, key.split("."), value)
     return _build(type(config), values, "", _Source(where, (), _aliases(type(config))), config)
 
 
@@ -228,39 +227,14 @@ def _renamed(layer: Any, aliases: Mapping[str, str], where: str) -> Any:
 
     values: Any = OmegaConf.to_container(layer)
     for old, new in aliases.items():
-        value = _take(values, old.split("."))
-        if value is not _ABSENT:
+        value = take(values, old.split("."))
+        if value is not ABSENT:
             _say_moved(old, new)
-            if not _put(values, new.split("."), value):
+            if not put(values, new.split("."), value):
                 raise ConfigError(f"{where}: {old} is now {new}, and both are given with different values; keep {new}")
         reference = re.compile(r"(?<!\\)\$\{\s*" + re.escape(old) + r"\s*\}")
         values = _in_texts(values, functools.partial(reference.sub, f"${{{new}}}"))
     return values
-
-
-def _take(values: dict[Any, Any], path: Sequence[str]) -> Any:
-    """Remove and return what stands at a path (_ABSENT: nothing does), with the sections that are then empty."""
-    name, *rest = path
-    if not rest:
-        return values.pop(name, _ABSENT)
-    inner = values.get(name)
-    taken = _take(inner, rest) if isinstance(inner, dict) else _ABSENT
-    if taken is not _ABSENT and not inner:
-        del values[name]
-    return taken
-
-
-def _put(values: dict[Any, Any], path: Sequence[str], value: Any) -> bool:
-    """Set what stands at a path; False: something else does. Mappings are merged."""
-    name, *rest = path
-    if values.get(name) is None:  # not there, or a section left empty
-        values[name] = {} if rest else value
-    inner = values[name]
-    if rest:
-        return isinstance(inner, dict) and _put(inner, rest, value)
-    if isinstance(inner, dict) and isinstance(value, dict):
-        return all(_put(inner, [key], item) for key, item in value.items())
-    return bool(inner == value)
 
 
 @functools.cache  # once a key and process

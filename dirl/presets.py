@@ -1,4 +1,4 @@
-"""Sections of a configuration that name a file of values: what lies under which layer."""
+"""The layers of a configuration before they are merged: presets that sections name, and values at dotted paths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from dirl.errors import ConfigError
 from dirl.files import expand
+
+ABSENT = object()  # no value stands there
 
 
 def preset_in_full(override: str, presets: Mapping[str, Path]) -> str:
@@ -45,3 +47,28 @@ def _preset_path(section: str, name: str, folder: Path) -> Path:
         hint = f"; did you mean {close[0]}?" if close else f"; {folder} has {', '.join(names) or 'none'}"
         raise ConfigError(f"{section}={name}: no such preset{hint} Your own: a path that ends in .yaml")
     return folder / f"{name}.yaml"
+
+
+def take(values: dict[Any, Any], path: Sequence[str]) -> Any:
+    """Remove and return what stands at a path (ABSENT: nothing does), with the sections that are then empty."""
+    name, *rest = path
+    if not rest:
+        return values.pop(name, ABSENT)
+    inner = values.get(name)
+    taken = take(inner, rest) if isinstance(inner, dict) else ABSENT
+    if taken is not ABSENT and not inner:
+        del values[name]
+    return taken
+
+
+def put(values: dict[Any, Any], path: Sequence[str], value: Any) -> bool:
+    """Set what stands at a path; False: something else does. Mappings are merged."""
+    name, *rest = path
+    if values.get(name) is None:  # not there, or a section left empty
+        values[name] = {} if rest else value
+    inner = values[name]
+    if rest:
+        return isinstance(inner, dict) and put(inner, rest, value)
+    if isinstance(inner, dict) and isinstance(value, dict):
+        return all(put(inner, [key], item) for key, item in value.items())
+    return bool(inner == value)

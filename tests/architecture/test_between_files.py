@@ -36,7 +36,6 @@ LEFTOVERS = {
     "model/families/fast_dllm_v2.py": "a family: one file each, and some are small",
     "model/kernels.py": "the fence of an extra: where liger-kernel comes in",
     "model/tiny.py": "the embedded default; nothing that loads real models needs it",
-    "presets.py": "sections that name a file; config.py only checks, reads and writes",
     "reward/__init__.py": "the face of `dirl.rewards`",
     "reward/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's scorers come in",
     "rollout/lmdeploy/version.py": "read before anything of lmdeploy may be imported",
