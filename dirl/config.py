@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from dirl.errors import ConfigError, one_line
 from dirl.files import expand, write_whole
-from dirl.presets import ABSENT, preset_in_full, put, take, with_presets
+from dirl.presets import ABSENT, Presets, preset_in_full, put, take, with_presets
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class Config:
 
     # {"old.key": "new.key"} of a schema that is loaded: keys that moved and keep working in YAML and overrides.
     ALIASES: ClassVar[Mapping[str, str]] = {}
-    # {"section": folder} of a schema that is loaded: a section may name a file of values, NAME.yaml in that folder or a
-    # path, as `section=NAME` or `section.preset=NAME`. Its values lie under what the same file or command line says.
-    PRESETS: ClassVar[Mapping[str, Path]] = {}
+    # {"section": presets} of a schema that is loaded: a section may name a preset (NAME.yaml in a folder, or a path) as
+    # `section=NAME` or `section.preset=NAME`. Its values lie under what the same file or command line says.
+    PRESETS: ClassVar[Mapping[str, Presets]] = {}
 
     def __post_init__(self) -> None:
         hints, marks = typing.get_type_hints(type(self)), marks_of(type(self))

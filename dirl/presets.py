@@ -5,27 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dirl.errors import ConfigError
 from dirl.files import expand
 
 ABSENT = object()  # no value stands there
+# A folder of NAME.yaml; or a preset's name and the model.path of the configuration -> the values of the section.
+Presets: TypeAlias = Path | Callable[[str, str], Mapping[str, Any]]
 
 
-def preset_in_full(override: str, presets: Mapping[str, Path]) -> str:
+def preset_in_full(override: str, presets: Mapping[str, Presets]) -> str:
     """`objective=NAME` as `objective.preset=NAME`."""
     key, separator, value = override.partition("=")
     return f"{key.strip()}.preset={value}" if separator and key.strip() in presets and value[:1] != "{" else override
 
 
 def with_presets(
-    layers: Sequence[dict[str, Any]], presets: Mapping[str, Path], read: Callable[[Path], Any]
+    layers: Sequence[dict[str, Any]], presets: Mapping[str, Presets], read: Callable[[Path], Any]
 ) -> list[Any]:
     """The layers, each over the values of the presets it names; a preset replaces the section of the layers below."""
     found: list[Any] = []
     for layer in layers:
-        for section, folder in presets.items():
+        for section, source in presets.items():
             if isinstance(layer.get(section), str):
                 layer[section] = {"preset": layer[section]}
             name = (layer.get(section) or {}).get("preset", "")
@@ -33,9 +35,18 @@ def with_presets(
                 raise ConfigError(f"{section}.preset must be text (quote it), got {name!r}")
             if name:
                 found = [{key: value for key, value in below.items() if key != section} for below in found]
-                found.append(read(_preset_path(section, name, folder)))
+                if isinstance(source, Path):
+                    found.append(read(_preset_path(section, name, source)))
+                else:
+                    del layer[section]["preset"]
+                    found.append({section: dict(source(name, _model_path(layers)))})
         found.append(layer)
     return found
+
+
+def _model_path(layers: Sequence[Mapping[str, Any]]) -> str:
+    """What the last layer that says so opens; empty where none does."""
+    return next((str(path) for layer in reversed(layers) if (path := (layer.get("model") or {}).get("path"))), "")
 
 
 def _preset_path(section: str, name: str, folder: Path) -> Path:

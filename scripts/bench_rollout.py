@@ -107,8 +107,10 @@ class PlainDecoder:
         mask, device = self.model.config.mask_token_id, hidden_BD.device
         masked = [i for i, token in enumerate(tokens) if token == mask]
         logits = self.model.lm_head(hidden_BD[masked])
-        confidence = self.sampling.distribution.confidence_logprobs(logits, self.suppressed_V)
-        drawn_from = self.sampling.distribution.sampling_logprobs(confidence)
+        distribution, rule = self.sampling.rules(self.model.scheme)
+        tempered = distribution.tempered_logprobs(logits, self.suppressed_V)
+        drawn_from = distribution.sampling_logprobs(tempered)
+        confidence = distribution.confidence_logprobs(logits, self.suppressed_V, tempered, drawn_from)
         count = torch.ones(len(masked), dtype=torch.int64, device=device)
         position = torch.tensor(masked, device=device) + block * len(tokens)
         drawn = sample(drawn_from, counter_uniform(count * seed, position, count * 2 * step))
@@ -117,7 +119,6 @@ class PlainDecoder:
         prob_B, nothing_B = (torch.zeros(1, len(tokens), device=device) for _ in "pn")
         prob_B[0, masked] = confidence.gather(1, drawn[:, None]).squeeze(1).exp()
         step_N = torch.full((1,), step, device=device)
-        rule = self.sampling.unmasking
         revealed = reveal_positions(rule, masked_B, prob_B, nothing_B, nothing_B, step_N=step_N)[0].tolist()
         new = list(tokens)
         for lane, token in zip(masked, drawn.tolist(), strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dirl.model.families.family import Family
@@ -40,10 +40,12 @@ or one of these texts in its vocabulary; a `mask_token_id` in config.json must a
 PRACTICE = """\
 ## How they were trained and are decoded elsewhere
 
-Facts about the published code, for comparing with it; the presets of this package are its own. Confidence is the drawn
-token's probability: *processed* under the distribution it was drawn from, *tempered* after temperature only,
-*untempered* before everything. All published decoders reveal what *exceeds* their threshold; ours reveals what reaches
-it. Fill: whether SFT teaches the end-of-text tokens that fill a row up behind an answer.
+Decoder and SFT are the values of the published code where they are not the defaults here. `sampling=published` takes
+them in an evaluation, `noise=published` in SFT, `rollout=published` in RL (the order of revealing; tokens are drawn as
+the run says). Confidence is the drawn token's probability: *processed* under the distribution it was drawn from,
+*tempered* after temperature only, *untempered* before everything. A token of just the threshold's probability is
+revealed or held (SDAR's as in LMDeploy). Both are what decoding and replay here do for a family unless `confidence` and
+`at_threshold` say otherwise. Fill: whether SFT teaches the end-of-text tokens that fill a row up behind an answer.
 """
 TAIL = """\
 ## Models that are made into diffusion models
@@ -52,6 +54,12 @@ dllm's config.json says neither the block length nor which of its two trainers i
 model, `block_size`, `shift`, `full_attention` and `mask_token_id` may stand and count: write `"full_attention": true`
 into that of an `mdlm` checkpoint. Autoregressive checkpoints are converted first, with `dirl convert SRC OUT`:
 """
+
+
+def in_words(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
 READING: dict[str, Callable[[Family], object]] = {
     "family": lambda family: family.name,
     "checkpoints": lambda family: family.checkpoints,
@@ -65,9 +73,11 @@ TRAINED: dict[str, Callable[[Family], object]] = {
     "family": lambda family: family.name,
     "stop tokens": lambda family: " ".join(f"`{token}`" for token in family.stop_tokens),
     "confidence": lambda family: family.confidence,
+    "at the threshold": lambda family: "held" if family.model_class.holds_at_threshold else "revealed",
     "fill": lambda family: "trained" if family.trains_fill else "not trained",
-    "decoder": lambda family: family.decoder,
-    "SFT": lambda family: family.sft,
+    "decoder": lambda family: in_words(family.decoder),
+    "SFT": lambda family: in_words(family.sft),
+    "remarks": lambda family: family.remarks,
 }
 
 
@@ -88,9 +98,8 @@ For every family: replay under packed views equals plain forward passes and what
 every unmasking strategy (`tests/parity/test_families.py`). Under full attention nothing is cached: each step reads
 the whole canvas of prompt and `rollout.max_completion_length` masks, in windows of `rollout.generation_window`
 tokens. LMDeploy decodes SDAR and SDAR-MoE alone. Not there: LLaDA2.1's editing of tokens already revealed (its models
-decode as 2.0 does), approximate caches, Fast-dLLM v2's own training rule for the first token of a block (it is
-trained as it is decoded, from the clean copy), confidence before temperature or after truncation, blocks counted from
-the end of the prompt.
+decode as 2.0 does), approximate caches, blocks counted
+from the end of the prompt.
 
 ## Adding a family
 

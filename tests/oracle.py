@@ -74,17 +74,25 @@ def state_logits(model: BlockDiffusionModel, clean_ids: list[int], block: int, n
 
 
 def confidence_probs(logits_BV: Tensor, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
-    """Probabilities after temperature and suppression only: what confidence is read from; (B, V)."""
-    logits_BV = logits_BV.clone()
-    logits_BV[:, model.config.mask_token_id] = -torch.inf
-    logits_BV[:, model.config.tokenizer_length :] = -torch.inf
-    return (logits_BV / (sampling.temperature or 1.0)).softmax(-1)
+    """What confidence is read from, by the kind that the model's family or `sampling` names; (B, V)."""
+    kind = model.confidence if sampling.confidence == "auto" else sampling.confidence
+    if kind == "processed":
+        return sampling_probs(logits_BV, model, sampling)
+    return _possible_probs(logits_BV, model, 1.0 if kind == "untempered" else sampling.temperature)
 
 
 def sampling_probs(logits_BV: Tensor, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
     """Probabilities after temperature, then top-k, then top-p, each by sorting and zeroing; (B, V)."""
-    rows = confidence_probs(logits_BV, model, sampling)
+    rows = _possible_probs(logits_BV, model, sampling.temperature)
     return torch.stack([sorted_and_cut(row_V, sampling.top_k, sampling.top_p) for row_V in rows])
+
+
+def _possible_probs(logits_BV: Tensor, model: BlockDiffusionModel, temperature: float) -> Tensor:
+    """Probabilities after suppression and temperature; (B, V)."""
+    logits_BV = logits_BV.clone()
+    logits_BV[:, model.config.mask_token_id] = -torch.inf
+    logits_BV[:, model.config.tokenizer_length :] = -torch.inf
+    return (logits_BV / (temperature or 1.0)).softmax(-1)
 
 
 def sorted_and_cut(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -120,7 +128,8 @@ def reference_reveal(
         dealt[card % num_steps] += 1
     count = dealt[min(steps_taken, num_steps - 1)]
     if rule.strategy == "low_confidence_dynamic":
-        chosen = [lane for lane in lanes if confidence[lane] >= rule.confidence_threshold]
+        threshold, holds = rule.confidence_threshold, rule.holds_at_threshold
+        chosen = [x for x in lanes if confidence[x] > threshold or (confidence[x] == threshold and not holds)]
         if lanes and not chosen:
             chosen = [max(lanes, key=lambda lane: (confidence[lane], -lane))]
     elif rule.strategy == "low_confidence_static":
@@ -175,14 +184,16 @@ def decoded_states(completion: Completion, block_length: int, mask_token_id: int
     """Every denoising step of a completion that was decoded in blocks, in order."""
     clean = completion.prompt_ids + completion.token_ids
     steps = [0] * len(completion.prompt_ids) + completion.step_map
+    part = completion.generation_window or block_length  # lanes that a step decides about, from the left
     for block in range(len(completion.prompt_ids) // block_length, len(clean) // block_length):
         here = slice(block * block_length, (block + 1) * block_length)
         for step in range(1, max(steps[here]) + 1):
+            revealed = [lane for lane, s in enumerate(steps[here]) if s == step]
             yield DecodedState(
                 block=block,
                 noisy=[mask_token_id if s >= step else t for t, s in zip(clean[here], steps[here], strict=True)],
-                revealed=[lane for lane, s in enumerate(steps[here]) if s == step],
-                held=[lane for lane, s in enumerate(steps[here]) if s > step],
+                revealed=revealed,
+                held=[lane for lane, s in enumerate(steps[here]) if s > step and lane // part == revealed[0] // part],
             )
 
 

@@ -1,18 +1,23 @@
 """Logits -> the two distributions of a denoising step: the one confidence is read from and the one tokens come from.
 
-An engine measures confidence after temperature and after tokens that may never appear are ruled out, but before top-k
-and top-p (this is LMDeploy's convention, and ours); it samples after all of them. A trainer must score a token under
-the second and judge thresholds under the first, so both sides call these functions and nothing else.
+Tokens are drawn after temperature, top-k and top-p; tokens that may never appear are ruled out before all of them.
+Families differ in the confidence that they compare with a threshold: it is read from the distribution drawn from
+(`processed`), from the one after temperature alone (`tempered`: LMDeploy's convention, and SDAR's), or from the model's
+own (`untempered`). A trainer must score a token under the first and judge thresholds under the other, so both sides
+call these functions and nothing else.
 
 Shapes: T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Confidence = Literal["processed", "tempered", "untempered"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,16 @@ class TokenDistribution:
     temperature: float = 1.0  # 0: greedy; probabilities are then those of temperature 1
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    confidence: Confidence = "tempered"
 
-    def confidence_logprobs(self, logits_TV: Tensor, suppressed_V: Tensor) -> Tensor:
+    def tempered_logprobs(self, logits_TV: Tensor, suppressed_V: Tensor) -> Tensor:
         """Float32 log-probabilities after temperature and suppression, before top-k and top-p; (T, V)."""
         logits_TV = logits_TV.float().masked_fill(suppressed_V, -torch.inf)
         if self.temperature not in (0.0, 1.0):
             logits_TV = logits_TV / self.temperature
         return torch.log_softmax(logits_TV, dim=-1)
 
-    def sampling_logprobs(self, confidence_TV: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def sampling_logprobs(self, tempered_TV: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Renormalised float32 log-probabilities after top-k, then top-p; ruled-out tokens are -inf; (T, V).
 
         Which tokens stay is a constant for autograd; their renormalisation is not.
@@ -40,12 +46,26 @@ class TokenDistribution:
                 the edge of the kept set rounding, a newer policy, or a reference may rank it lower, and -inf would end
                 a training run.
         """
-        if self.top_k and self.top_k < confidence_TV.shape[-1]:
-            kth = confidence_TV.detach().topk(self.top_k, dim=-1).values[..., -1:]
-            confidence_TV = _keep(confidence_TV, confidence_TV.detach() >= kth, drawn)
+        if self.top_k and self.top_k < tempered_TV.shape[-1]:
+            kth = tempered_TV.detach().topk(self.top_k, dim=-1).values[..., -1:]
+            tempered_TV = _keep(tempered_TV, tempered_TV.detach() >= kth, drawn)
         if self.top_p < 1.0:
-            confidence_TV = _keep(confidence_TV, _nucleus(confidence_TV.detach(), self.top_p), drawn)
-        return confidence_TV
+            tempered_TV = _keep(tempered_TV, _nucleus(tempered_TV.detach(), self.top_p), drawn)
+        return tempered_TV
+
+    def confidence_logprobs(
+        self, logits_TV: Tensor, suppressed_V: Tensor, tempered_TV: Tensor, sampling_TV: Tensor
+    ) -> Tensor:
+        """Float32 log-probabilities that are confidences, without a gradient; (T, V).
+
+        Args:
+            tempered_TV, sampling_TV: what the other two methods made of the same logits.
+        """
+        if self.confidence == "processed":
+            return sampling_TV.detach()
+        if self.confidence == "tempered" or self.temperature in (0.0, 1.0):
+            return tempered_TV.detach()
+        return replace(self, temperature=1.0).tempered_logprobs(logits_TV.detach(), suppressed_V)
 
 
 def _keep(logprobs_TV: Tensor, kept_TV: Tensor, drawn: tuple[Tensor, Tensor] | None) -> Tensor:

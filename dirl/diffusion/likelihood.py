@@ -7,9 +7,10 @@ have drawn any token whose confidence stays below the bar c of that step, so the
     hold_j = sum over v with p_j(v) < c of q_j(v)
 
 with c = the threshold (the completion's own, where it has one) in a threshold step, the revealed token's confidence in
-a fallback step, and the lowest revealed confidence under low_confidence_static (in the last two p_j(v) = c counts too,
-right of the revealed positions at c). The other strategies choose positions without looking at the drawn tokens: their
-holds have probability 1. Bars are constants for autograd: they are so almost everywhere.
+a fallback step, and the lowest revealed confidence under low_confidence_static. p_j(v) = c counts too right of the
+revealed positions at c, and anywhere at a threshold that must be exceeded. p is the distribution that confidence is
+read from, q the one tokens are drawn from. The other strategies choose positions without looking at the drawn tokens:
+their holds have probability 1. Bars are constants for autograd: they are so almost everywhere.
 
 Shapes: T actions (sorted by view), V vocabulary, N rows for views, as many as actions (there cannot be more views).
 """
@@ -51,17 +52,17 @@ def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> t
     distribution a position is sampled from, whatever was done there; zeros unless the rule asks for it, and without a
     gradient unless it asks for that as well. Nothing here makes the host wait for the device.
     """
-    confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V)
-    sampling_TV = rule.distribution.sampling_logprobs(confidence_TV, drawn=(actions.target_T, actions.is_reveal_T))
+    tempered_TV = rule.distribution.tempered_logprobs(logits_TV, rule.suppressed_V)
+    sampling_TV = rule.distribution.sampling_logprobs(tempered_TV, drawn=(actions.target_T, actions.is_reveal_T))
     reveal_T = sampling_TV.gather(1, actions.target_T[:, None]).squeeze(1)
-    if sampling_TV is not confidence_TV:  # something is cut
-        reveal_T = torch.where(actions.is_visited_T, reveal_T, confidence_TV.gather(1, actions.target_T[:, None])[:, 0])
+    if sampling_TV is not tempered_TV:  # something is cut
+        reveal_T = torch.where(actions.is_visited_T, reveal_T, tempered_TV.gather(1, actions.target_T[:, None])[:, 0])
     with torch.set_grad_enabled(rule.entropy_has_gradient and torch.is_grad_enabled()):
         entropy_T = entropy(sampling_TV) if rule.wants_entropy else torch.zeros_like(reveal_T)
     if not actions.has_holds:
         return reveal_T, entropy_T
     # Probabilities, as the decoder compared: in float32 two logarithms may stand for one of them.
-    confidence_TV = confidence_TV.detach().exp()
+    confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V, tempered_TV, sampling_TV).exp()
     confidence_T = confidence_TV.gather(1, actions.target_T[:, None]).squeeze(1)
     bar_T = confidence_bars(confidence_T, actions, rule.unmasking)
     may_tie_T = may_tie(confidence_T, bar_T, actions, rule.unmasking)
@@ -107,10 +108,12 @@ def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: Unmaski
     at_bar_T = actions.is_reveal_T & (confidence_T == bar_T)
     nowhere_N = torch.full_like(place_T, len(actions))
     last_N = nowhere_N.scatter_reduce(0, row_T, place_T.masked_fill(~at_bar_T, -1), "amax", include_self=False)
-    ties_T = (last_N[row_T] >= 0) & (place_T > last_N[row_T])
+    has_one_at_bar_T, ties_T = last_N[row_T] >= 0, place_T > last_N[row_T]
+    if rule.strategy == "low_confidence_dynamic" and rule.holds_at_threshold:
+        return ~has_one_at_bar_T | ties_T  # nobody stands at a bar that was exceeded
     if rule.strategy == "low_confidence_dynamic":  # a token at the threshold itself is revealed wherever it stands
         ties_T &= bar_T < thresholds_of(actions, rule)
-    return ties_T
+    return has_one_at_bar_T & ties_T
 
 
 def _rows_of_views(view_T: Tensor) -> Tensor:

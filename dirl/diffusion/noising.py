@@ -25,18 +25,27 @@ class NoiseConfig(Config):
     """How much of a completion is masked in SFT."""
 
     noise_level: NoiseLevel = "block"  # one level per block, or one per sequence (DiRL)
-    min_noise: float = bounded(1e-3, above=0, below=1)  # levels are drawn from U(min_noise, 1); bounds the weight 1/t
+    min_noise: float = bounded(1e-3, above=0, below=1)  # levels are drawn from U(min_noise, max_noise); bounds 1/t
+    max_noise: float = bounded(1.0, above=0, most=1)
+    weight: Literal["nelbo", "even"] = "nelbo"  # of a masked token: 1/t, or the same at all levels
     low_discrepancy: bool = True  # spread the levels of a batch evenly; False: independent draws
     complementary: bool = False  # two views per block that mask complementary sets: every token supervised once a pair
+    # shift 1: the row that a block's first token is learned from: the clean one, from which it is decoded, or that of
+    # the noisy copy of the block before it (Fast-dLLM v2)
+    block_start: Literal["clean", "noisy"] = "clean"
+
+    def check(self) -> None:
+        if self.max_noise <= self.min_noise:
+            raise ValueError(f"max_noise={self.max_noise} must be above min_noise={self.min_noise}")
 
 
 def draw_noise_levels(num_levels: int, config: NoiseConfig, generator: Generator) -> Tensor:
-    """Noise levels t in (min_noise, 1], each uniform; (num_levels,) float32, in random order."""
+    """Noise levels t in (min_noise, max_noise], each uniform; (num_levels,) float32, in random order."""
     uniform = torch.rand(num_levels, generator=generator)
     if config.low_discrepancy:
         offsets = (torch.arange(num_levels) + uniform[:1]) / max(num_levels, 1)
         uniform = offsets[torch.randperm(num_levels, generator=generator)]
-    return 1.0 - (1.0 - config.min_noise) * uniform
+    return config.max_noise - (config.max_noise - config.min_noise) * uniform
 
 
 def draw_mask(levels_K: Tensor, maskable_KB: Tensor, generator: Generator) -> Tensor:
@@ -44,6 +53,11 @@ def draw_mask(levels_K: Tensor, maskable_KB: Tensor, generator: Generator) -> Te
     return (torch.rand(maskable_KB.shape, generator=generator) < levels_K[:, None]) & maskable_KB
 
 
-def nelbo_weights(levels_K: Tensor) -> Tensor:
-    """w(t) = 1/t: with it the expected weighted loss of a position does not depend on its noise level; (K,)."""
+def noise_weights(levels_K: Tensor, config: NoiseConfig) -> Tensor:
+    """w(t) = 1/t: with it the expected weighted loss of a position does not depend on its noise level; (K,).
+
+    Or one over the mean level: a masked token then counts the same at all levels, and a position 1 on average.
+    """
+    if config.weight == "even":
+        return torch.full_like(levels_K, 2.0 / (config.min_noise + config.max_noise))
     return 1.0 / levels_K

@@ -29,6 +29,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dirl.diffusion.distribution import Confidence
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionScheme:
@@ -40,11 +42,15 @@ class DiffusionScheme:
         shift: 1: the row *before* a position predicts its token, as in the autoregressive model it was made of; at the
             start of a block that is the clean copy's last row. 0: its own row does.
         mask_token_id: the token that stands where there is none yet.
+        confidence: what its decoder compares with a threshold, where sampling does not say.
+        holds_at_threshold: a token of just the threshold's confidence stays masked, where sampling does not say.
     """
 
     block_length: int
     mask_token_id: int
     shift: Literal[0, 1] = 0
+    confidence: Confidence = "tempered"
+    holds_at_threshold: bool = False
 
     @property
     def is_full(self) -> bool:

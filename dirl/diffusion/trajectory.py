@@ -36,7 +36,9 @@ class Trajectory:
     block_length: int  # 0: full attention, the document is one block
     logprobs: Tensor | None = None  # (R,) float32 nats, as the engine recorded them
     confidence_threshold: float = math.nan  # that it was decoded with, where it had one of its own; NaN: the rule's
-    window: int = 0  # full attention: tokens of a generation window, counted from the end of the prompt; 0: one for all
+    # tokens that were revealed before any right of them: counted from the end of the prompt under full attention, else
+    # from the start of each block; 0: all that a decoder could see
+    window: int = 0
     unwritten_ids: Tensor | None = None  # full attention: (U,) int64, masks after the completion that were read
 
     def __post_init__(self) -> None:
@@ -71,6 +73,9 @@ class Trajectory:
     @property
     def windows_KB(self) -> Tensor:
         """The generation window of each of these tokens."""
+        if self.block_length:
+            lane_B = torch.arange(self.block_length) // (self.window or self.block_length)
+            return lane_B.expand(self.token_ids_KB.shape)
         number_R = torch.arange(len(self.completion_ids))
         return self.placed(number_R // self.window if self.window else torch.zeros_like(number_R))
 

@@ -29,6 +29,8 @@ class UnmaskingRule:
     confidence_threshold: float = 0.9
     denoising_steps: int = 0  # per block, for the strategies with a fixed count; 0: one position a step
     entropy_bound: float = 0.1  # nats
+    sub_block_length: int = 0  # lanes of a block that are revealed before any right of them; 0: all of it
+    holds_at_threshold: bool = False  # a confidence must exceed the threshold; else reaching it is enough
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(UnmaskingStrategy):
@@ -63,10 +65,15 @@ def reveal_positions(
         step_N: int64, denoising steps that each block has taken.
         threshold_N: float32, each sequence's own in the place of the rule's, for `low_confidence_dynamic`.
     """
+    if rule.sub_block_length:
+        lane_B = torch.arange(masked_NB.shape[-1], device=masked_NB.device) // rule.sub_block_length
+        first_N1 = masked_NB.int().argmax(dim=-1, keepdim=True) // rule.sub_block_length
+        masked_NB = masked_NB & (lane_B == first_N1)
     count_N1 = rule.reveals(step_N, masked_NB.shape[-1])[:, None]
     if rule.strategy == "low_confidence_dynamic":
         threshold = rule.confidence_threshold if threshold_N is None else threshold_N[:, None]
-        return _above_threshold(masked_NB, confidence_NB, threshold)
+        reaches_NB = confidence_NB > threshold if rule.holds_at_threshold else confidence_NB >= threshold
+        return _or_the_best(masked_NB & reaches_NB, masked_NB, confidence_NB)
     if rule.strategy == "low_confidence_static":
         return _highest(confidence_NB, masked_NB, count_N1)
     if rule.strategy == "sequential":
@@ -77,9 +84,8 @@ def reveal_positions(
     return _within_entropy_bound(masked_NB, entropy_NB, rule.entropy_bound)
 
 
-def _above_threshold(masked_NB: Tensor, confidence_NB: Tensor, threshold: float | Tensor) -> Tensor:
-    """All masked positions with confidence >= threshold; the most confident one where there are none."""
-    revealed_NB = masked_NB & (confidence_NB >= threshold)
+def _or_the_best(revealed_NB: Tensor, masked_NB: Tensor, confidence_NB: Tensor) -> Tensor:
+    """Where a row reveals nothing, its most confident masked position."""
     fallback_NB = _highest(confidence_NB, masked_NB, 1)
     return torch.where(revealed_NB.any(dim=-1, keepdim=True), revealed_NB, fallback_NB)
 

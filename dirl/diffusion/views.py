@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from dirl.diffusion.noising import NoiseConfig, draw_mask, nelbo_weights
+from dirl.diffusion.noising import NoiseConfig, draw_mask, noise_weights
 from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, Views, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.errors import UserError
@@ -40,13 +40,13 @@ def noisy_views(
     """
     maskable_KB = scored_KB & (trajectory.steps_KB > 0)
     masked_KB = draw_mask(levels_K, maskable_KB, generator)
-    weights_K = nelbo_weights(levels_K)
+    weights_K = noise_weights(levels_K, noise)
     block_K = torch.arange(len(masked_KB)) + trajectory.first_block
     token_ids_KB = trajectory.token_ids_KB
     if noise.complementary:
         # Both halves are unbiased on their own, the complement at level 1 - t; a pair is their mean.
         masked_KB = torch.stack([masked_KB, maskable_KB & ~masked_KB], dim=1).flatten(0, 1)
-        complement_K = nelbo_weights((1 - levels_K).clamp(min=noise.min_noise))
+        complement_K = noise_weights((1 - levels_K).clamp(min=noise.min_noise), noise)
         weights_K = torch.stack([weights_K, complement_K], dim=1).flatten() / 2
         block_K, token_ids_KB = block_K.repeat_interleave(2), token_ids_KB.repeat_interleave(2, dim=0)
     nowhere_KB = torch.zeros_like(masked_KB)

@@ -12,12 +12,12 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,8 @@ from dirl.eval.results import ModeResult, Sample, summarise
 from dirl.eval.sample_store import SampleStore, Which
 from dirl.model.checkpoint import ModelConfig, load_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.registry import published_decoder
+from dirl.presets import Presets
 from dirl.reward.code_execution import extract_code
 from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
@@ -65,6 +67,8 @@ class EvalDataConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Config):
     """Everything of an evaluation."""
+
+    PRESETS: ClassVar[Mapping[str, Presets]] = {"sampling": published_decoder}
 
     output_dir: str = field(default="outputs/eval", metadata=PATH)
     seed: int = bounded(0, least=0, below=2**32)

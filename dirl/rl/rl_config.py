@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 from dirl.config import CONFIGS, PATH, Config, bounded
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
+from dirl.model.families.registry import published_order
 from dirl.model.lora import LoraConfig
 from dirl.model.memory import EngineLoad, Workload, trained_fraction
+from dirl.presets import Presets
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.collector import RolloutConfig
 from dirl.rl.update import UpdateConfig
@@ -53,7 +54,10 @@ class RLConfig(TrainingConfig, UpdateConfig):
     """Everything of an RL run."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {key: f"objective.{key}" for key in _OBJECTIVE_KEYS}
-    PRESETS: ClassVar[Mapping[str, Path]] = {"objective": CONFIGS / "objectives"}
+    PRESETS: ClassVar[Mapping[str, Presets]] = {
+        "objective": CONFIGS / "objectives",
+        "rollout": published_order,
+    }
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
         "model.block_length",
         *("rollout.max_completion_length", "rollout.temperature", "rollout.top_k", "rollout.top_p"),

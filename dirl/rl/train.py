@@ -242,7 +242,7 @@ class RLTrainer(Trainer):
         config = self.config
         return PolicyUpdater(
             self.learner,
-            ScoringRule(config.rollout.distribution, config.rollout.unmasking, suppressed_by(self.model)),
+            ScoringRule(*config.rollout.rules(self.model.scheme), suppressed_by(self.model)),
             config,
             max_completion_length=config.rollout.max_completion_length,
             reference=self._reference,

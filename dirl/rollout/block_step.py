@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dirl.diffusion.distribution import counter_uniform, entropy, sample
-from dirl.diffusion.unmasking import reveal_positions
+from dirl.diffusion.distribution import TokenDistribution, counter_uniform, entropy, sample
+from dirl.diffusion.unmasking import UnmaskingRule, reveal_positions
 from dirl.model.logprobs import LOGITS_PER_CHUNK
-from dirl.rollout.engine import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Draws:
 
     token_ids_T: Tensor  # int64
     logprobs_T: Tensor  # float32, nats, under the distribution drawn from
-    confidences_T: Tensor  # float32, probability before top-k and top-p
+    confidences_T: Tensor  # float32, a probability
     entropies_T: Tensor  # float32, nats; zeros where the strategy does not read them
 
 
@@ -58,7 +57,8 @@ class Sampler:
     """How rows become tokens, and which of them are revealed."""
 
     logits_of: Callable[[Tensor], Tensor]  # (T, X) -> (T, V): lm_head, or nothing for an engine that has logits
-    sampling: SamplingConfig
+    distribution: TokenDistribution
+    unmasking: UnmaskingRule
     suppressed_V: Tensor  # bool, ids that are never drawn
 
     def denoise(self, rows_TX: Tensor, blocks: Blocks, index_T: Tensor | None = None) -> DenoisingStep:
@@ -67,7 +67,7 @@ class Sampler:
         Args:
             index_T: which positions of the flattened blocks the rows are of, at least all masked ones. None: all.
         """
-        sampling, shape = self.sampling, blocks.masked_NB.shape
+        shape = blocks.masked_NB.shape
         seed_NB, step_NB = (x[:, None].expand(shape) for x in (blocks.seed_N, blocks.step_N))
         # Two random numbers a position and denoising step: for the token, and for the order in which `random` reveals.
         uniform_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * step_NB)
@@ -82,7 +82,7 @@ class Sampler:
         confidence_NB, entropy_NB = placed(drawn.confidences_T), placed(drawn.entropies_T)
         order_NB = counter_uniform(seed_NB, blocks.position_NB, 2 * step_NB + 1)
         revealed_NB = reveal_positions(
-            sampling.unmasking,
+            self.unmasking,
             blocks.masked_NB,
             confidence_NB,
             entropy_NB,
@@ -101,11 +101,12 @@ class Sampler:
 
     def _draw_chunk(self, rows_TX: Tensor, uniform_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of `Draws`."""
-        sampling = self.sampling
-        confidence_TV = sampling.distribution.confidence_logprobs(self.logits_of(rows_TX), self.suppressed_V)
-        sampling_TV = sampling.distribution.sampling_logprobs(confidence_TV)
-        token_T = sampling_TV.argmax(dim=-1) if sampling.temperature == 0 else sample(sampling_TV, uniform_T)
+        logits_TV, rule = self.logits_of(rows_TX), self.distribution
+        tempered_TV = rule.tempered_logprobs(logits_TV, self.suppressed_V)
+        sampling_TV = rule.sampling_logprobs(tempered_TV)
+        confidence_TV = rule.confidence_logprobs(logits_TV, self.suppressed_V, tempered_TV, sampling_TV)
+        token_T = sampling_TV.argmax(dim=-1) if rule.temperature == 0 else sample(sampling_TV, uniform_T)
         logprob_T, confidence_T = (x.gather(1, token_T[:, None]).squeeze(1) for x in (sampling_TV, confidence_TV))
-        needs_entropy = sampling.unmasking_strategy == "entropy_bounded"
+        needs_entropy = self.unmasking.strategy == "entropy_bounded"
         entropy_T = entropy(sampling_TV) if needs_entropy else torch.zeros_like(logprob_T)
         return token_T, logprob_T, confidence_T.exp(), entropy_T

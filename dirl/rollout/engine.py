@@ -14,8 +14,10 @@ from typing import Literal, Protocol
 from torch import nn
 
 from dirl.config import Config, bounded
-from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.distribution import Confidence, TokenDistribution
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
+from dirl.errors import UserError
 
 # 0: stays; 1: the KV cache is freed and the weights wait on the host; 2: both are dropped, and weights pushed again
 SleepLevel = Literal[0, 1, 2]
@@ -36,20 +38,37 @@ class SamplingConfig(Config):
     unmasking_strategy: UnmaskingStrategy = "low_confidence_dynamic"
     # low_confidence_dynamic: reveal every token sampled with at least this probability
     confidence_threshold: float = bounded(0.9, least=0, most=1)
+    # the probability that is compared: under the distribution drawn from, after temperature only, or before it
+    confidence: Literal["auto", Confidence] = "auto"  # auto: as the model's family has it
+    at_threshold: Literal["auto", "reveal", "hold"] = "auto"  # what a token of just that probability does
     # low_confidence_static, sequential, random: steps per block; 0: one per position
     denoising_steps: int = bounded(0, least=0)
     entropy_bound: float = bounded(0.1, least=0)  # entropy_bounded: nats of joint-dependence error allowed per step
     # full attention: tokens of a window, all revealed before any right of it (LLaDA's block_length); 0: one window
     generation_window: int = bounded(32, least=0)
+    # blocks: tokens of a block that are all revealed before any right of them (Fast-dLLM v2); 0: the whole block
+    sub_block_length: int = bounded(0, least=0)
 
-    @property
-    def distribution(self) -> TokenDistribution:
-        return TokenDistribution(self.temperature, self.top_k, self.top_p)
+    def rules(self, scheme: DiffusionScheme) -> tuple[TokenDistribution, UnmaskingRule]:
+        """How a model's logits become tokens, and which of them a step reveals.
 
-    @property
-    def unmasking(self) -> UnmaskingRule:
-        return UnmaskingRule(
-            self.unmasking_strategy, self.confidence_threshold, self.denoising_steps, self.entropy_bound
+        Raises:
+            UserError: sub-blocks of a model that has no blocks.
+        """
+        if scheme.is_full and self.sub_block_length:
+            raise UserError(
+                f"sub_block_length={self.sub_block_length} divides blocks, and this model has none; set "
+                "generation_window, and sub_block_length=0"
+            )
+        confidence = scheme.confidence if self.confidence == "auto" else self.confidence
+        holds = scheme.holds_at_threshold if self.at_threshold == "auto" else self.at_threshold == "hold"
+        return TokenDistribution(self.temperature, self.top_k, self.top_p, confidence), UnmaskingRule(
+            self.unmasking_strategy,
+            self.confidence_threshold,
+            self.denoising_steps,
+            self.entropy_bound,
+            self.sub_block_length,
+            holds,
         )
 
 
@@ -87,7 +106,9 @@ class Completion:
     num_denoising_steps: int  # forward passes that revealed something, over all blocks
     text: str  # of the tokens before the first EOS
     confidence_threshold: float | None = None  # that it was decoded with, where it had one of its own
-    generation_window: int = 0  # full attention: that it was decoded with; step_map then counts over all windows
+    # of tokens that were revealed before any right of them. Full attention: step_map counts over all windows; else a
+    # part of a block
+    generation_window: int = 0
     num_unwritten: int = 0  # full attention: masks that stood after the R tokens to the end
 
     @property

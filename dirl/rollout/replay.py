@@ -31,12 +31,13 @@ def trajectory_of(completion: Completion, scheme: DiffusionScheme) -> Trajectory
     )
     recorded = None if completion.logprobs is None else torch.tensor(completion.logprobs, dtype=torch.float32)
     threshold = math.nan if completion.confidence_threshold is None else completion.confidence_threshold
-    window, unwritten_ids = 0, None
+    unwritten_ids = None
     if scheme.block_length == 0:
-        window = completion.generation_window
         unwritten_ids = torch.full((completion.num_unwritten,), scheme.mask_token_id)
     return Trajectory(
-        prompt_ids, completion_ids, step_map, scheme.block_length, recorded, threshold, window, unwritten_ids
+        *(prompt_ids, completion_ids, step_map, scheme.block_length, recorded, threshold),
+        completion.generation_window,
+        unwritten_ids,
     )
 
 
@@ -58,7 +59,7 @@ def logprobs(
         for trajectory in trajectories
     ]
     lengths = [document.packed_length(scheme.block_length) for document in documents]
-    rule = ScoringRule(sampling.distribution, sampling.unmasking, suppressed_by(model))
+    rule = ScoringRule(*sampling.rules(scheme), suppressed_by(model))
     scorer = PackedScorer(model)
     found: dict[int, Tensor] = {}
     for members in split_by_budget(lengths, max([_TOKENS_PER_PACK, *lengths])):

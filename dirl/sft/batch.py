@@ -19,7 +19,7 @@ from dirl.diffusion.noising import NoiseConfig, draw_noise_levels
 from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, pack
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views
-from dirl.sft.autoregressive import with_block_starts
+from dirl.sft.block_starts import with_block_starts
 
 
 @dataclass(frozen=True)

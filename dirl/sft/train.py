@@ -9,13 +9,12 @@ Source: DiRL (arXiv 2512.22234), section 3.1, with one noise level per block ins
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
@@ -26,17 +25,19 @@ from dirl.data.document_stream import DocumentStream, Fit, none_fits
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
-from dirl.diffusion.packing import PackedViews, ViewedDocument
+from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import placeholder_pack
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig, load_model, write_final
 from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.families.registry import published_noise
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload, trained_fraction
-from dirl.sft.autoregressive import count_block_starts, next_token_loss
+from dirl.presets import Presets
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
+from dirl.sft.block_starts import count_block_starts, next_token_loss, with_noisy_starts
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget, whole_cost
 from dirl.training.loop import Trainer, TrainingConfig
@@ -67,9 +68,10 @@ class SFTConfig(TrainingConfig):
 
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
         *("model.block_length", "data.max_length", "data.score_fill", "global_batch_size"),
-        *("noise.noise_level", "noise.min_noise", "noise.low_discrepancy", "noise.complementary"),
+        *(f"noise.{f.name}" for f in fields(NoiseConfig)),
         "autoregressive_weight",
     )
+    PRESETS: ClassVar[Mapping[str, Presets]] = {"noise": published_noise}
 
     output_dir: str = "outputs/sft"
     global_batch_size: int = bounded(64, least=1)  # documents per optimizer step, over all ranks
@@ -104,6 +106,9 @@ class SFTTrainer(Trainer):
         self._first_block_length = self.model.config.block_size
         if self.model.scheme.is_full and any(stage.config.autoregressive_weight > 0 for stage in stages_of(config)):
             raise UserError("autoregressive_weight is of blocks, and the model of model.path has none; leave it 0")
+        starts, scheme = {stage.config.noise.block_start for stage in stages_of(config)}, self.model.scheme
+        if "noisy" in starts and (scheme.is_full or not scheme.shift):
+            raise UserError("noise.block_start=noisy needs blocks and rows that predict the next token; leave it clean")
         self.documents: DocumentSource = self._open() if documents is None else ListedDocuments(documents)
         trained, self._heldout_indices = self._split()
         self.stream = self.source = DocumentStream(self.documents, trained, config.seed)
@@ -126,7 +131,9 @@ class SFTTrainer(Trainer):
         self._last_taken = drawn.indices
         batch = self.examples(drawn.documents)
         is_autoregressive = self.config.autoregressive_weight > 0
-        packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done), starts=is_autoregressive)
+        packs = self._packs(
+            batch, self.config.noise, seed=stable_seed(self.config.seed, self.steps_done), starts=is_autoregressive
+        )
         num_scored = float(sum(example.num_scored for example in batch))
         num_starts = float(max(count_block_starts(example.trajectory for example in batch), 1))
         losses = [partial(self._loss, packed, num_scored, num_starts) for packed in packs]
@@ -158,7 +165,8 @@ class SFTTrainer(Trainer):
         The noise is the same at every call, so that curves show the model and not the draw.
         """
         self.learner.module.eval()
-        packs = self._packs(self.heldout, seed=stable_seed(self.config.seed, -1))
+        noise = replace(self.config.noise, max_noise=1.0, weight="nelbo", block_start="clean")
+        packs = self._packs(self.heldout, noise, seed=stable_seed(self.config.seed, -1))
         filler = placeholder_pack(self.model.scheme).to(self.distributed.device)
         total, deciles = 0.0, torch.zeros(10, 2, dtype=torch.float64)
         for index, packed in enumerate(self.distributed.evened(packs, filler)):
@@ -168,7 +176,7 @@ class SFTTrainer(Trainer):
             weight_T = packed.actions.weight_T
             total += float(nelbo_loss(logprob_T, weight_T, 1.0))
             # w(t) = 1/t (halved for each of a complementary pair), so the weight tells the level.
-            level_T = (0.5 if self.config.noise.complementary else 1.0) / weight_T
+            level_T = (0.5 if noise.complementary else 1.0) / weight_T
             deciles += decile_sums(logprob_T, level_T).cpu()
         num_scored = float(sum(example.num_scored for example in self.heldout))
         loss, *flat = self.distributed.sum(total, *deciles.flatten().tolist())
@@ -210,11 +218,13 @@ class SFTTrainer(Trainer):
         packed = placeholder_pack(self.model.scheme)
         return self._loss(packed.to(self.distributed.device), 1.0, 1.0).nothing()
 
-    def _packs(self, batch: Sequence[Example], *, seed: int, starts: bool = False) -> list[PackedViews]:
+    def _packs(
+        self, batch: Sequence[Example], noise: NoiseConfig, *, seed: int, starts: bool = False
+    ) -> list[PackedViews]:
         """This rank's micro-batches of a global batch; `starts`: with the first tokens of blocks scored too."""
-        levels = batch_noise_levels(batch, self.config.noise, seed)
+        levels = batch_noise_levels(batch, noise, seed)
         ranks, hidden_size = self.distributed.world_size, self.model.config.hidden_size
-        num_views = 2 if self.config.noise.complementary else 1
+        num_views = 2 if noise.complementary else 1
         lengths = [(len(e.trajectory.prompt_ids), len(e.trajectory.completion_ids)) for e in batch]
         if self.model.scheme.is_full:
             costs = [whole_cost(prompt + tokens, num_views, hidden_size) for prompt, tokens in lengths]
@@ -222,23 +232,17 @@ class SFTTrainer(Trainer):
             costs = [packed_cost(prompt, [(tokens, num_views * tokens)], hidden_size) for prompt, tokens in lengths]
         owners = balanced_owners(costs, [i * ranks // len(batch) for i in range(len(batch))], ranks)
         mine = [i for i, owner in enumerate(owners) if owner == self.distributed.rank]
-        documents = self._viewed(
-            [batch[i] for i in mine], [levels[i] for i in mine], [stable_seed(seed, i) for i in mine]
-        )
+        mask_token_id = self.model.config.mask_token_id
+        documents = [
+            view_document(batch[i], levels[i], mask_token_id, noise=noise, seed=stable_seed(seed, i)) for i in mine
+        ]
         split: Callable[[Sequence[int]], list[list[int]]] = partial(
             split_by_budget, budget=self.config.max_tokens_per_micro_batch
         )
         packs = pack_micro_batches(documents, self.model.scheme, split, starts=starts)
+        if noise.block_start == "noisy":
+            packs = [with_noisy_starts(packed, num_views) for packed in packs]
         return [packed.to(self.distributed.device) for packed in packs]
-
-    def _viewed(
-        self, examples: Sequence[Example], levels: Sequence[Tensor], seeds: Sequence[int]
-    ) -> list[ViewedDocument]:
-        mask_token_id, noise = self.model.config.mask_token_id, self.config.noise
-        return [
-            view_document(example, levels_K, mask_token_id, noise=noise, seed=seed)
-            for example, levels_K, seed in zip(examples, levels, seeds, strict=True)
-        ]
 
     @property
     def _fit(self) -> Fit:

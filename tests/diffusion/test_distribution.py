@@ -13,14 +13,14 @@ NOTHING_SUPPRESSED = torch.zeros(12, dtype=torch.bool)
 
 
 def processed(logits_TV: Tensor, distribution: TokenDistribution, suppressed_V: Tensor) -> Tensor:
-    return distribution.sampling_logprobs(distribution.confidence_logprobs(logits_TV, suppressed_V))
+    return distribution.sampling_logprobs(distribution.tempered_logprobs(logits_TV, suppressed_V))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_confidence_is_softmax_after_temperature_and_suppression(temperature: float) -> None:
+def test_tempered_is_softmax_after_temperature_and_suppression(temperature: float) -> None:
     logits_TV = torch.randn(5, 12) * 3
     suppressed_V = torch.arange(12) % 5 == 0
-    found_TV = TokenDistribution(temperature, top_k=2, top_p=0.5).confidence_logprobs(logits_TV, suppressed_V).exp()
+    found_TV = TokenDistribution(temperature, top_k=2, top_p=0.5).tempered_logprobs(logits_TV, suppressed_V).exp()
     expected_TV = (logits_TV.double() / temperature).exp() * ~suppressed_V
     torch.testing.assert_close(found_TV.double(), expected_TV / expected_TV.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
     assert (found_TV[:, suppressed_V] == 0).all()
@@ -29,7 +29,7 @@ def test_confidence_is_softmax_after_temperature_and_suppression(temperature: fl
 def test_greedy_has_the_probabilities_of_temperature_one() -> None:
     logits_TV = torch.randn(5, 12)
     greedy, plain = (
-        TokenDistribution(temperature).confidence_logprobs(logits_TV, NOTHING_SUPPRESSED) for temperature in (0.0, 1.0)
+        TokenDistribution(temperature).tempered_logprobs(logits_TV, NOTHING_SUPPRESSED) for temperature in (0.0, 1.0)
     )
     assert torch.equal(greedy, plain)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dirl.diffusion.noising import NoiseConfig, draw_mask, draw_noise_levels, nelbo_weights
+from dirl.diffusion.noising import NoiseConfig, draw_mask, draw_noise_levels, noise_weights
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -50,7 +50,7 @@ def test_weighted_count_of_masked_tokens_is_one_per_token() -> None:
     one_generator, config = generator(), NoiseConfig(min_noise=0.05)
     levels_K = draw_noise_levels(20_000, config, one_generator)
     masked_KB = draw_mask(levels_K, torch.ones(20_000, 4, dtype=torch.bool), one_generator)
-    weighted = (masked_KB * nelbo_weights(levels_K)[:, None]).mean()
+    weighted = (masked_KB * noise_weights(levels_K, config)[:, None]).mean()
     assert float(weighted) == pytest.approx(1.0, abs=0.02)
 
 

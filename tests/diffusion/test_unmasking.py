@@ -75,6 +75,16 @@ def test_an_unknown_strategy_is_named() -> None:
         UnmaskingRule("low_confidence")  # type: ignore[arg-type]
 
 
+def test_a_threshold_that_must_be_exceeded() -> None:
+    confidence_NB, masked_NB = torch.tensor([[0.5, 0.6, 0.5, 0.9]]), torch.tensor([[True, True, True, False]])
+    for holds, expected in ((False, [True, True, True, False]), (True, [False, True, False, False])):
+        rule = UnmaskingRule(confidence_threshold=0.5, holds_at_threshold=holds)
+        found_NB = reveal_positions(
+            rule, masked_NB, confidence_NB, confidence_NB, confidence_NB, step_N=torch.zeros(1, dtype=torch.int64)
+        )
+        assert found_NB.tolist() == [expected]
+
+
 def test_sequences_with_thresholds_of_their_own() -> None:
     """Each row as under a rule with its threshold: a number is compared in the same way whichever way it comes."""
     generator = torch.Generator().manual_seed(5)

@@ -13,14 +13,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dirl.config import load_config
 from dirl.data.chat import END_TOKENS, MASK_TOKENS, load_tokenizer, mask_token_id, stop_token_ids
-from dirl.errors import UserError
+from dirl.diffusion.noising import NoiseConfig
+from dirl.errors import ConfigError, UserError
+from dirl.eval.evaluate import EvalConfig
 from dirl.model.checkpoint import ModelConfig, load, load_model, random_model, save_model
 from dirl.model.families.a2d import A2DQwen2Config, A2DQwen2LMHeadModel
-from dirl.model.families.registry import FAMILIES
+from dirl.model.families.registry import FAMILIES, family_of, read_published
 from dirl.model.kernels import use_fused_kernels
 from dirl.model.lora import LoraConfig, adapted_layers
 from dirl.model.memory import Workload, estimate_memory, trained_fraction
+from dirl.rl.rl_config import RLConfig
+from dirl.rollout.engine import SamplingConfig
+from dirl.sft.train import SFTConfig
 from dirl.training.full_parameters import full_state_dict
 from tests.model import published
 from tests.model.family_oracle import block_causal, chosen_experts, logits_of
@@ -288,3 +294,29 @@ def test_liger_without_kernels_for_a_family_is_named(tmp_path: Path, monkeypatch
     use_fused_kernels(model, "auto")
     with pytest.raises(UserError, match="no kernels for LLaDA2MoeModelLM; use auto or torch"):
         use_fused_kernels(model, "liger")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_values_of_the_family(name: str, tmp_path: Path) -> None:
+    published.write(PUBLISHED[name](), tmp_path)
+    family = family_of(read_published(str(tmp_path)), "")
+    here = f"model.path={tmp_path}"
+    evaluated = load_config(EvalConfig, None, [here, "modes=[custom]", "sampling=published", "sampling.top_k=7"])
+    assert evaluated.sampling == SamplingConfig(**{**family.decoder, "top_k": 7})
+    trained = load_config(SFTConfig, None, [here, "noise=published", "noise.low_discrepancy=false"])
+    assert trained.noise == NoiseConfig(**{**family.sft, "low_discrepancy": False})
+    practised = load_config(RLConfig, None, [here, "rollout=published", "rollout.num_generations=3"])
+    assert practised.rollout.sub_block_length == family.decoder.get("sub_block_length", 0)
+    assert (practised.rollout.temperature, practised.rollout.top_p) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["noise=published"], "noise=published: .* model.path names no model; set it"),
+        (["model.path=x", "noise=llada"], "noise=llada: no such preset; there is published"),
+    ],
+)
+def test_presets_that_cannot_be(overrides: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(SFTConfig, None, overrides)

@@ -47,5 +47,5 @@ def packed(groups: Sequence[Sequence[Completion]], model: BlockDiffusionModel, *
 
 
 def replayed(pack_: PackedViews, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
-    rule = ScoringRule(sampling.distribution, sampling.unmasking, suppressed_by(model))
+    rule = ScoringRule(*sampling.rules(model.scheme), suppressed_by(model))
     return PackedScorer(model, "sdpa")(pack_, rule).logprob_T

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.distribution import Confidence, TokenDistribution
 from dirl.diffusion.likelihood import Likelihood, ScoringRule, action_logprobs
 from dirl.diffusion.packing import DiffusionScheme, PackedViews
 from dirl.diffusion.unmasking import UnmaskingRule, UnmaskingStrategy
@@ -94,6 +94,8 @@ class Table:
         first = lanes[0] // self.block_length * self.block_length
         plain = (logits_MV / self.distribution.temperature).softmax(-1)
         sampled = torch.stack([sorted_and_cut(row, self.distribution.top_k, self.distribution.top_p) for row in plain])
+        compared = {"processed": sampled, "tempered": plain, "untempered": logits_MV.softmax(-1)}
+        compared_MV = compared[self.distribution.confidence].detach()
         entropy = [float(-(row[row > 0] * row[row > 0].log()).sum()) for row in sampled.detach()]
         masked = [first + lane in lanes for lane in range(self.block_length)]
         # Uniform numbers matter by their order only, and all orders are equally likely.
@@ -106,7 +108,7 @@ class Table:
                 continue
             confidence, uncertainty = [0.0] * self.block_length, [0.0] * self.block_length
             for i, (lane, token) in enumerate(zip(lanes, drawn, strict=True)):
-                confidence[lane - first], uncertainty[lane - first] = float(plain[i, token].detach()), entropy[i]
+                confidence[lane - first], uncertainty[lane - first] = float(compared_MV[i, token]), entropy[i]
             for order in orders:
                 shown = reference_reveal(self.unmasking, masked, confidence, uncertainty, order)
                 tokens = tuple((lane, t) for lane, t in zip(lanes, drawn, strict=True) if shown[lane - first])
@@ -193,6 +195,31 @@ def test_each_outcome_has_its_true_probability(
             for outcome in outcomes:
                 found = table.chance(outcome)
                 assert found == pytest.approx(float(outcome.probability), abs=1e-6), (state, outcome.tokens)
+    assert total == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("confidence", get_args(Confidence))
+@pytest.mark.parametrize("rule", ["dynamic", "static_two"])
+def test_each_outcome_has_its_true_probability_whatever_confidence_is(confidence: Confidence, rule: str) -> None:
+    table = Table(*SHAPES["one_block"], RULES[rule], TokenDistribution(0.6, 3, 0.9, confidence), seed=1)
+    with torch.no_grad():
+        total = sum(prod(map(table.chance, path)) for path in table.paths((MASK,) * table.length))
+        for outcome in (o for outcomes in table._outcomes.values() for o in outcomes):
+            assert table.chance(outcome) == pytest.approx(float(outcome.probability), abs=1e-6), outcome.tokens
+    assert total == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_tokens_of_just_the_threshold(holds: bool) -> None:
+    """Logits of 0 or 1 out of 4 tokens, and a threshold that many tokens have to the last bit."""
+    table = Table(*SHAPES["one_block"], UnmaskingRule(confidence_threshold=0.25), TokenDistribution(), seed=5)
+    table = replace(table, unmasking=replace(table.unmasking, holds_at_threshold=holds))
+    with torch.no_grad():
+        table.logits[::3] = 0.0  # every third state: all four tokens alike
+        table.logits[:, 1] = 0.0  # the middle lane always
+        total = sum(prod(map(table.chance, path)) for path in table.paths((MASK,) * table.length))
+        for outcome in (o for outcomes in table._outcomes.values() for o in outcomes):
+            assert table.chance(outcome) == pytest.approx(float(outcome.probability), abs=1e-6), outcome
     assert total == pytest.approx(1.0, abs=1e-6)
 
 

@@ -6,7 +6,8 @@ Float32, to 1e-5 nats, on a model whose distributions are sharp and whose layers
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -107,6 +108,33 @@ def test_replay_under_the_distribution_that_was_sampled(strategy: str, distribut
 @torch.no_grad()
 def test_holds_of_a_pack_equal_brute_force(strategy: str, block_length: int, shift: int) -> None:
     sampling = replace(STRATEGIES[strategy], generation_window=6)
+    assert_holds_equal_brute_force(sampling, block_length, shift)
+
+
+@pytest.mark.parametrize("confidence", ["processed", "untempered"])
+@pytest.mark.parametrize("strategy", ["dynamic", "static"])
+@torch.no_grad()
+def test_holds_under_a_confidence_that_is_not_tempered(strategy: str, confidence: Literal["processed"]) -> None:
+    asked = {"temperature": 0.6, "top_k": 30, "confidence_threshold": 0.2, "at_threshold": "hold"}
+    sampling = replace(STRATEGIES[strategy], **asked, confidence=confidence)  # type: ignore[arg-type]
+    assert_holds_equal_brute_force(sampling, 4)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("strategy", ["dynamic", "static"])
+@torch.no_grad()
+def test_sub_blocks_are_revealed_from_left_to_right(strategy: str, shift: int) -> None:
+    """Blocks of 8 in parts of 3, 3 and 2: what stands right of a part is read, and nobody decides about it."""
+    sampling = replace(STRATEGIES[strategy], sub_block_length=3, denoising_steps=8)
+    for completion in assert_three_roads_meet(sampling, 8, shift):
+        steps = [0] * len(completion.prompt_ids) + completion.step_map
+        for first in range(0, len(steps), 8):
+            parts = [steps[first : first + 3], steps[first + 3 : first + 6], steps[first + 6 : first + 8]]
+            assert all(max(left) < min(right) for left, right in pairwise(parts) if min(right) > 0)
+    assert_holds_equal_brute_force(sampling, 8, shift)
+
+
+def assert_holds_equal_brute_force(sampling: SamplingConfig, block_length: int, shift: int = 0) -> None:
     model, groups = group_of_completions(sampling, block_length, shift=shift)
     pack_ = packed(groups, model, shared=True)
     found_T = replayed(pack_, model, sampling)

@@ -357,6 +357,7 @@ def greedy_by_hand(
 ) -> tuple[list[int], list[int]]:
     """Token ids and step map of greedy decoding with one plain forward pass per step."""
     block_length, mask = model.config.block_size, model.config.mask_token_id
+    _, rule = sampling.rules(model.scheme)
     total = len(completion.prompt_ids) + len(completion.token_ids)
     sequence = list(completion.prompt_ids)
     steps: list[int] = []
@@ -369,7 +370,7 @@ def greedy_by_hand(
             with torch.no_grad():
                 logits_BV = state_logits(model, sequence, start // block_length, block)
             confidence, token = (x.tolist() for x in confidence_probs(logits_BV, model, sampling).max(-1))
-            shown = reference_reveal(sampling.unmasking, masked, confidence, [0.0] * block_length, [0.0] * block_length)
+            shown = reference_reveal(rule, masked, confidence, [0.0] * block_length, [0.0] * block_length)
             step = max(when) + 1
             block = [t if now else old for t, now, old in zip(token, shown, block, strict=True)]
             when = [step if now else old for now, old in zip(shown, when, strict=True)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.diffusion.unmasking import UnmaskingStrategy
 from dirl.rollout import block_step
 from dirl.rollout.block_step import Blocks, DenoisingStep, Sampler
@@ -19,7 +20,12 @@ SIZE, VOCAB, BLOCK, SEQUENCES = 6, 40, 4, 13
 SAMPLINGS = [
     SamplingConfig(unmasking_strategy=strategy, confidence_threshold=0.1, entropy_bound=4.0, **drawn)  # type: ignore[arg-type]
     for strategy in get_args(UnmaskingStrategy)
-    for drawn in ({}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8})
+    for drawn in (
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.8},
+        {"temperature": 0.7, "top_k": 9, "confidence": "processed", "at_threshold": "hold"},
+    )
 ]
 
 
@@ -59,12 +65,13 @@ def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
 ) -> None:
     hidden_TX, blocks = some_blocks()
     suppressed_V = torch.arange(VOCAB) >= 37
-    whole = Sampler(Head(), sampling, suppressed_V).denoise(hidden_TX, blocks)
-    of_logits = Sampler(lambda logits_TV: logits_TV, sampling, suppressed_V)
+    rules = sampling.rules(DiffusionScheme(block_length=BLOCK, mask_token_id=0))
+    whole = Sampler(Head(), *rules, suppressed_V).denoise(hidden_TX, blocks)
+    of_logits = Sampler(lambda logits_TV: logits_TV, *rules, suppressed_V)
     assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
     monkeypatch.setattr(block_step, "LOGITS_PER_CHUNK", 5 * VOCAB + 1)
     head, masked_T = Head(), blocks.masked_NB.flatten().nonzero().squeeze(1)
-    of_masked = Sampler(head, sampling, suppressed_V).denoise(hidden_TX[masked_T], blocks, masked_T)
+    of_masked = Sampler(head, *rules, suppressed_V).denoise(hidden_TX[masked_T], blocks, masked_T)
     assert_same(of_masked, whole)
     assert max(head.num_rows) == 5 and sum(head.num_rows) == len(masked_T)
     assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)

@@ -84,33 +84,37 @@ class A2DQwen2LMHeadModel(BlockDiffusionModel, Qwen2ForCausalLM):
     """Qwen2 that reads masks."""
 
     config_class = A2DQwen2Config
+    confidence = "untempered"
 
 
 class A2DQwen3LMHeadModel(BlockDiffusionModel, Qwen3ForCausalLM):
     """Qwen3 that reads masks."""
 
     config_class = A2DQwen3Config
+    confidence = "untempered"
 
 
 class A2DQwen3MoeLMHeadModel(BlockDiffusionModel, Qwen3MoeForCausalLM):
     """Qwen3-MoE that reads masks."""
 
     config_class = A2DQwen3MoeConfig
+    confidence = "untempered"
 
 
 class A2DLlamaLMHeadModel(BlockDiffusionModel, LlamaForCausalLM):
     """Llama that reads masks."""
 
     config_class = A2DLlamaConfig
+    confidence = "untempered"
 
 
 _VALUES: dict[str, Any] = {
     "config_names_mask": True,  # ours do; dllm's leave it to the tokenizer
     "mask_token": "<|mask|>",
-    "confidence": "untempered",
     "trains_fill": True,
-    "decoder": "as many tokens a step as divide a block evenly over its steps",
-    "sft": "one level per sequence in (0.001, 1), weight 1/t",
+    "decoder": {"unmasking_strategy": "low_confidence_static", "temperature": 0.0},
+    "sft": {"noise_level": "sequence"},
+    "remarks": "bd3lm decodes in blocks counted from the end of the prompt",
 }
 _QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")
 A2D_QWEN2 = Family(

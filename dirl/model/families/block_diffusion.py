@@ -7,12 +7,13 @@ an `attention_plan` of its own; decoding runs the layers itself (`rollout/local/
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dirl.diffusion.distribution import Confidence
 from dirl.diffusion.packing import DiffusionScheme
 from dirl.model.attention import ATTENTION_NAME, AttentionPlan, DensePlan
 
@@ -63,6 +64,9 @@ class BlockDiffusionModel(PreTrainedModel):
         model: Any
         lm_head: LogitsHead
 
+    # What its family's decoder compares with a threshold, and what happens just there (see DiffusionScheme).
+    confidence: ClassVar[Confidence] = "tempered"
+    holds_at_threshold: ClassVar[bool] = False
     published_config = None  # the config.json it was loaded from, where saving repeats its keys
 
     def __init__(self, config: Any) -> None:
@@ -81,6 +85,8 @@ class BlockDiffusionModel(PreTrainedModel):
             block_length=0 if getattr(config, "full_attention", False) else config.block_size,
             mask_token_id=config.mask_token_id,
             shift=getattr(config, "shift", 0),
+            confidence=self.confidence,
+            holds_at_threshold=self.holds_at_threshold,
         )
 
     def forward(

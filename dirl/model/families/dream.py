@@ -27,6 +27,7 @@ class DreamModel(BlockDiffusionModel, Qwen2ForCausalLM):
     """The whole model, lm_head included, though its published class is called as a backbone would be."""
 
     config_class = DreamConfig
+    confidence = "processed"
 
 
 DREAM = Family(
@@ -36,8 +37,14 @@ DREAM = Family(
     config_names_mask=True,
     mask_token="<|mask|>",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    confidence="processed",
     trains_fill=True,
-    decoder="entropy, as many steps as tokens, temperature 0.2, top-p 0.95",
-    sft="one level per sequence in (0, 1), weight 1/t or by distance to what is known",
+    decoder={
+        "unmasking_strategy": "entropy_bounded",
+        "entropy_bound": 0.0,
+        "temperature": 0.2,
+        "top_p": 0.95,
+        "generation_window": 0,
+    },
+    sft={"noise_level": "sequence"},
+    remarks="SFT also by distance to what is known",
 )

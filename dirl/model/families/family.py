@@ -13,6 +13,7 @@ from typing import Any, Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from dirl.diffusion.distribution import Confidence
 from dirl.errors import UserError, one_line
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 
@@ -40,12 +41,11 @@ class Family:
     keeps_published_config: bool = True  # saving repeats the keys that were read; False: it writes transformers' own
     mask_token: str
     stop_tokens: tuple[str, ...]
-    # What a step compares with its threshold: the drawn token's probability under the distribution it was drawn from,
-    # after temperature and top-k and top-p, after temperature only, or before all.
-    confidence: Literal["processed", "tempered", "untempered"]
     trains_fill: bool  # SFT teaches the end-of-text tokens that fill a row up behind an answer
-    decoder: str  # settings of the published decoder, for people
-    sft: str  # noise and weight of the published SFT, for people
+    # Keys of SamplingConfig and NoiseConfig with the values of the published decoder and SFT: the presets `published`.
+    decoder: Mapping[str, Any]
+    sft: Mapping[str, Any]
+    remarks: str = ""  # what of the two these values cannot say, for people
 
     @property
     def architecture(self) -> str:
@@ -65,6 +65,11 @@ class Family:
     def shift(self) -> int:
         """1: the row before a position predicts its token; 0: its own row."""
         return getattr(self.config_class, "shift", 0)
+
+    @property
+    def confidence(self) -> Confidence:
+        """The probability that a step compares: of the distribution drawn from, after temperature only, or before."""
+        return self.model_class.confidence
 
     @property
     def attention(self) -> Literal["block_causal", "full"]:

@@ -26,6 +26,8 @@ class Fast_dLLM_QwenForCausalLM(BlockDiffusionModel, Qwen2ForCausalLM):
     """Qwen2 that reads masks and predicts one row ahead."""
 
     config_class = FastDLLMConfig
+    confidence = "processed"
+    holds_at_threshold = True
 
 
 FAST_DLLM_V2 = Family(
@@ -35,8 +37,8 @@ FAST_DLLM_V2 = Family(
     renamed={"bd_size": "block_size"},
     mask_token="|<MASK>|",
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
-    confidence="processed",
     trains_fill=False,
-    decoder="threshold 0.9 in sub-blocks of 8, temperature 0",
-    sft="one level per block in (0, 1), complementary pairs, weight 1",
+    decoder={"confidence_threshold": 0.9, "temperature": 0.0, "sub_block_length": 8},
+    sft={"complementary": True, "weight": "even", "block_start": "noisy"},
+    remarks="a block's first token is placed before its first step, from the last row of the block before",
 )

@@ -48,12 +48,14 @@ class LLaDAModelLM(BlockDiffusionModel, LlamaForCausalLM):
     """Llama that reads masks, everywhere at once."""
 
     config_class = LLaDAConfig
+    confidence = "untempered"
 
 
 class LLaDAMoEModelLM(BlockDiffusionModel, Qwen3MoeForCausalLM):
     """Qwen3-MoE that reads masks, everywhere at once."""
 
     config_class = LLaDAMoEConfig
+    confidence = "untempered"
 
 
 def _experts_of_layers(published: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def _experts_of_layers(published: Mapping[str, Any]) -> dict[str, Any]:
     return {"mlp_only_layers": [layer for layer, has_experts in enumerate(frequency) if not has_experts]}
 
 
+_DECODER = {"unmasking_strategy": "low_confidence_static", "temperature": 0.0, "generation_window": 32}
 LLADA = Family(
     name="LLaDA",
     checkpoints="LLaDA-8B-Base/Instruct, LLaDA-1.5",
@@ -91,10 +94,10 @@ LLADA = Family(
     config_names_mask=True,
     mask_token="<|mdm_mask|>",
     stop_tokens=("<|eot_id|>", "<|endoftext|>"),
-    confidence="untempered",
     trains_fill=True,
-    decoder="the most confident, as many a step as divide a block evenly over its steps; blocks of 16 to 512 by task",
-    sft="one level per sequence in (0.001, 1), weight 1/t",
+    decoder=_DECODER,
+    sft={"noise_level": "sequence"},
+    remarks="windows of 16 to 512 tokens by task",
 )
 LLADA_MOE = Family(
     name="LLaDA-MoE",
@@ -110,10 +113,9 @@ LLADA_MOE = Family(
     derived=_experts_of_layers,
     mask_token="<|mask|>",
     stop_tokens=("<|role_end|>", "<|endoftext|>"),
-    confidence="untempered",
     trains_fill=True,
-    decoder="as LLaDA",
-    sft="as LLaDA",
+    decoder=_DECODER,
+    sft={"noise_level": "sequence"},
 )
 
 # `ff_out` is the head outside a block and the down projection inside: the longer name comes first.

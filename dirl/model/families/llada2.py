@@ -33,6 +33,8 @@ class LLaDA2MoeModelLM(BlockDiffusionModel, Glm4MoeForCausalLM):
     """GLM-4-MoE that reads masks."""
 
     config_class = LLaDA2MoeConfig
+    confidence = "processed"
+    holds_at_threshold = True
     # The router computes in float32 whatever its weight is; only the bias would lose by rounding.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
@@ -82,10 +84,10 @@ LLADA2 = Family(
     },
     mask_token="<|mask|>",
     stop_tokens=("<|role_end|>", "<|endoftext|>"),
-    confidence="processed",
     trains_fill=True,
-    decoder="threshold 0.95, 32 steps a block, temperature 0; 2.1 edits what it has revealed where that exceeds 0.9",
-    sft="one level per sequence in (0.3, 0.8), weight 1",
+    decoder={"confidence_threshold": 0.95, "temperature": 0.0},
+    sft={"noise_level": "sequence", "min_noise": 0.3, "max_noise": 0.8, "weight": "even"},
+    remarks="2.1 edits what it has revealed where that exceeds 0.9",
 )
 
 register_weight_names(

@@ -7,12 +7,13 @@ whether to run the code a checkpoint brings along.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
-from dirl.errors import UserError
+from dirl.errors import ConfigError, UserError
 from dirl.model.families.a2d import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3, A2D_QWEN3_MOE
 from dirl.model.families.dream import DREAM
 from dirl.model.families.family import Family
@@ -70,6 +71,30 @@ def family_with_config(config: Any) -> Family:
     """The family that a configuration of ours belongs to."""
     (family,) = (family for family in FAMILIES if family.config_class is type(config))
     return family
+
+
+def published_decoder(name: str, path: str) -> Mapping[str, Any]:
+    """The preset `published` of sampling: keys of SamplingConfig as the family of model.path is decoded elsewhere."""
+    return _preset_family("sampling", name, path).decoder
+
+
+def published_order(name: str, path: str) -> Mapping[str, Any]:
+    """The same for rollouts, without what is sampled: RL learns nothing from greedy decoding."""
+    of_sampling = ("temperature", "top_k", "top_p")
+    return {key: value for key, value in published_decoder(name, path).items() if key not in of_sampling}
+
+
+def published_noise(name: str, path: str) -> Mapping[str, Any]:
+    """The preset `published` of SFT's noise: keys of NoiseConfig as the family of model.path is trained elsewhere."""
+    return _preset_family("noise", name, path).sft
+
+
+def _preset_family(section: str, name: str, path: str) -> Family:
+    if name != "published":
+        raise ConfigError(f"{section}={name}: no such preset; there is published, the values of the model's own family")
+    if not path:
+        raise ConfigError(f"{section}=published: they are those of a family, and model.path names no model; set it")
+    return family_of(read_published(path), path)
 
 
 def _complaint(architecture: str, model_type: object, path: str) -> str:

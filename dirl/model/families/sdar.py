@@ -60,10 +60,10 @@ _VALUES: dict[str, Any] = {
     "keeps_published_config": False,  # LMDeploy and SDAR's own code read what transformers writes, plus rope_theta
     "mask_token": "<|MASK|>",
     "stop_tokens": ("<|im_end|>", "<|endoftext|>"),
-    "confidence": "tempered",
     "trains_fill": False,
-    "decoder": "threshold 0.9, 4 steps a block, temperature 1",
-    "sft": "TraDo: share of masks in (0.1, 0.9), or the decoder's own steps",
+    "decoder": {"confidence_threshold": 0.9, "temperature": 1.0},
+    "sft": {"min_noise": 0.1, "max_noise": 0.9},
+    "remarks": "TraDo's SFT may take the decoder's own steps as well",
 }
 SDAR = Family(
     name="SDAR",

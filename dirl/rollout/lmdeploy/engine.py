@@ -16,6 +16,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import lmdeploy
@@ -60,7 +61,7 @@ class LMDeployEngine:
         check_version(lmdeploy.__version__)
         recorder.install()
         self.tokenizer, self.sleep_level = tokenizer, sleep_level
-        self.block_length = model.config.block_size
+        self.scheme = model.scheme
         self.weights_version = 0
         self._is_stale = True
         self._asleep: set[str] = set()  # LMDeploy's tags of what is not on the device
@@ -70,8 +71,8 @@ class LMDeployEngine:
             "dtype": "float16" if model.dtype == torch.float16 else "bfloat16",
             "max_batch_size": max_batch_size,
             "cache_max_entry_count": cache_max_entry_count,
-            "max_prefill_token_num": max(_PREFILL_TOKENS, max_batch_size * self.block_length),
-            "dllm_block_length": self.block_length,
+            "max_prefill_token_num": max(_PREFILL_TOKENS, max_batch_size * self.scheme.block_length),
+            "dllm_block_length": self.scheme.block_length,
             "enable_metrics": False,
         }
         self._engine = _start(model, tokenizer, PytorchEngineConfig(**{**options, **engine_options}))
@@ -105,22 +106,23 @@ class LMDeployEngine:
             raise RolloutError("the engine is asleep; call wake before generate")
         if self._is_stale:
             raise RolloutError("the engine does not hold whole weights; call update_weights before generate")
-        touched = touched_tokens(prompts, seeds, sampling, self.block_length)
+        touched = touched_tokens(prompts, seeds, sampling, self.scheme.block_length)
         for prompt, num_tokens in zip(prompts, touched, strict=True):
             self._check_fits(len(prompt), num_tokens)
-        self._agent.agent_strategy.sampling = sampling
+        self._agent.agent_strategy.rules = sampling.rules(self.scheme)
         traces = self._thread.run(self._decode(prompts, touched, seeds))
-        return [
+        completions = (
             make_completion(
                 prompt,
                 trace.token_ids,
                 trace.step_map,
                 trace.logprobs,
                 tokenizer=self.tokenizer,
-                block_length=self.block_length,
+                block_length=self.scheme.block_length,
             )
             for prompt, trace in zip(prompts, traces, strict=True)
-        ]
+        )
+        return [replace(completion, generation_window=sampling.sub_block_length) for completion in completions]
 
     def update_weights(self, model: nn.Module) -> None:
         self._push(model)

@@ -41,9 +41,10 @@ from lmdeploy.pytorch.strategies.dllm.sequence import DLLMSequenceStrategy, Sche
 from lmdeploy.pytorch.strategies.dllm.step_inputs import DLLMStepInputs
 from torch import Tensor
 
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.families.block_diffusion import float32_product
 from dirl.rollout.block_step import Blocks, Sampler
-from dirl.rollout.engine import SamplingConfig
 
 _MASKED, _UNMASKED, _CACHED = consts.DLLM_MASKED, consts.DLLM_UNMASKED, consts.DLLM_CACHED
 
@@ -129,12 +130,12 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
     """Draws and reveals tokens as the trainer scores them, and keeps the record.
 
     The engine is driven with temperature 1 and top-k 1, so that LMDeploy hands the logits on unchanged (its own draw is
-    an argmax, and unused). The rule that is applied instead is `sampling`, which may change between batches.
+    an argmax, and unused). The rules that are applied instead are `rules`, which may change between batches.
     """
 
     def __init__(self, dllm_config: Any, dllm_mask_token: int) -> None:
         super().__init__(dllm_config=dllm_config, dllm_mask_token=dllm_mask_token)
-        self.sampling = SamplingConfig()
+        self.rules = TokenDistribution(), UnmaskingRule()
         self.suppressed_V: Tensor | None = None  # bool on the device; set before the first request
 
     def make_extra_inputs(self, seqs: Sequence[RecordedSequence], model_inputs: Any) -> RecordingInputs:
@@ -174,7 +175,7 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
         end_N1 = (inputs.history_lengths + inputs.seq_length)[:, None]
         position_NB = end_N1 - self.block_size + torch.arange(self.block_size, device=mask_NB.device)
         blocks = Blocks(mask_NB == _MASKED, position_NB, extra_inputs.steps.amax(dim=1), extra_inputs.seeds)
-        step = Sampler(_as_they_are, self.sampling, self.suppressed_V).denoise(logits, blocks)
+        step = Sampler(_as_they_are, *self.rules, self.suppressed_V).denoise(logits, blocks)
         is_whole_N1 = (mask_NB == _UNMASKED).all(dim=1, keepdim=True)
         new_mask_NB = mask_NB.masked_fill(step.revealed_NB, _UNMASKED).masked_fill(is_whole_N1, _CACHED)
         steps_NB = torch.where(step.revealed_NB, blocks.step_N[:, None] + 1, extra_inputs.steps)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
@@ -145,7 +146,7 @@ class TorchEngine:
         carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
         slots = Slots(num_slots, num_blocks, scheme, carried)
         cache = BlockCache(self.model, num_slots, length, self.autocast)
-        sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
+        sampler = Sampler(self.model.lm_head, *sampling.rules(scheme), suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
             prompts: Sequence[_Section] = []
@@ -164,7 +165,8 @@ class TorchEngine:
             slots.apply(step, slot_A)
             self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
-                yield self._completion(*slots.release(slot))
+                index, completion = self._completion(*slots.release(slot))
+                yield index, replace(completion, generation_window=sampling.sub_block_length)
 
     def _decode_canvases(
         self, requests: Sequence[Request], sampling: SamplingConfig
@@ -173,7 +175,7 @@ class TorchEngine:
         scheme, device = self.model.scheme, next(self.model.parameters()).device
         length = max(request.end for request in requests)
         num_rows = min(self.max_batch_size, max(1, (self.max_cached_tokens or PASS_TOKENS) // length))
-        sampler = Sampler(self.model.lm_head, sampling, suppressed_by(self.model))
+        sampler = Sampler(self.model.lm_head, *sampling.rules(scheme), suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=device)
         window = min(sampling.generation_window or length, sampling.max_completion_length)
         for first in range(0, len(requests), num_rows):

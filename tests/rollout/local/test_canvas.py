@@ -66,7 +66,7 @@ def test_greedy_tokens_and_their_order(strategy: UnmaskingStrategy, block_length
             if block_length == 0:  # the last window is cut, and has its steps all the same
                 masked += [False] * (6 - len(lanes))
             expected = reference_reveal(
-                sampling.unmasking,
+                sampling.rules(model.scheme)[1],
                 masked,
                 [float(confidence_BV[lane, token_B[lane]]) for lane in lanes],
                 [float(torch.special.entr(probs_BV[lane]).sum()) for lane in lanes],
