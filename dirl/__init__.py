@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from dirl.model.checkpoint import ModelConfig, load
     from dirl.model.tiny import tiny
     from dirl.reward.rubric import RewardConfig
-    from dirl.rl.collector import RolloutConfig
     from dirl.rl.objective import ObjectiveConfig
     from dirl.rl.rl_config import RLConfig, RLDataConfig
+    from dirl.rl.rollouts import RolloutConfig
     from dirl.rl.train import RLTrainer
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import Completions, generate, with_texts

@@ -27,8 +27,8 @@ from dirl.data.problems import Problem
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.rollout.engine import RolloutEngine, SamplingConfig
 from dirl.rollout.lmdeploy.engine import LMDeployEngine

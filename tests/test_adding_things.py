@@ -25,9 +25,9 @@ from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import VIEWS, ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.rollout.decoded import make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutEngine, SamplingConfig

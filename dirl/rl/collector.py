@@ -4,148 +4,33 @@ All that a collector has is one list, `waiting`: groups that were rolled out and
 it until enough of them teach something; those too many begin the next step; a stop in between, a checkpoint and a
 resume are that list and the stream's place.
 
-Groups whose rewards are all equal have no gradient; with dynamic sampling they are dropped, counted, and replaced by
-groups of further prompts, a limited number of times. Likewise, where asked for, groups without a right completion, and
-those in which some reward hardly varies.
+Groups that teach nothing are dropped, counted, and replaced by groups of further prompts, a limited number of times.
 
-Source: DAPO (arXiv 2503.14476), section 3.2; LightningRL for the further reasons.
+With `max_staleness` rounds are rolled out ahead, while the trainer trains: collecting takes the earliest of them, and
+groups whose weights are too old are dropped and counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from dirl.config import bounded
 from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.data.rows import shorten
 from dirl.errors import UserError
-from dirl.reward.rubric import Rubric
-from dirl.rl.rollout_group import Prompt, RolloutGroup, ThresholdChoice
-from dirl.rl.threshold_policy import ThresholdConfig, ThresholdPolicy
-from dirl.rollout.engine import EngineConfig, RolloutEngine, SamplingConfig
-from dirl.rollout.scoring import score
+from dirl.rl.ahead import RolloutsAhead
+from dirl.rl.rollout_group import Prompt, RolloutGroup
+from dirl.rl.rollouts import DropReason, RolloutConfig, Rollouts, TakenPrompt
 from dirl.training.balance import balanced_owners
 from dirl.training.distributed import Distributed
 from dirl.training.interruption import StopAsked
 from dirl.training.loop import NothingToLearn
-from dirl.training.metrics import Timings
 from dirl.training.seeds import stable_seed
 
-# Why a group is not trained on: equal rewards; `needs_right`; `min_spread`.
-DropReason = Literal["equal_rewards", "none_right", "small_spread"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
-    """What is rolled out for one optimizer step, and how."""
-
-    prompts_per_step: int = bounded(32, least=1)  # groups in a global batch
-    num_generations: int = bounded(8, least=2)  # completions a group: a baseline needs two
-    dynamic_sampling: bool = True  # drop groups whose rewards are all equal and roll out others for them
-    max_sampling_rounds: int = bounded(2, least=1)  # rollout rounds a step may take to fill its batch; 1: never again
-    # prompts taken per group still missing; what is then too much goes to the next step
-    oversampling: float = bounded(1.0, least=1)
-    needs_right: bool = False  # also drop groups without a right completion
-    # also drop groups in which a reward function's values differ by less: LightningRL has {tokens_per_step: 0.01}
-    min_spread: dict[str, float] = field(default_factory=dict)
-
-    def check(self) -> None:
-        if (self.needs_right or any(self.min_spread.values())) and not self.dynamic_sampling:
-            raise UserError("needs_right and min_spread drop groups: they need dynamic_sampling=true")
-        if self.threshold_policy and self.unmasking_strategy != "low_confidence_dynamic":
-            raise UserError(
-                f"threshold_policy needs unmasking_strategy=low_confidence_dynamic: {self.unmasking_strategy} has no "
-                "threshold"
-            )
-        if self.threshold_policy and self.engine == "lmdeploy":
-            raise UserError("threshold_policy: LMDeploy has one for all completions; set rollout.engine=torch")
-
-    def reason_to_drop(self, group: RolloutGroup) -> DropReason | None:
-        """The first reason not to train on a group; None: it teaches."""
-        if not self.dynamic_sampling:
-            return None
-        if not group.is_informative:
-            return "equal_rewards"
-        if self.needs_right and group.num_right == 0:
-            return "none_right"
-        is_flat = any(least > 0 and group.spread(part) < least for part, least in self.min_spread.items())
-        return "small_spread" if is_flat else None
-
-
-@dataclass(frozen=True)
-class TakenPrompt:
-    """A prompt of the stream that is to be rolled out."""
-
-    prompt: Prompt
-    number: int  # counting all that the run has taken from the stream
-    seed: int
-
-
-class Rollouts:
-    """Prompts of the stream -> scored groups, by one engine and one rubric."""
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        rubric: Rubric,
-        config: RolloutConfig,
-        timings: Timings,
-        cost_shape: tuple[int, int],  # block length and hidden size of the model that is trained
-        thresholds: ThresholdPolicy | None = None,
-    ) -> None:
-        self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
-        self.cost_shape, self.thresholds = cost_shape, thresholds
-
-    def roll_out(self, taken: Sequence[TakenPrompt], step: int) -> tuple[list[RolloutGroup], dict[str, int]]:
-        """A group for each, in order, and how often the grader gave each verdict."""
-        size = self.config.num_generations
-        with self.timings.phase("rollout"):
-            choices, thresholds = self._thresholds(taken)
-            completions = self.engine.generate(
-                [one.prompt.token_ids for one in taken for _ in range(size)],
-                self.config,
-                [stable_seed(one.seed, sample) for one in taken for sample in range(size)],
-                thresholds,
-            )
-        with self.timings.phase("reward"):
-            scores = score(
-                self.rubric,
-                [one.prompt.problem for one in taken for _ in range(size)],
-                completions,
-                max_completion_length=self.config.max_completion_length,
-                group_size=size,
-            )
-        groups = [
-            RolloutGroup(
-                prompt=one.prompt,
-                completions=list(completions[start : start + size]),
-                rewards=scores.total[start : start + size],
-                reward_parts={name: values[start : start + size] for name, values in scores.parts.items()},
-                step_rewards=scores.by_step[start : start + size],
-                number=one.number,
-                seed=one.seed,
-                sampled_at=step,
-                threshold_choice=choice,
-            )
-            for start, one, choice in zip(range(0, len(completions), size), taken, choices, strict=True)
-        ]
-        return groups, scores.counters
-
-    def _thresholds(self, taken: Sequence[TakenPrompt]) -> tuple[Sequence[ThresholdChoice | None], list[float] | None]:
-        """What is chosen for each group, and with it the threshold of each completion, where there is a policy."""
-        if self.thresholds is None:
-            return [None] * len(taken), None
-        prompts, seeds = [one.prompt.token_ids for one in taken], [one.seed for one in taken]
-        choices = self.thresholds.draw(prompts, seeds, self.config.num_generations)
-        return choices, [self.thresholds.thresholds[index] for choice in choices for index in choice.indices]
-
-    def cost(self, group: RolloutGroup) -> float:
-        """Estimated work of training on it."""
-        return group.replay_cost(*self.cost_shape)
+_PROBE_TOKENS = 64
 
 
 class NoSignal(NothingToLearn):
@@ -160,6 +45,7 @@ class Collected:
     dropped: list[RolloutGroup]  # not trained on
     drop_reasons: list[DropReason]  # of each of these
     counters: dict[str, int]  # of the graders: timeouts, crashes, ...
+    metrics: dict[str, float]  # of rounds that were rolled out ahead: seconds, ages, groups that were too old
     num_carried: int  # informative groups that were too many, over all ranks: the next step begins with them
 
     @property
@@ -173,6 +59,7 @@ class Collector:
 
     Args:
         should_stop: asked before each round; the same on every rank.
+        ahead: rolls rounds out while the trainer trains; None: nobody does.
         remember: groups that must wait for the next step -> the same, with what the weights that sampled them give
             their actions; called while these weights are still there, on every rank.
     """
@@ -184,6 +71,7 @@ class Collector:
         distributed: Distributed,
         seed: int,
         *,
+        ahead: RolloutsAhead | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         remember: Callable[[Sequence[RolloutGroup]], list[RolloutGroup]] = list,
     ) -> None:
@@ -192,6 +80,9 @@ class Collector:
         data = fingerprint((p.token_ids, p.problem.answer, p.problem.columns) for p in prompts)
         self.stream = PromptStream(len(prompts), seed, data)
         self.waiting: list[RolloutGroup] = []  # rolled out on this rank and not trained on yet
+        self.ahead = ahead
+        self._unasked: deque[Sequence[TakenPrompt]] = deque()  # rounds that a stop or a stage has interrupted
+        self._ahead_sums: Counter[str] = Counter()  # of the step that is being collected
         self._num_taken = 0
         self._num_rounds = 0  # of the step that is being collected
         self._counters: Counter[str] = Counter()
@@ -205,20 +96,42 @@ class Collector:
         """
         self.rollouts, self.config = rollouts, rollouts.config
         self.waiting = [group for group in self.waiting if group.sampled_at >= from_step]
+        if self.ahead is not None:
+            self._unasked.extend(self.ahead.withdraw())
+
+    def probe(self, step: int) -> RolloutGroup:
+        """A short group of the weights that were just pushed, on which engine and trainer can be compared at once."""
+        block_length, _ = self.rollouts.cost_shape
+        length = min(self.config.max_completion_length, max(_PROBE_TOKENS, 2 * block_length))
+        prompt, count = self.prompts[step % len(self.prompts)], 2
+        seeds = [stable_seed(self.seed, -1, step, n) for n in range(count)]
+        sampling = replace(self.config, max_completion_length=length)
+        completions = self.rollouts.engine.generate([prompt.token_ids] * count, sampling, seeds)
+        return RolloutGroup(
+            prompt=prompt, completions=completions, rewards=[0.0] * count, reward_parts={}, sampled_at=step
+        )
+
+    def look_ahead(self) -> None:
+        """Have the rounds of the next steps rolled out, as many as `max_staleness` says."""
+        while self.ahead is not None and len(self.ahead) < self.config.max_staleness:
+            self.ahead.submit(self.rollouts, self._take_round(0, self.config.prompts_per_step))
 
     @property
     def is_amid(self) -> bool:
         """Whether a step is half collected."""
         return self._num_rounds > 0
 
-    def collect(self, step: int) -> Collected:
+    def collect(self, step: int, oldest: int = 0) -> Collected:
         """This rank's groups of one step's batch; they leave the list. Those too many stay in it.
 
+        Args:
+            oldest: with rounds ahead: groups of weights that had taken fewer optimizer steps are dropped.
         Raises:
             StopAsked: it was; the next call goes on from there.
             NoSignal: no group on any rank taught anything after the last round.
         """
         while True:
+            self._drop_older(oldest)
             num_useful = int(self.distributed.sum(sum(map(self._is_useful, self.waiting)))[0])
             if self._should_stop():
                 raise StopAsked
@@ -237,7 +150,7 @@ class Collector:
             )
         groups, waiting, num_carried = self._shared_out(useful)
         reasons = [reason for group in dropped if (reason := self.config.reason_to_drop(group))]
-        collected = Collected(groups, dropped, reasons, dict(self._counters), num_carried)
+        collected = Collected(groups, dropped, reasons, dict(self._counters), self._ahead_metrics(), num_carried)
         self._step_ends(self._remember(waiting) if num_carried else waiting)
         return collected
 
@@ -246,12 +159,16 @@ class Collector:
         index = {id(prompt): number for number, prompt in enumerate(self.prompts)}
         thresholds = self.rollouts.thresholds
         waiting = [group.to_row(index[id(group.prompt)]) for group in self.waiting]
+        rounds = [*(self.ahead.taken if self.ahead is not None else ()), *self._unasked]
+        unasked = [[(index[id(one.prompt)], one.number, one.seed) for one in taken] for taken in rounds]
         return {
             "stream": self.stream.state_dict(),
             "num_taken": self._num_taken,
             "num_rounds": self._num_rounds,
             "threshold_policy": thresholds.state_dict() if thresholds else None,
-            "ranks": self.distributed.gather([{"waiting": waiting, "counters": dict(self._counters)}]),
+            "ranks": self.distributed.gather(
+                [{"waiting": waiting, "counters": dict(self._counters), "unasked": unasked}]
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -261,11 +178,15 @@ class Collector:
         if len(state["ranks"]) == self.distributed.world_size:
             mine = state["ranks"][self.distributed.rank]
             rows, self._counters = mine["waiting"], Counter(mine["counters"])
+            unasked = mine.get("unasked", [])
         else:
             rows = self.distributed.share([row for rank in state["ranks"] for row in rank["waiting"]])
             counters = [rank["counters"] for rank in state["ranks"]] if self.distributed.is_main else []
             self._counters = sum(map(Counter, counters), Counter())
+            everyones = zip(*(rank.get("unasked", []) for rank in state["ranks"]), strict=True)
+            unasked = [self.distributed.share([one for mine in rounds for one in mine]) for rounds in everyones]
         self.waiting = [RolloutGroup.from_row(row, self.prompts) for row in rows]
+        self._unasked = deque([TakenPrompt(self.prompts[i], *rest) for i, *rest in taken] for taken in unasked)
         self._load_thresholds(state.get("threshold_policy"))
 
     def _load_thresholds(self, state: dict[str, Any] | None) -> None:
@@ -281,21 +202,47 @@ class Collector:
 
     def _step_ends(self, waiting: list[RolloutGroup]) -> None:
         """Last of all: what fails before leaves a step that is half collected."""
-        self.waiting, self._counters, self._num_rounds = waiting, Counter(), 0
+        self.waiting, self._counters, self._num_rounds, self._ahead_sums = waiting, Counter(), 0, Counter()
 
     def _is_useful(self, group: RolloutGroup) -> bool:
         return self.config.reason_to_drop(group) is None
 
     def _roll_out_round(self, step: int, num_prompts: int) -> None:
-        taken = [
-            TakenPrompt(self.prompts[index], self._num_taken + n, stable_seed(self.seed, step, self._num_rounds, n))
-            for n, index in enumerate(self.stream.take(num_prompts))
-        ]
-        self._num_taken += num_prompts
-        groups, counters = self.rollouts.roll_out(self.distributed.share(taken), step)
+        if self.ahead is None:
+            groups, counters = self.rollouts.roll_out(self._take_round(step, num_prompts), step)
+        else:
+            if not len(self.ahead):
+                self.ahead.submit(self.rollouts, self._take_round(step, num_prompts))
+            with self.rollouts.timings.phase("wait_for_rollouts"):
+                done = self.ahead.next()
+            groups, counters = done.groups, done.counters
+            self._ahead_sums.update(done.seconds)
         self.waiting = [*self.waiting, *groups]
         self._counters.update(counters)
         self._num_rounds += 1
+
+    def _take_round(self, step: int, num_prompts: int) -> Sequence[TakenPrompt]:
+        """This rank's share of a round: of one that was interrupted, else of the stream."""
+        if self._unasked:
+            return self._unasked.popleft()
+        first, self._num_taken = self._num_taken, self._num_taken + num_prompts
+        # Ahead, nobody knows the step that a group will belong to; its number is its own.
+        source = (step, self._num_rounds) if self.ahead is None else (first,)
+        taken = [
+            TakenPrompt(self.prompts[index], first + n, stable_seed(self.seed, *source, n))
+            for n, index in enumerate(self.stream.take(num_prompts))
+        ]
+        return self.distributed.share(taken)
+
+    def _drop_older(self, oldest: int) -> None:
+        if self.ahead is not None:
+            kept = [group for group in self.waiting if group.sampled_at >= oldest]
+            self._ahead_sums["groups/too_old"] += len(self.waiting) - len(kept)
+            self.waiting = kept
+
+    def _ahead_metrics(self) -> dict[str, float]:
+        """This rank's; seconds are those of its engine, while the trainer may have trained."""
+        return dict(self._ahead_sums) if self.ahead is not None else {}
 
     def _shared_out(self, groups: list[RolloutGroup]) -> tuple[list[RolloutGroup], list[RolloutGroup], int]:
         """This rank's fair share of the earliest groups, those too many on it, and how many are too many on all.

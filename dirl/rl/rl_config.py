@@ -14,7 +14,7 @@ from dirl.model.lora import LoraConfig
 from dirl.model.memory import EngineLoad, Workload, trained_fraction
 from dirl.presets import Presets
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.update import UpdateConfig
 from dirl.rollout.build import chosen_engine
 from dirl.training.loop import TrainingConfig
@@ -93,7 +93,18 @@ class RLConfig(TrainingConfig, UpdateConfig):
             )
         if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
             raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")
+        self._check_staleness()
         self._check_stages()
+
+    def _check_staleness(self) -> None:
+        """The policy that sampled a group is gone when it is trained on: what it gave each action must be recorded."""
+        objective = self.objective
+        is_recorded = objective.views == "replay" and objective.likelihood == "reveal" and objective.shrink == 1
+        if self.rollout.max_staleness and not (is_recorded and objective.score == "revealed"):
+            raise UserError(
+                f"rollout.max_staleness={self.rollout.max_staleness} needs what the engine recorded of each action: "
+                "objective.views=replay, likelihood=reveal, shrink=1, score=revealed; set these, or max_staleness=0"
+            )
 
     def _check_stages(self) -> None:
         changed = {key for stage in stages_of(self) for key in stage.changes}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dirl.rl.collector import Collected, DropReason
+from dirl.rl.collector import Collected
 from dirl.rl.rollout_group import RolloutGroup
+from dirl.rl.rollouts import DropReason
 from dirl.rollout.generate import with_texts
 from dirl.training.distributed import Distributed
 
@@ -64,13 +65,28 @@ def summarise(collected: Collected) -> list[GroupSummary]:
     ]
 
 
-def metrics_of_all_ranks(collected: Collected, distributed: Distributed) -> dict[str, float]:
-    """Numbers of all ranks' rollouts, those of dropped groups included; collective."""
+def metrics_of_all_ranks(collected: Collected, step: int, distributed: Distributed) -> dict[str, float]:
+    """Numbers of all ranks' rollouts, those of dropped groups included; collective.
+
+    Args:
+        step: optimizer steps that the weights which were trained had taken.
+    """
     metrics = rollout_metrics(distributed.gather(summarise(collected)))
     counters = sorted(set(distributed.gather(list(collected.counters))))
     counts = distributed.sum(*(collected.counters.get(name, 0) for name in counters)) if counters else []
     metrics["groups/carried_over"] = collected.num_carried
+    if collected.metrics:
+        metrics |= _ahead_metrics(collected, step, distributed)
     return metrics | {f"rewards/{name}": count for name, count in zip(counters, counts, strict=True)}
+
+
+def _ahead_metrics(collected: Collected, step: int, distributed: Distributed) -> dict[str, float]:
+    ages = [step - group.sampled_at for group in collected.groups]
+    total, count, too_old = distributed.sum(sum(ages), len(ages), collected.metrics.get("groups/too_old", 0.0))
+    phases = ("rollout", "reward")  # beside the phases of the trainer, not among them
+    seconds = {f"engine_s/{name}": distributed.max(collected.metrics.get(f"timing_s/{name}", 0.0)) for name in phases}
+    ages_seen = {"staleness/mean": total / max(count, 1.0), "staleness/max": distributed.max(max(ages, default=0))}
+    return {**seconds, **ages_seen, "groups/too_old": too_old}
 
 
 def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
@@ -117,7 +133,14 @@ def pass_rate_histogram(pass_rates: Sequence[float]) -> dict[str, float]:
 def throughput(metrics: Mapping[str, float]) -> dict[str, float]:
     """Tokens per second of rollout (completion tokens up to EOS) and of training (packed tokens)."""
     rollout_seconds = metrics.get("timing_s/rollout", 0.0)  # none where the step began with enough groups
-    return {
+    waits = {}
+    if "engine_s/rollout" in metrics:  # trainer and engine work side by side
+        seconds, rollout_seconds = metrics["timing_s/step"], metrics["engine_s/rollout"]
+        waits = {
+            "waiting/trainer": metrics.get("timing_s/wait_for_rollouts", 0.0) / seconds,
+            "waiting/engine": max(1 - (rollout_seconds + metrics["engine_s/reward"]) / seconds, 0.0),
+        }
+    return waits | {
         "perf/rollout_tokens_per_s": metrics["num_completion_tokens"] / rollout_seconds if rollout_seconds else 0.0,
         "perf/train_tokens_per_s": metrics["num_tokens"] / metrics["timing_s/train"],
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import adapters_off, add_adapters
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import advantages_of
-from dirl.rl.collector import Collected, Collector, Rollouts
+from dirl.rl.ahead import RolloutsAhead
+from dirl.rl.collector import Collected, Collector
 from dirl.rl.critic import Critic, ValueModel, value_model_of
 from dirl.rl.rl_config import RLConfig
-from dirl.rl.rollout_group import Prompt, render_prompts
+from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
+from dirl.rl.rollouts import Rollouts
 from dirl.rl.threshold_policy import build_threshold_policy
 from dirl.rl.update import PolicyUpdater, Reference
 from dirl.rollout.build import build_engine
@@ -86,8 +89,9 @@ class RLTrainer(Trainer):
             self.tokenizer,
             config.rollout,
             bf16=config.bf16,
-            observer=RolloutProgress(self.terminal, self.timings),
+            observer=None if config.rollout.max_staleness else RolloutProgress(self.terminal, self.timings),
         )
+        self.ahead = RolloutsAhead() if config.rollout.max_staleness else None
         self.updater = self._updater()
         self.thresholds = build_threshold_policy(
             config.rollout,
@@ -102,39 +106,62 @@ class RLTrainer(Trainer):
             self._rollouts(),
             self.distributed,
             config.seed,
+            ahead=self.ahead,
             should_stop=self.signals.is_stop_asked,
-            remember=lambda groups: self.updater.remember(groups),
+            # Ahead, the weights that sampled a group have moved on already, and the engine has told what they gave it.
+            remember=list if self.ahead is not None else lambda groups: self.updater.remember(groups),
         )
         for stage in stages_of(config):
             self._check_lengths(stage.config)
         self.heldout = self._heldout()
+        self._probe: RolloutGroup | None = None  # a group of the newest weights, where none that is trained on is
         self.last: Collected | None = None  # the rollouts of the last step, to look at
 
     def learners(self) -> dict[str, Learner]:
         return super().learners() | ({"critic": self.critic.learner} if self.critic is not None else {})
 
     def begin(self) -> None:
-        self.engine.update_weights(self.model)
+        self._push_weights(self.steps_done)
 
     def step(self) -> dict[str, float]:
         """Roll out, reward, update, push: one batch of rollouts; its metrics.
 
-        An exception in the update (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
+        With `max_staleness` the rollouts of the next steps go on meanwhile, until the push. An exception in the update
+        (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
         """
         self.enter_stage()
-        collected = self.last = self.collector.collect(self.steps_done)
+        after, oldest = self.steps_done + self.config.steps_per_rollout, self.steps_done - self._max_age
+        collected = self.last = self.collector.collect(self.steps_done, oldest)
+        if after < self.config.max_steps:
+            self.collector.look_ahead()
         advantages = advantages_of(collected.groups, self.config.objective, self.distributed)
-        with self.timings.phase("update_weights"):
-            self.engine.sleep()  # its memory is the trainer's while the trainer works
+        if self.ahead is None:
+            with self.timings.phase("update_weights"):
+                self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
-            metrics = self.updater.update(collected.groups, advantages, self.steps_done)
+            metrics = self.updater.update(collected.groups, advantages, self.steps_done, self._probe)
             if self.thresholds:
                 metrics |= self.thresholds.update(collected.groups, advantages, self.config.num_iterations)
         with self.timings.phase("update_weights"):
+            self._push_weights(after)
+        now, self.steps_done = self.steps_done, after
+        return metrics | metrics_of_all_ranks(collected, now, self.distributed)
+
+    @property
+    def _max_age(self) -> int:
+        """Optimizer steps that the weights which sampled a group may be behind."""
+        return self.config.rollout.max_staleness * self.config.steps_per_rollout
+
+    def _push_weights(self, step: int) -> None:
+        """Into the engine; they have taken so many optimizer steps."""
+        if self.ahead is None:
             self.engine.update_weights(self.model)
             self.engine.wake()
-        self.steps_done += self.config.steps_per_rollout
-        return metrics | metrics_of_all_ranks(collected, self.distributed)
+            return
+        with self.ahead.paused():
+            self.engine.update_weights(self.model)
+            self.ahead.weights_step = step
+            self._probe = self.collector.probe(step)
 
     def begin_stage(self, stage: RunStage[Any]) -> None:
         for model in (self.model, self._decoded):
@@ -163,7 +190,8 @@ class RLTrainer(Trainer):
             modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1, thresholds_of)
         metrics: dict[str, float] = {}
         for name, mode in modes.items():
-            result = evaluator.evaluate(self.heldout, mode)
+            with self.ahead.paused() if self.ahead is not None else nullcontext():
+                result = evaluator.evaluate(self.heldout, mode)
             metrics[f"{name}/accuracy"] = result.avg_at_k
             metrics[f"{name}/tokens_per_step"] = result.tokens_per_step
             metrics[f"{name}/standard_error"] = result.standard_error
@@ -213,14 +241,16 @@ class RLTrainer(Trainer):
             if config.lora.r == 0:
                 frozen = self._scorer(copy.deepcopy(self.model)).requires_grad_(False).eval()
                 reference = self.distributed.placed(frozen)
-        # A sharded model cannot decode: its forward passes are collective. The engine then has a copy of its own.
-        if self.distributed.is_sharded:
+        # A sharded model cannot decode, its forward passes are collective; nor can one that is trained meanwhile. The
+        # engine then has a copy of its own.
+        is_ahead = config.rollout.max_staleness > 0 and config.rollout.mode == "colocate"
+        if self.distributed.is_sharded or is_ahead:
             decoded = copy.deepcopy(self.model).requires_grad_(False)
             nn.Module.to(decoded, self.distributed.device)
         return reference, decoded
 
     def _check_lengths(self, config: RLConfig) -> None:
-        """A completion that is decoded token by token may not fit a micro-batch, which would end the run."""
+        """A completion that is decoded token by token may not fit a micro-batch, and is then split."""
         longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
         block_length = 0 if self.model.scheme.is_full else config.model.block_length or self._first_block_length
         tokens = longest_prompt + config.rollout.max_completion_length * (1 + block_length)
@@ -233,8 +263,8 @@ class RLTrainer(Trainer):
             )
         if tokens > config.max_tokens_per_micro_batch:
             logger.warning(
-                "max_tokens_per_micro_batch=%d: the longest prompt with a completion of one token a step takes %d and "
-                "would end the run; raise it, or lower rollout.max_completion_length",
+                "max_tokens_per_micro_batch=%d: the longest prompt with a completion of one token a step takes %d, and "
+                "is split over micro-batches that repeat its clean tokens",
                 *(config.max_tokens_per_micro_batch, tokens),
             )
 

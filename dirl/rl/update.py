@@ -77,12 +77,16 @@ class PolicyUpdater:
         self.max_completion_length = max_completion_length
         self.distributed = learner.distributed
 
-    def update(self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor], now: int) -> dict[str, float]:
+    def update(
+        self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor], now: int, probe: RolloutGroup | None = None
+    ) -> dict[str, float]:
         """All optimizer steps of one batch of rollouts; their mean metrics.
 
         Args:
             advantages: (G,) float32 for each group.
             now: optimizer steps that the weights have taken; groups sampled by these are fresh.
+            probe: a fresh group that is not trained on, on which trainer and engine are compared where the others are
+                not fresh. None: they are compared on the others.
         """
         config, is_redrawn = self.config, self.config.objective.refresh_masks
         # All of them before the first step: only these weights know what they gave.
@@ -93,7 +97,7 @@ class PolicyUpdater:
             ]
             for iteration in range(config.num_iterations if is_redrawn else 1)
         ]
-        gauged = self._replayed_gauge(groups, now)
+        gauged = self._replayed_gauge(groups if probe is None else [probe], now, is_needed=probe is not None)
         steps: list[StepOutcome] = []
         critic_steps: list[StepOutcome] = []
         for iteration in range(config.num_iterations):
@@ -189,10 +193,14 @@ class PolicyUpdater:
         num_completions = 1 + max((int(batch.completion_T.max()) for batch in batches), default=0)
         return elsewhere(batches, own, num_completions, objective)
 
-    def _replayed_gauge(self, groups: Sequence[RolloutGroup], now: int) -> StepOutcome | None:
-        """Engine against trainer on a few completions, where the objective scores no state that the engine visited."""
+    def _replayed_gauge(self, groups: Sequence[RolloutGroup], now: int, *, is_needed: bool) -> StepOutcome | None:
+        """Engine against trainer on a few completions, where the objective scores no state that the engine visited.
+
+        Args:
+            is_needed: also where it does.
+        """
         objective = self.config.objective
-        if objective.views == "replay" or objective.gauge_completions == 0:
+        if (objective.views == "replay" and not is_needed) or objective.gauge_completions == 0:
             return None
         fresh = next((group for group in groups if group.sampled_at == now), None)
         few = [] if fresh is None else [fresh.of_first(objective.gauge_completions)]

@@ -233,6 +233,16 @@ TABLE = MetricTable(
         Metric("learning_rate", "", "of this step", panel="Learning rate", picture="learning_rate", column="lr"),
         Metric("timing_s/rollout", "s", "decoding, all rounds", "Time per phase", "phases"),
         Metric("timing_s/reward", "s", "scoring", "Time per phase", "phases"),
+        Metric(
+            "timing_s/wait_for_rollouts", "s", "the trainer's, for rounds ahead that are not done", picture="phases"
+        ),
+        Metric("engine_s/rollout", "s", "decoding of the rounds ahead that this step took"),
+        Metric("engine_s/reward", "s", "scoring of these rounds"),
+        Metric("waiting/trainer", "share", "of the step that the trainer waited for rollouts", "Waiting"),
+        Metric("waiting/engine", "share", "of the step that the engine did not decode or score", "Waiting"),
+        Metric("staleness/mean", "steps", "optimizer steps since the weights that sampled a group", "Staleness"),
+        Metric("staleness/max", "steps", "the same, of the oldest group", "Staleness"),
+        Metric("groups/too_old", "groups", "dropped: their weights were more than `max_staleness` behind"),
         Metric("timing_s/update_weights", "s", "push to the engine", "Time per phase", "phases"),
         Metric("timing_s/train", "s", "forward and backward passes, optimizer", "Time per phase", "phases"),
         Metric(

@@ -16,9 +16,9 @@ from dirl.model.checkpoint import load, save_model
 from dirl.model.lora import LoraConfig, adapters_off, add_adapters, save_adapters
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.rollout.local.engine import TorchEngine
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer

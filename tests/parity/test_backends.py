@@ -22,10 +22,10 @@ from dirl.data.problems import Problem
 from dirl.model.lora import LoraConfig
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.critic import CriticConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict

@@ -14,9 +14,9 @@ from dirl.diffusion import likelihood
 from dirl.model import logprobs
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 

@@ -14,20 +14,31 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+from tests.oracle import sharp_tiny_model
 
 ROOT = Path(__file__).parents[2]
 # idle: one document or prompt a step, so that one of two ranks has none; thresholds: a policy chooses them
-CASES = ("usual", "idle", "thresholds")
+# full: full attention, shifted; blocks: shifted predictions in blocks that a stage of SFT enlarges
+CASES = (
+    *("usual", "idle", "thresholds"),
+    *(pytest.param(name, marks=pytest.mark.matrix) for name in ("full", "blocks")),
+)
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "usual": [{"from_step": 1, "data.max_length": 20, "global_batch_size": 4}],
+    "blocks": [{"from_step": 1, "model.block_length": 4}],
+}
 
 
 def even_length(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
@@ -35,10 +46,16 @@ def even_length(prompts: list[str], completions: list[str], **_: object) -> list
     return [float(len(completion) % 2 == 0) for completion in completions]
 
 
+def base(case: str) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
+    if case in ("full", "blocks"):
+        return sharp_tiny_model(block_length=0 if case == "full" else 2, shift=1, sharpness=9.0)
+    return tiny()
+
+
 def train(case: str, output_dir: Path) -> None:
     """3 SFT steps, then 2 RL steps on the same weights; writes metrics.json and weights.pt."""
     is_idle = case == "idle"
-    model, tokenizer = tiny()
+    model, tokenizer = base(case)
     documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
     if case == "usual":  # a text that is cut, and documents that are too long
         documents += [Document([], list(range(30, 70))), Document([1], [9] * 40), Document([2], [8] * 40)]
@@ -53,7 +70,7 @@ def train(case: str, output_dir: Path) -> None:
             max_tokens_per_micro_batch=64,
             data=SFTDataConfig(num_heldout=1 if is_idle else 3, max_length=26),
             autoregressive_weight=0.2 if case == "usual" else 0.0,
-            stages=[{"from_step": 1, "data.max_length": 20, "global_batch_size": 4}] if case == "usual" else [],
+            stages=STAGES.get(case, []),
         ),
         model=model,
         tokenizer=tokenizer,
@@ -128,7 +145,7 @@ def test_two_processes_equal_one(case: str, tmp_path: Path) -> None:
             assert [row[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-5, abs=1e-5)
             assert row["grad_norm"] > 0
     assert one["sft"][-1]["eval/loss"] == pytest.approx(two["sft"][-1]["eval/loss"], rel=1e-5)
-    start = tiny()[0].state_dict()
+    start = base(case)[0].state_dict()
     for name, weight in weights_of_one.items():
         torch.testing.assert_close(weights_of_two[name], weight, rtol=0, atol=1e-5)
     assert max(float((weights_of_one[name] - start[name]).abs().max()) for name in start) > 1e-3

@@ -15,9 +15,9 @@ from dirl.data.problems import Problem
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 

@@ -23,11 +23,11 @@ from dirl.model.tiny import save_tiny_model, tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.actions import PolicyBatch
 from dirl.rl.advantage import advantages_of
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.critic import CriticConfig, critic_metrics, gae_over_steps, value_loss, value_model_of, with_gae
 from dirl.rl.micro_batches import Layout, pack_groups
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig, rl_workload
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.training.distributed import Distributed
 from dirl.training.optimizer import Loss, StepOutcome

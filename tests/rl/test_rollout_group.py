@@ -13,11 +13,12 @@ from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric, combine_parts
 from dirl.rl.advantage import advantages_of
-from dirl.rl.collector import Collected, Collector, NoSignal, RolloutConfig, Rollouts
+from dirl.rl.collector import Collected, Collector, NoSignal
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import rollout_metrics, summarise
+from dirl.rl.rollouts import RolloutConfig, Rollouts
 from dirl.rollout.engine import SamplingConfig
 from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings

@@ -12,8 +12,8 @@ from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.killable_pool import count_usable_cores
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 
 

@@ -19,10 +19,11 @@ from dirl.model.logprobs import PackedScorer
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.advantage import advantages_of
-from dirl.rl.collector import Collector, RolloutConfig, Rollouts
+from dirl.rl.collector import Collector
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig, RLEvalConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, ThresholdChoice, render_prompts
+from dirl.rl.rollouts import RolloutConfig, Rollouts
 from dirl.rl.threshold_policy import (
     ThresholdConfig,
     ThresholdPolicy,

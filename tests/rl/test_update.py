@@ -27,11 +27,11 @@ from dirl.model.logprobs import PackedScorer
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.advantage import advantages_of
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import VIEWS, ImportanceSampling, Level, LossType, ObjectiveConfig
 from dirl.rl.rl_config import RLConfig, RLEvalConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.rollout_metrics import completion_rows
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.rl.update_metrics import EngineMismatch
 from dirl.rollout.engine import Completion

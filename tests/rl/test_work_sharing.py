@@ -11,8 +11,9 @@ import pytest
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Rubric
-from dirl.rl.collector import Collector, NoSignal, RolloutConfig, Rollouts
+from dirl.rl.collector import Collector, NoSignal
 from dirl.rl.rollout_group import RolloutGroup, render_prompts
+from dirl.rl.rollouts import RolloutConfig, Rollouts
 from dirl.rollout.engine import SamplingConfig
 from dirl.training.distributed import Distributed
 from dirl.training.interruption import StopAsked

@@ -15,9 +15,9 @@ from rich.console import Console
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig, RLEvalConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.show.charts import PANELS, PICTURES, Panel, Picture
@@ -60,7 +60,10 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         eval=RLEvalConfig(path="task:noisy_sums", limit=4, num_samples=2),
     )
     RLTrainer(rl, model=model, tokenizer=tokenizer, problems=problems).train()
-    rows = [json.loads(line) for run in ("sft", "rl") for line in (folder / run / "metrics.jsonl").open()]
+    rollout = replace(rl.rollout, max_staleness=1, threshold_policy=[])
+    ahead = replace(rl, output_dir=str(folder / "ahead"), rollout=rollout)
+    RLTrainer(ahead, model=model, tokenizer=tokenizer, problems=problems).train()
+    rows = [json.loads(line) for run in ("sft", "rl", "ahead") for line in (folder / run / "metrics.jsonl").open()]
     return {key for row in rows for key in row}
 
 

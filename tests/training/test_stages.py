@@ -13,8 +13,8 @@ from dirl.data.conversations import Document
 from dirl.data.problems import Problem
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
-from dirl.rl.collector import RolloutConfig
 from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.stages import stages_of

@@ -1,0 +1,192 @@
+"""Rollouts ahead: which weights sampled what, what is recorded of it, and that nothing is lost or comes twice."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dirl.data.problems import Problem
+from dirl.errors import UserError
+from dirl.model.tiny import tiny
+from dirl.reward.rubric import RewardConfig
+from dirl.rl.objective import ObjectiveConfig
+from dirl.rl.rl_config import RLConfig
+from dirl.rl.rollout_group import RolloutGroup
+from dirl.rl.rollouts import RolloutConfig
+from dirl.rl.train import RLTrainer
+from dirl.rollout.local.engine import TorchEngine
+from dirl.rollout.replay import logprobs
+from dirl.training.seeds import stable_seed
+
+PROBLEMS = [Problem("?" * (1 + n % 7), str(n), {}) for n in range(12)]
+
+
+def even_length(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+    return [float(len(completion) % 2 == 0) for completion in completions]
+
+
+def trainer(output_dir: Path, max_staleness: int, **changes: Any) -> RLTrainer:
+    model, tokenizer = tiny()
+    rollout = {"prompts_per_step": 3, "num_generations": 4, "max_completion_length": 12, "dynamic_sampling": False}
+    config = {"max_steps": 6, "learning_rate": 1e-2, "save_steps": 0, **changes}
+    return RLTrainer(
+        RLConfig(
+            output_dir=str(output_dir),
+            reward=RewardConfig(functions=["tests.rl.test_ahead:even_length"]),
+            rollout=RolloutConfig(max_staleness=max_staleness, **(rollout | config.pop("rollout", {}))),
+            **config,
+        ),
+        model=model,
+        tokenizer=tokenizer,
+        problems=PROBLEMS,
+    )
+
+
+def watched(ours: RLTrainer) -> tuple[dict[int, Any], list[list[RolloutGroup]]]:
+    """The weights of every version and the groups of every step, as a run goes on."""
+    versions: dict[int, Any] = {}
+    steps: list[list[RolloutGroup]] = []
+    push, collect = ours._push_weights, ours.collector.collect
+
+    def pushed(step: int) -> None:
+        versions[step] = copy.deepcopy(ours.model).eval()
+        push(step)
+
+    def collected(step: int, oldest: int) -> Any:
+        found = collect(step, oldest)
+        steps.append(found.groups)
+        return found
+
+    ours._push_weights, ours.collector.collect = pushed, collected  # type: ignore[method-assign]
+    return versions, steps
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_every_group_is_what_its_weights_give(tmp_path: Path, max_staleness: int) -> None:
+    """An oracle that keeps the weights of every version decodes each group again, and scores it by replay."""
+    ours = trainer(tmp_path, max_staleness)
+    versions, steps = watched(ours)
+    ours.train()
+    numbers = [group.number for groups in steps for group in groups]
+    assert sorted(numbers) == list(range(6 * 3))  # nothing twice, nothing lost
+    ages = [now - group.sampled_at for now, groups in enumerate(steps) for group in groups]
+    assert max(ages) == max_staleness and min(ages) == 0
+    for group in (group for groups in steps for group in groups):
+        engine = TorchEngine(versions[group.sampled_at], ours.tokenizer)
+        seeds = [stable_seed(group.seed, sample) for sample in range(4)]
+        again = engine.generate([group.prompt.token_ids] * 4, ours.config.rollout, seeds)
+        assert [c.token_ids for c in again] == [c.token_ids for c in group.completions]
+        with torch.no_grad():
+            replayed = logprobs(versions[group.sampled_at], group.completions, ours.config.rollout)
+        for completion, logprob_R in zip(group.completions, replayed, strict=True):
+            assert completion.logprobs == pytest.approx(logprob_R.tolist(), abs=1e-5)
+
+
+def test_one_step_ahead_does_not_depend_on_who_is_faster(tmp_path: Path) -> None:
+    weights = []
+    for name, delay in (("one", 0.0), ("two", 0.2)):
+        ours = trainer(tmp_path / name, 1)
+        roll_out = ours.collector.rollouts.roll_out
+        ours.collector.rollouts.roll_out = delayed(roll_out, delay)  # type: ignore[method-assign]
+        ours.train()
+        weights.append(ours.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def delayed(function: Any, seconds: float) -> Any:
+    def late(*args: Any) -> Any:
+        threading.Event().wait(seconds)
+        return function(*args)
+
+    return late
+
+
+def test_what_a_stale_action_was_given_is_what_the_engine_recorded(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, 1)
+    tables: list[tuple[int, Any]] = []
+    table = ours.updater._table
+
+    def kept(groups: Sequence[RolloutGroup], advantages: Any, now: int, iteration: int) -> Any:
+        found = table(groups, advantages, now, iteration)
+        tables.extend((now, batch) for batch in found)
+        return found
+
+    ours.updater._table = kept  # type: ignore[method-assign]
+    ours.train()
+    for now, batch in tables:
+        stale_T = batch.sampled_at_T < now
+        assert bool(stale_T.all()) == (now > 0)
+        recorded_T = torch.where(stale_T, batch.engine_logprob_T, torch.nan)
+        assert torch.equal(batch.behavior_logprob_T.nan_to_num(9), recorded_T.nan_to_num(9))
+
+
+def test_a_run_that_stops_goes_on_with_the_prompts_in_flight(tmp_path: Path) -> None:
+    first = trainer(tmp_path, 2, save_steps=3)
+    _, before = watched(first)
+    collect = first.collector.collect
+
+    def killed(step: int, oldest: int) -> Any:
+        if step == 4:
+            raise KeyboardInterrupt
+        return collect(step, oldest)
+
+    first.collector.collect = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer(tmp_path, 2, save_steps=3)
+    _, after = watched(second)
+    second.train()
+    numbers = [group.number for groups in [*before[:3], *after] for group in groups]
+    assert sorted(numbers) == list(range(6 * 3))
+
+
+def test_groups_that_are_too_old_are_dropped_and_counted(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, 1, rollout={"prompts_per_step": 2})
+    extra = trainer(tmp_path / "other", 0).collector
+    ours.begin()
+    ours.step()
+    ours.step()
+    old = extra.rollouts.roll_out(extra._take_round(0, 1), 0)[0]
+    ours.collector.waiting += old
+    metrics = ours.step()
+    assert (metrics["groups/too_old"], metrics["staleness/max"]) == (1.0, 1.0)
+    assert old[0].number not in [group.number for group in ours.collector.waiting]
+
+
+def test_an_error_of_the_engine_reaches_the_trainer(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, 1)
+
+    def fails(*_: Any) -> Any:
+        raise UserError("the engine is gone")
+
+    ours.begin()
+    ours.step()
+    ours.collector.rollouts.roll_out = fails  # type: ignore[method-assign]
+    ours.step()  # whose rollouts were under way
+    with pytest.raises(UserError, match="the engine is gone"):
+        ours.step()
+
+
+@pytest.mark.parametrize("objective", [{"likelihood": "trajectory"}, {"shrink": 2}, {"views": "masks"}], ids=str)
+def test_what_the_engine_does_not_record_is_refused(tmp_path: Path, objective: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"rollout\.max_staleness=1 needs what the engine recorded"):
+        trainer(tmp_path, 1, objective=ObjectiveConfig(**objective))
+
+
+def test_a_mismatched_engine_ends_the_run_whatever_its_age(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, 1, learning_rate=1e-4)
+    ours.begin()
+    ours.step()
+    with ours.ahead.paused(), torch.no_grad():  # type: ignore[union-attr]
+        for parameter in ours._decoded.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(UserError, match="the engine does not hold the trainer's weights"):
+        for _ in range(3):
+            ours.engine.update_weights = lambda model: None  # type: ignore[method-assign]
+            ours.step()
