@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,17 +33,23 @@ _KEYS = (
 _SECTIONS = ("objective", "noise", "rollout", "reward")
 
 
-def finish_model(final: Path, output_dir: Path, stage: Stage, push_to_hub: str) -> None:
-    """Write the card of a saved model and push it where that is asked for; what goes wrong is a warning."""
+def finish_model(final: Path, output_dir: Path, stage: Stage, tags: Sequence[str], push_to_hub: str) -> None:
+    """Write the card of a saved model and push it where that is asked for; what goes wrong is a warning.
+
+    Args:
+        tags: how the model diffuses, and its family.
+    """
     try:
-        write_model_card(final, output_dir, stage)
+        write_model_card(final, output_dir, stage, tags)
     except Exception as error:
         logger.warning("no model card was written; the model is complete: %s", one_line(error))
     if push_to_hub:
         push_model(final, push_to_hub)
 
 
-def write_model_card(final: Path, output_dir: Path, stage: Stage, table: MetricTable = TABLE) -> Path | None:
+def write_model_card(
+    final: Path, output_dir: Path, stage: Stage, tags: Sequence[str], table: MetricTable = TABLE
+) -> Path | None:
     """README.md of the model in `final`; None where one is that dirl did not write."""
     path = final / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
@@ -52,18 +58,20 @@ def write_model_card(final: Path, output_dir: Path, stage: Stage, table: MetricT
     record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     source = output_dir / "metrics.jsonl"
     rows = read_metrics(source) if source.is_file() else []
-    return write_whole(path, card_text(record, rows, stage, table))
+    return write_whole(path, card_text(record, rows, stage, tags, table))
 
 
-def card_text(record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stage, table: MetricTable = TABLE) -> str:
+def card_text(
+    record: Mapping[str, Any], rows: list[dict[str, Any]], stage: Stage, tags: Sequence[str], table: MetricTable = TABLE
+) -> str:
     """The card as Markdown with the Hub's front matter."""
     config = record["config"]
     steps = rows[-1]["step"] if rows else 0
     name = config.get("run_name") or Path(config["output_dir"]).name
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(config, stage), sort_keys=False)}---\n{MARK}",
+        f"---\n{yaml.safe_dump(_front_matter(config, [*tags, stage]), sort_keys=False)}---\n{MARK}",
         f"# {_inline(name)}",
-        f"A block-diffusion language model after {_TITLES[stage]}, {steps} optimizer steps, trained with dirl.",
+        f"A {tags[0]} language model after {_TITLES[stage]}, {steps} optimizer steps, trained with dirl.",
         _list("Trained from and on", _origins(config)),
         _table("Last numbers of the training run", _last_numbers(rows, table)),
         _table("Settings", _settings(config)),
@@ -91,10 +99,10 @@ def push_model(final: Path, repository: str) -> bool:
     return True
 
 
-def _front_matter(config: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+def _front_matter(config: Mapping[str, Any], tags: Sequence[str]) -> dict[str, Any]:
     """What the Hub reads; it knows hub ids only, so local paths are not named here."""
     matter: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    matter["tags"] = ["dirl", "block-diffusion", "sdar", stage]
+    matter["tags"] = ["dirl", *tags]
     if is_hub_id(base := str(config.get("model", {}).get("path", ""))):
         matter["base_model"] = base
     if is_hub_id(data := str(config.get("data", {}).get("path", "")).split(":")[0]):  # what follows is a subset

@@ -148,7 +148,8 @@ class Trainer(ABC):
     def _finish(self) -> Path:
         final, output_dir = self.write_final(), Path(self.config.output_dir)
         if self.distributed.is_main:
-            finish_model(final, output_dir, self.stage, self.config.push_to_hub)
+            tags = self.distributed.unwrap(self.learner.module).model.tags
+            finish_model(final, output_dir, self.stage, tags, self.config.push_to_hub)
             plot_run(output_dir)
         self.distributed.barrier()
         return final

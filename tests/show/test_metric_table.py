@@ -123,5 +123,5 @@ def test_a_new_metric_is_one_row(tmp_path: Path) -> None:
     assert page["charts"][-1]["title"] == "Toys" and ["best toy", "2.25"] in page["tiles"]
     assert [series["name"] for series in page["charts"][-1]["series"]] == ["toy/car", "best"]
     assert plot_run(run, table)[-1].name == "toys.png"
-    card = write_model_card(run, run, "rl", table)
+    card = write_model_card(run, run, "rl", ("block-diffusion", "sdar"), table)
     assert card is not None and "| `best` | 2.25 (step 2) |" in card.read_text()

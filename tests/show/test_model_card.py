@@ -16,6 +16,7 @@ from dirl.sft.train import SFTConfig
 from dirl.show import model_card
 from dirl.show.model_card import MARK, finish_model, push_model, write_model_card
 
+TAGS = ("masked-diffusion", "llada")  # of a model
 CONFIG: dict[str, Any] = {
     "output_dir": "outputs/tiny/rl",
     "run_name": "a | b <script>",
@@ -41,16 +42,17 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_card_says_what_it_was_trained_on_and_how_it_did(run: Path) -> None:
-    path = write_model_card(run / "final", run, "rl")
+    path = write_model_card(run / "final", run, "rl", TAGS)
     assert path is not None
     _, front, body = path.read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["dirl", "block-diffusion", "sdar", "rl"],
+        "tags": ["dirl", "masked-diffusion", "llada", "rl"],
         "base_model": "JetLM/SDAR-1.7B-Chat",
     }
-    assert body.startswith(MARK) and "20 optimizer steps" in body
+    assert body.startswith(MARK) and "A masked-diffusion language model" in body
+    assert "20 optimizer steps" in body
     assert "# a \\| b &lt;script>" in body
     assert "| `reward` | 0.75 (step 20) |" in body and "| `eval/accuracy` | 0.625 (step 10) |" in body
     assert "| `objective.likelihood` | trajectory |" in body and "| `rollout.num_generations` | 8 |" in body
@@ -66,11 +68,11 @@ def test_every_setting_it_names_is_a_key_of_a_run() -> None:
 
 def test_ours_is_renewed_and_somebody_elses_stays(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     readme = run / "final" / "README.md"
-    assert write_model_card(run / "final", run, "sft") == readme
+    assert write_model_card(run / "final", run, "sft", TAGS) == readme
     first = readme.read_text()
-    assert write_model_card(run / "final", run, "rl") == readme and readme.read_text() != first
+    assert write_model_card(run / "final", run, "rl", TAGS) == readme and readme.read_text() != first
     readme.write_text("# my own words")
-    assert write_model_card(run / "final", run, "rl") is None
+    assert write_model_card(run / "final", run, "rl", TAGS) is None
     assert readme.read_text() == "# my own words" and "is not dirl's and stays" in caplog.text
 
 
@@ -83,7 +85,7 @@ def test_nothing_here_ends_a_run(run: Path, caplog: pytest.LogCaptureFixture, mo
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", broken)
     (run / "run.json").write_text("{")
     with caplog.at_level(logging.WARNING):
-        finish_model(run / "final", run, "rl", "owner/name")
+        finish_model(run / "final", run, "rl", TAGS, "owner/name")
     assert "no model card was written" in caplog.text
     assert "was not pushed to owner/name and lies in" in caplog.text and "ConnectionError: no route" in caplog.text
 

@@ -22,7 +22,7 @@ from tests.show.test_completions import HAND_MADE
 RECORD = {**RUN, "date": "today", "config": {"output_dir": "x"}}
 WRITERS: dict[str, Callable[[Path], object]] = {
     "report.html": write_report,
-    "README.md": lambda run: write_model_card(run, run, "rl"),
+    "README.md": lambda run: write_model_card(run, run, "rl", ("block-diffusion", "sdar")),
     "plots/loss.png": plot_run,
     "trajectory.png": lambda run: plot_trajectory(HAND_MADE, run / "trajectory.png"),
     "plots/thresholds.png": lambda run: plot_accuracy([RESULT], run / "plots/thresholds.png", sweep_points, "speed"),

@@ -89,6 +89,11 @@ class BlockDiffusionModel(PreTrainedModel):
             holds_at_threshold=self.holds_at_threshold,
         )
 
+    @property
+    def tags(self) -> tuple[str, str]:
+        """What the Hub sorts it by: how it diffuses, and its family."""
+        return "masked-diffusion" if self.scheme.is_full else "block-diffusion", self.config.model_type
+
     def forward(
         self,
         input_ids: Tensor | None = None,
