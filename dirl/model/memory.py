@@ -1,26 +1,31 @@
 """A configuration -> the memory one rank will need, before any model is loaded.
 
-Weights and optimizer are counted exactly, from the model's config.json alone. Activations, logits and caches follow the
-formulas below; what they leave out (allocator slack, communication buffers) is named, not guessed.
+All is counted from the model's config.json alone; what a micro-batch and a decoding pass take, in a run without numbers
+(`dry_run.py`). What is left out is named.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from dirl.diffusion.distribution import TokenDistribution
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.errors import UserError, one_line
 from dirl.files import is_hub_id
 from dirl.model.checkpoint import ModelConfig
-from dirl.model.families.registry import family_of, family_with_config, read_published
-from dirl.model.logprobs import LOGITS_PER_CHUNK
-from dirl.model.lora import LoraConfig, adapted_layers
+from dirl.model.dry_run import DryModel, PassBytes
+from dirl.model.families.registry import family_of, read_published
+from dirl.model.flex_attention import FLEX_TILE
+from dirl.model.lora import LoraConfig
+from dirl.model.stand_ins import nominal_actions, nominal_tokens
 
 _GB = 1e9
 # How many ranks share weights, gradients and optimizer states: name -> which of the three are divided.
@@ -31,10 +36,22 @@ SHARDS: Mapping[str, tuple[bool, bool, bool]] = {
     "zero3": (True, True, True),
     "fsdp2": (True, True, True),
 }
-# Numbers kept for backward per token and layer without checkpointing, as multiples of hidden size D and of MLP width F:
-# inputs of two norms in and out, of attention and of its output (D each), queries, keys, values and their normed and
-# rotated forms (3 widths each), and gate, up, their activation and product (F each).
-_PER_TOKEN_HIDDEN, _PER_TOKEN_ATTENTION, _PER_TOKEN_MLP = 8, 3, 4
+# What memory is for -> what it is called for people.
+USES: Mapping[str, str] = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states, master weights",
+    "critic": "critic: weights, gradients, optimizer",
+    "copies": "reference",
+    "activations": "T  activations kept for backward",
+    "weight_copies": "T  bfloat16 copies of weights (autocast)",
+    "logits": "T  logits and what is made of them",
+    "work": "T  work of a layer in backward",
+    "engine_weights": "weights of the engine's own",
+    "kv_cache": "R  KV cache",
+    "decoding_copies": "R  bfloat16 copies of weights (autocast)",
+    "decoding": "R  a decoding pass and its logits",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,30 +59,44 @@ class EngineLoad:
     """An engine that decodes on the trainer's device."""
 
     name: Literal["torch", "lmdeploy"]
+    longest_prompt: int  # tokens
     longest: int  # tokens of the longest prompt with its completion
     batch_size: int  # sequences decoded at once, where their keys and values have room
+    prefill_tokens: int  # of prompts in one pass
+    canvas_tokens: int  # full attention: of all canvases in a pass, where max_cached_tokens sets no bound
+    window: int  # full attention: positions of a canvas that are drawn at once
     max_cached_tokens: int = 0  # torch: the room that was set; 0: half of the free memory decides
     cache_share: float = 0.0  # lmdeploy: part of the free memory that its KV cache takes
+    sleeps: bool = False  # lmdeploy: gives its weights back while the trainer works
 
-    @property
-    def needed_tokens(self) -> int:
-        """Tokens the KV cache must have room for; what an engine takes because it is free is no need."""
-        if self.name == "lmdeploy":
+    def num_slots(self, block_length: int) -> int:
+        """Sequences that the torch engine decodes at once; without a bound the free memory decides: one is a need."""
+        length = _whole_blocks(self.longest, block_length)
+        if block_length == 0:
+            return min(self.batch_size, max(1, (self.max_cached_tokens or self.canvas_tokens) // length))
+        return min(self.batch_size, max(1, self.max_cached_tokens // length))
+
+    def cached_tokens(self, block_length: int) -> int:
+        """Tokens the KV cache has room for; what LMDeploy takes because it is free is no need."""
+        if self.name == "lmdeploy" or block_length == 0:
             return 0
-        return min(self.batch_size * self.longest, self.max_cached_tokens or self.longest)
+        return self.num_slots(block_length) * _whole_blocks(self.longest, block_length)
 
-    def weight_bytes(self, num_parameters: int, bytes_each: int, *, is_sharded: bool) -> int:
-        """LMDeploy has weights of its own, in half precision; torch a copy where the trainer's are sharded."""
-        if self.name == "lmdeploy":
-            return 2 * num_parameters
-        return bytes_each * num_parameters if is_sharded else 0
+    def passes(self, block_length: int) -> tuple[int, int]:
+        """Tokens of the largest pass, and the masked positions of one."""
+        if block_length == 0:
+            num_rows = self.num_slots(0)
+            return num_rows * self.longest, num_rows * self.window
+        slots = self.batch_size if self.name == "lmdeploy" else self.num_slots(block_length)
+        masked = slots * block_length
+        return min(self.prefill_tokens, slots * self.longest_prompt) + 2 * masked, masked
 
-    def cache_note(self, bytes_per_token: int) -> str:
+    def note(self, bytes_per_token: int, block_length: int) -> str:
         """What the KV cache takes beyond its need; empty where that is nothing."""
         if self.name == "lmdeploy":
             return f"lmdeploy's KV cache takes {self.cache_share:g} of what is free when it starts, and is not summed."
-        full = self.batch_size * self.longest
-        if self.max_cached_tokens or full == self.longest:
+        full = self.batch_size * _whole_blocks(self.longest, block_length)
+        if self.max_cached_tokens or self.batch_size == 1 or block_length == 0:
             return ""
         return (
             f"torch's KV cache is summed for one sequence; it takes up to half of what is free, and "
@@ -79,7 +110,11 @@ class Workload:
 
     tokens_per_micro_batch: int  # packed tokens of one forward pass
     bf16: bool
-    trained_fraction: float = 1.0  # of the parameters; LoRA trains few
+    longest: int = 0  # tokens of the longest document; 0: as many as a micro-batch
+    distribution: TokenDistribution = field(default_factory=TokenDistribution)  # actions are scored under
+    has_holds: bool = False  # they are scored as well
+    wants_entropy: bool = False  # so is the distribution's entropy
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer_bytes: float = 8.0  # a trained parameter, beside its float32 master copy where there is one
     num_copies: int = 0  # whole frozen copies: a reference
     critic: Literal["none", "copy", "shared"] = "none"  # trained as the model is; shared: on the model's frozen weights
@@ -89,78 +124,146 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank by what they are for."""
+    """Bytes of one rank, each by what they are for (`USES`)."""
 
-    backend: str
-    world_size: int
-    uses: Mapping[str, float]
+    held: Mapping[str, float]  # all the time
+    in_training: Mapping[str, float]
+    in_rollout: Mapping[str, float]
 
     @property
-    def total(self) -> float:
-        return sum(self.uses.values())
+    def uses(self) -> Mapping[str, float]:
+        return {name: {**self.held, **self.in_training, **self.in_rollout}[name] for name in USES}
 
-    def line(self) -> str:
-        sizes = "  ".join(f"{name} {size / _GB:.2f}" for name, size in self.uses.items())
-        return f"{self.backend:6} x{self.world_size}: {self.total / _GB:8.2f} GB a rank  ({sizes})"
+    @property
+    def training(self) -> float:
+        """At most while it trains."""
+        return sum(self.held.values()) + sum(self.in_training.values())
+
+    @property
+    def rollout(self) -> float:
+        """At most while it rolls out."""
+        return sum(self.held.values()) + sum(self.in_rollout.values())
 
 
-def estimate_memory(config: ModelConfig, workload: Workload, backend: str, world_size: int) -> MemoryEstimate:
-    """Memory of one rank while it trains and, in turn, rolls out.
+@dataclass(frozen=True)
+class _Model:
+    """Sizes of a model that is trained, or of the part of it that is a critic's own."""
+
+    weights: int  # bytes, adapters included
+    trained: int  # numbers
+    trained_bytes: int
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter]) -> _Model:
+        parameters = list(parameters)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return cls(
+            sum(parameter.nbytes for parameter in parameters),
+            sum(parameter.numel() for parameter in trained),
+            sum(parameter.nbytes for parameter in trained),
+        )
+
+    def states(self, workload: Workload, backend: str, world_size: int, *, is_half: bool) -> dict[str, float]:
+        """Bytes of its weights, gradients and optimizer states on each rank."""
+        is_zero = backend.startswith("zero")
+        # DeepSpeed updates float32 copies; only stage 3 takes weights of that precision as they are.
+        has_master = is_zero and (is_half or backend != "zero3")
+        optimizer = self.trained * (workload.optimizer_bytes + (4 if has_master else 0))
+        gradients = 4 * self.trained if is_zero and is_half else self.trained_bytes
+        parts = (self.weights, gradients, 0.0 if workload.offload_optimizer else optimizer)
+        return {
+            name: size / (world_size if is_shared else 1)
+            for name, size, is_shared in zip(("weights", "gradients", "optimizer"), parts, SHARDS[backend], strict=True)
+        }
+
+
+class RunMemory:
+    """What a run takes, at its largest micro-batch; its passes are counted once for all backends.
 
     Raises:
-        UserError: no readable config.json at model.path.
+        UserError: no readable config.json at model.path, or an architecture without family.
     """
-    shape = _shape(config)
-    num_parameters = sum(parameter.numel() for parameter in _outline(shape).parameters())
-    weight_bytes, compute_bytes = _bytes_each(config, workload)
-    trained = num_parameters * workload.trained_fraction
-    has_master = weight_bytes == 2 and backend.startswith("zero")  # DeepSpeed keeps float32 masters of bfloat16 weights
-    optimizer = trained * (workload.optimizer_bytes + (4 if has_master else 0))
-    gradient_bytes = 4 if has_master else weight_bytes
-    shared = [world_size if is_shared else 1 for is_shared in SHARDS[backend]]
-    engine, is_sharded = workload.engine, SHARDS[backend][0]
-    uses = {
-        "weights": num_parameters * weight_bytes / shared[0],
-        "gradients": trained * gradient_bytes / shared[1],
-        "optimizer": 0.0 if workload.offload_optimizer else optimizer / shared[2],
-    }
-    return MemoryEstimate(
-        backend,
-        world_size,
-        {
-            **uses,
-            "critic": _critic_bytes(shape, workload, uses),
-            "copies": workload.num_copies * num_parameters * weight_bytes,
-            "engine_weights": engine.weight_bytes(num_parameters, weight_bytes, is_sharded=is_sharded) if engine else 0,
-            "activations": workload.tokens_per_micro_batch * activation_bytes(shape, config, compute_bytes),
-            "logits": 2 * 4 * min(LOGITS_PER_CHUNK, workload.tokens_per_micro_batch * shape.vocab_size),
-            "kv_cache": engine.needed_tokens * cache_bytes_per_token(shape, compute_bytes) if engine else 0,
-        },
-    )
+
+    def __init__(self, config: ModelConfig, workload: Workload) -> None:
+        self.workload, self.is_half = workload, config.dtype == "bfloat16"
+        shape = read_shape(config)
+        self.block_length = 0 if getattr(shape, "full_attention", False) else config.block_length or shape.block_size
+        self.cached_token = cache_bytes_per_token(shape, 2 if workload.bf16 or self.is_half else 4)
+        dry = DryModel(
+            shape,
+            getattr(torch, config.dtype),
+            workload.lora,
+            autocast=workload.bf16,
+            checkpointing=config.gradient_checkpointing,
+            on_gpu=config.attention != "sdpa",
+        )
+        base = [parameter for name, parameter in dry.model.named_parameters() if ".lora_" not in name]
+        self.base_bytes, self.num_base = sum(p.nbytes for p in base), sum(p.numel() for p in base)
+        self.policy = _Model.of(dry.model.parameters())
+        is_copied = workload.critic == "copy"
+        self.critic = _Model.of(p for p in dry.model.model.parameters() if is_copied or p.requires_grad)
+        self.training = self._training(dry, shape.vocab_size)
+        self.decoding = PassBytes(0, 0, 0, 0)
+        if workload.engine is not None:
+            is_torch, (num_tokens, num_rows) = (
+                workload.engine.name == "torch",
+                workload.engine.passes(self.block_length),
+            )
+            if not is_torch:  # it has a model of its own
+                dry = DryModel(shape, torch.bfloat16, LoraConfig(), autocast=False, checkpointing=False, on_gpu=True)
+            self.decoding = dry.decoding(num_tokens, num_rows, workload.distribution, in_chunks=is_torch)
+
+    def under(self, backend: str, world_size: int) -> MemoryEstimate:
+        """On one of so many ranks."""
+        workload, engine, is_sharded = self.workload, self.workload.engine, SHARDS[backend][0]
+        states = self.policy.states(workload, backend, world_size, is_half=self.is_half)
+        critic = self.critic.states(workload, backend, world_size, is_half=self.is_half)
+        gradients = {"gradients": states.pop("gradients")}
+        engine_weights = {"engine_weights": 0.0}
+        if engine is not None and (engine.name == "lmdeploy" or is_sharded):
+            engine_weights["engine_weights"] = 2 * self.num_base if engine.name == "lmdeploy" else self.base_bytes
+        keeps_gradients = backend.startswith("zero")  # others give theirs back after each step
+        sleeps = engine is not None and engine.sleeps
+        held = {
+            **states,
+            "critic": sum(critic.values()) if workload.critic != "none" else 0.0,
+            "copies": workload.num_copies * self.base_bytes,
+            **(gradients if keeps_gradients else {}),
+            **({} if sleeps else engine_weights),
+        }
+        passed, decoded = self.training, self.decoding
+        in_training = {
+            "activations": passed.activations,
+            "weight_copies": passed.weight_copies,
+            "logits": passed.logits,
+            "work": passed.work,
+        }
+        in_rollout = {
+            "kv_cache": engine.cached_tokens(self.block_length) * self.cached_token if engine else 0,
+            "decoding_copies": 0 if is_sharded else decoded.weight_copies,  # autocast keeps those of trained weights
+            "decoding": decoded.logits + decoded.work,
+        }
+        return MemoryEstimate(
+            held,
+            {**({} if keeps_gradients else gradients), **in_training},
+            {**(engine_weights if sleeps else {}), **in_rollout},
+        )
+
+    def _training(self, dry: DryModel, vocab_size: int) -> PassBytes:
+        """What a full micro-batch takes; of its tokens half are in views, and of these half are masked."""
+        workload, num_tokens = self.workload, self.workload.tokens_per_micro_batch
+        if dry.on_gpu:
+            num_tokens += -num_tokens % FLEX_TILE
+        longest = min(workload.longest or num_tokens, num_tokens)
+        num_actions = max(1, num_tokens // (2 if workload.has_holds or self.block_length == 0 else 4))
+        actions = nominal_actions(num_actions, self.block_length or longest, has_holds=workload.has_holds)
+        nothing_V = torch.zeros(vocab_size, dtype=torch.bool)
+        rule = ScoringRule(workload.distribution, UnmaskingRule(), nothing_V, workload.wants_entropy)
+        return dry.training(nominal_tokens(num_tokens, longest, self.block_length), actions, rule)
 
 
-def _critic_bytes(shape: Any, workload: Workload, policy: Mapping[str, float]) -> float:
-    """A value model beside the policy: as large, without lm_head, with gradients and optimizer states of its own."""
-    if workload.critic == "none":
-        return 0.0
-    model: Any = _outline(shape)
-    share = sum(p.numel() for p in model.model.parameters()) / sum(p.numel() for p in model.parameters())
-    weights = policy["weights"] * share if workload.critic == "copy" else 0.0
-    is_whole = workload.trained_fraction == 1.0  # adapters are all in what is copied
-    return weights + (policy["gradients"] + policy["optimizer"]) * (share if is_whole else 1.0)
-
-
-def trained_fraction(config: ModelConfig, lora: LoraConfig) -> float:
-    """How much of a model the run trains: all of it, or its adapters."""
-    if lora.r == 0:
-        return 1.0
-    model = _outline(_shape(config))
-    layers = adapted_layers(model, lora).values()
-    adapters = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
-    return adapters / sum(parameter.numel() for parameter in model.parameters())
-
-
-def _shape(config: ModelConfig) -> Any:
+def read_shape(config: ModelConfig) -> Any:
+    """The configuration of our class that the checkpoint's config.json describes."""
     if not Path(config.path).is_dir() and not is_hub_id(config.path):
         raise UserError(f"model.path={config.path}: no such directory; give a Hugging Face directory or a hub id")
     try:
@@ -168,25 +271,6 @@ def _shape(config: ModelConfig) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.path}: no readable config.json: {one_line(error, 200)}") from error
     return family_of(published, config.path).read(published)
-
-
-def _outline(shape: Any) -> nn.Module:
-    """The model without a single number in memory."""
-    with torch.device("meta"):
-        return family_with_config(shape).model_class(shape)
-
-
-def activation_bytes(shape: Any, config: ModelConfig, compute_bytes: int) -> float:
-    """Bytes kept for backward per packed token; with checkpointing, each layer's input and one layer in full."""
-    widths = (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-    experts = getattr(shape, "moe_intermediate_size", 0) * getattr(shape, "num_experts_per_tok", 0)
-    mlp = experts or shape.intermediate_size
-    layer = (
-        _PER_TOKEN_HIDDEN * shape.hidden_size + _PER_TOKEN_ATTENTION * widths + _PER_TOKEN_MLP * mlp
-    ) * compute_bytes
-    if config.gradient_checkpointing:
-        return shape.num_hidden_layers * shape.hidden_size * compute_bytes + layer
-    return shape.num_hidden_layers * layer
 
 
 def cache_bytes_per_token(shape: Any, bytes_each: int) -> int:
@@ -207,16 +291,37 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe_memory(config: ModelConfig, workload: Workload, world_size: int) -> str:
-    """One line a backend, for people."""
-    lines = [estimate_memory(config, workload, backend, world_size).line() for backend in SHARDS]
-    lines.append("Estimates: without allocator slack and communication buffers; add about 10 %.")
+    """A table for people: one column a backend, one row a use, and the peaks."""
+    run = RunMemory(config, workload)
+    estimates = {backend: run.under(backend, world_size) for backend in SHARDS}
+    rows = {title: [estimate.uses[name] for estimate in estimates.values()] for name, title in USES.items()}
+    rows["most while training"] = [estimate.training for estimate in estimates.values()]
     if workload.engine:
-        bytes_per_token = cache_bytes_per_token(_shape(config), _bytes_each(config, workload)[1])
-        lines.append(workload.engine.cache_note(bytes_per_token))
-    return "\n".join(filter(None, lines))
+        rows["most while rolling out"] = [estimate.rollout for estimate in estimates.values()]
+    width = max(map(len, rows))
+    lines = [f"{f'GB a rank, {world_size} ranks':{width}}" + "".join(f"{backend:>9}" for backend in estimates)]
+    for title, sizes in rows.items():
+        if any(sizes):
+            lines.append(f"{title:{width}}" + "".join(f"{size / _GB:9.2f}" for size in sizes))
+    return "\n".join([*lines, *_notes(config, workload, run)])
 
 
-def _bytes_each(config: ModelConfig, workload: Workload) -> tuple[int, int]:
-    """Of a weight, and of what a forward pass computes."""
-    weight_bytes = 2 if config.dtype == "bfloat16" else 4
-    return weight_bytes, 2 if workload.bf16 else weight_bytes
+def _notes(config: ModelConfig, workload: Workload, run: RunMemory) -> Iterator[str]:
+    """How the table is to be read, and what it leaves out."""
+    yield "T: only while training, R: only while rolling out."
+    if config.attention == "sdpa":
+        yield "Counted with SDPA tiles and torch's CPU operations, as model.attention=sdpa says."
+    else:
+        yield "Counted as on a GPU, with FlexAttention; model.attention=sdpa counts the tiles that a CPU computes."
+    yield (
+        "Left out: the allocator's slack, the CUDA context, buffers of communication (DeepSpeed's buckets, the layers "
+        "that zero3 and fsdp2 gather), and that fused kernels take less; add about 10 %."
+    )
+    if run.is_half and workload.lora.r == 0:
+        yield "ddp and fsdp2 refuse to train bfloat16 weights; use model.dtype=float32 with bf16=true there."
+    if workload.engine and (note := workload.engine.note(run.cached_token, run.block_length)):
+        yield note
+
+
+def _whole_blocks(length: int, block_length: int) -> int:
+    return length + -length % block_length if block_length else length

@@ -11,12 +11,12 @@ from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.registry import published_order
 from dirl.model.lora import LoraConfig
-from dirl.model.memory import EngineLoad, Workload, trained_fraction
+from dirl.model.memory import Workload
 from dirl.presets import Presets
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.update import UpdateConfig
-from dirl.rollout.build import chosen_engine
+from dirl.rollout.build import chosen_engine, engine_load
 from dirl.training.loop import TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES
 from dirl.training.stages import stages_of
@@ -126,22 +126,18 @@ class RLConfig(TrainingConfig, UpdateConfig):
 
 def rl_workload(config: RLConfig) -> Workload:
     """What a memory estimate needs to know of an RL run."""
-    rollout, engine = config.rollout, None
-    if rollout.mode == "colocate":
-        engine = EngineLoad(
-            name=chosen_engine(rollout) if rollout.engine == "auto" else rollout.engine,
-            longest=config.data.max_prompt_length + rollout.max_completion_length,
-            batch_size=rollout.max_batch_size,
-            max_cached_tokens=rollout.max_cached_tokens,
-            cache_share=rollout.cache_max_entry_count,
-        )
+    rollout, longest_prompt = config.rollout, config.data.max_prompt_length
     return Workload(
         tokens_per_micro_batch=config.max_tokens_per_micro_batch,
         bf16=config.bf16,
-        trained_fraction=trained_fraction(config.model, config.lora),
+        longest=longest_prompt + rollout.max_completion_length,
+        distribution=rollout.distribution,
+        has_holds=config.objective.likelihood == "trajectory",
+        wants_entropy=True,
+        lora=config.lora,
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
         num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
         critic=config.critic.backbone if config.has_critic else "none",
-        engine=engine,
+        engine=engine_load(rollout, rollout, longest_prompt),
     )

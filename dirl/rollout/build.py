@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.errors import UserError
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.rollout.engine import EngineConfig, RolloutEngine
+from dirl.model.memory import EngineLoad
+from dirl.rollout.engine import EngineConfig, RolloutEngine, SamplingConfig
 from dirl.rollout.lmdeploy.version import check_version
-from dirl.rollout.local.engine import TorchEngine
+from dirl.rollout.local.canvas import PASS_TOKENS
+from dirl.rollout.local.engine import PREFILL_TOKENS, TorchEngine
 from dirl.rollout.watch import Observer
 
 LMDEPLOY_MODELS = ("sdar", "sdar_moe")  # block-diffusion models that its engine knows, by model_type
@@ -81,6 +83,26 @@ def chosen_engine(config: EngineConfig, model: BlockDiffusionModel | None = None
     if not has_cuda:
         raise UserError("rollout.engine=lmdeploy: it needs a CUDA device, and there is none; use torch")
     return "lmdeploy"
+
+
+def engine_load(config: EngineConfig, sampling: SamplingConfig, longest_prompt: int) -> EngineLoad | None:
+    """What a memory estimate needs to know of the engine in this process; None where there is none."""
+    if config.mode == "server":
+        return None
+    name = chosen_engine(config) if config.engine == "auto" else config.engine  # a named one may run elsewhere
+    longest = longest_prompt + sampling.max_completion_length
+    return EngineLoad(
+        name=name,
+        longest_prompt=longest_prompt,
+        longest=longest,
+        batch_size=config.max_batch_size,
+        prefill_tokens=PREFILL_TOKENS,
+        canvas_tokens=PASS_TOKENS,
+        window=min(sampling.generation_window or longest, sampling.max_completion_length),
+        max_cached_tokens=config.max_cached_tokens,
+        cache_share=config.cache_max_entry_count,
+        sleeps=name == "lmdeploy" and config.sleep_level > 0,
+    )
 
 
 def _lmdeploy_version() -> str | None:

@@ -34,7 +34,7 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.registry import published_noise
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
-from dirl.model.memory import Workload, trained_fraction
+from dirl.model.memory import Workload
 from dirl.presets import Presets
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
 from dirl.sft.block_starts import count_block_starts, next_token_loss, with_noisy_starts
@@ -281,7 +281,8 @@ def sft_workload(config: SFTConfig) -> Workload:
     return Workload(
         tokens_per_micro_batch=config.max_tokens_per_micro_batch,
         bf16=config.bf16,
-        trained_fraction=trained_fraction(config.model, config.lora),
+        longest=config.data.max_length,
+        lora=config.lora,
         optimizer_bytes=OPTIMIZER_BYTES[config.optim],
         offload_optimizer=config.offload_optimizer,
     )

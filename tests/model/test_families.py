@@ -23,7 +23,7 @@ from dirl.model.families.a2d import A2DQwen2Config, A2DQwen2LMHeadModel
 from dirl.model.families.registry import FAMILIES, family_of, read_published
 from dirl.model.kernels import use_fused_kernels
 from dirl.model.lora import LoraConfig, adapted_layers
-from dirl.model.memory import Workload, estimate_memory, trained_fraction
+from dirl.model.memory import read_shape
 from dirl.rl.rl_config import RLConfig
 from dirl.rollout.engine import SamplingConfig
 from dirl.sft.train import SFTConfig
@@ -205,7 +205,7 @@ def test_what_is_no_family_is_named_in_one_line(
     changes: dict[str, Any], words: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = written(with_config(published.llada2(), **changes), tmp_path)
-    for read in (lambda: load(path), lambda: trained_fraction(ModelConfig(path=path), LoraConfig(r=1))):
+    for read in (lambda: load(path), lambda: read_shape(ModelConfig(path=path))):
         with pytest.raises(UserError) as error:
             read()
         message = str(error.value)
@@ -259,16 +259,14 @@ def test_config_json_alone_tells_the_size_and_makes_a_model_like_it(name: str, t
     config = ModelConfig(path=path)
     alike = random_model(config, tokenizer)
     assert {n: p.shape for n, p in alike.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert (
+        alike.tags == model.tags == ("masked-diffusion" if model.scheme.is_full else "block-diffusion", alike.tags[1])
+    )
     assert alike.scheme == model.scheme and alike.config.tokenizer_length == MASK_ID + 1
     model.config.save_pretrained(tmp_path / "config alone")  # as a server of rollouts gets it
     again = random_model(ModelConfig(path=str(tmp_path / "config alone")), tokenizer)
     assert {**again.config.to_dict(), "_name_or_path": ""} == {**model.config.to_dict(), "_name_or_path": ""}
-    uses = estimate_memory(config, Workload(tokens_per_micro_batch=64, bf16=False), "ddp", 1).uses
-    total = sum(p.numel() for p in model.parameters())
-    assert uses["weights"] == 4 * total and uses["activations"] > 0
     layers = adapted_layers(model, LoraConfig(r=2))
-    adapters = sum(2 * sum(layer.weight.shape) for layer in layers.values())
-    assert trained_fraction(config, LoraConfig(r=2)) == pytest.approx(adapters / total)
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {layer.rpartition(".")[2] for layer in layers}
     assert not any("gate" in layer and "gate_proj" not in layer for layer in layers)  # routers are left alone
 

@@ -17,8 +17,8 @@ from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument,
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import placeholder_pack, replay_views
 from dirl.errors import UserError
-from dirl.model.lora import LoraConfig
-from dirl.model.memory import Workload, estimate_memory
+from dirl.model.lora import LoraConfig, add_adapters
+from dirl.model.memory import RunMemory, Workload
 from dirl.model.tiny import save_tiny_model, tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.actions import PolicyBatch
@@ -462,13 +462,17 @@ def test_memory_of_a_critic(tmp_path: Path) -> None:
     size = 4.0 * sum(p.numel() for p in model.model.parameters())
     assert rl_workload(config).critic == "copy"
     assert rl_workload(replace(config, objective=ObjectiveConfig())).critic == "none"
-    uses = {b: estimate_memory(config.model, rl_workload(config), b, 4).uses for b in ("ddp", "zero1", "zero3")}
+    run = RunMemory(config.model, rl_workload(config))
+    uses = {backend: run.under(backend, 4).uses for backend in ("ddp", "zero1", "zero3")}
     assert uses["ddp"]["critic"] == pytest.approx(4 * size)
-    assert uses["zero1"]["critic"] == pytest.approx((1 + 1 + 2 / 4) * size)
+    assert uses["zero1"]["critic"] == pytest.approx((1 + 1 + 3 / 4) * size)
     assert uses["zero3"]["critic"] == pytest.approx(size)
-    shared = Workload(tokens_per_micro_batch=64, bf16=False, trained_fraction=0.01, critic="shared")
-    uses_shared = estimate_memory(config.model, shared, "ddp", 1).uses
-    assert uses_shared["critic"] == pytest.approx(uses_shared["gradients"] + uses_shared["optimizer"])
+    pytest.importorskip("peft")
+    lora = LoraConfig(r=4)
+    shared = Workload(tokens_per_micro_batch=64, bf16=False, lora=lora, critic="shared")
+    add_adapters(model, lora, seed=0)
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert RunMemory(config.model, shared).under("ddp", 1).uses["critic"] == 4 * adapters
 
 
 if __name__ == "__main__":

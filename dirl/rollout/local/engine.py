@@ -37,7 +37,7 @@ from dirl.rollout.watch import Observer
 from dirl.training.balance import consecutive
 from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
 
-_PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
+PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
 
 _Section = tuple[Tensor, QueryRows]  # tokens of a pass and how they are laid out
 
@@ -226,7 +226,7 @@ class TorchEngine:
                 torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys.device),
                 PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, block_length),
             )
-            for prompts in consecutive(slots_of, len, _PREFILL_TOKENS)
+            for prompts in consecutive(slots_of, len, PREFILL_TOKENS)
         ]
         for token_ids_T, rows in sections[:-1]:
             if self.model.scheme.shift:

@@ -115,7 +115,7 @@ def test_prompts_read_in_several_passes_give_the_same(monkeypatch: pytest.Monkey
     model, tokenizer = likely_to_stop()
     prompts, seeds = random_prompts([30, 5, 17, 3, 24, 40]) * 2, list(range(12))
     expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
-    monkeypatch.setattr("dirl.rollout.local.engine._PREFILL_TOKENS", 32)
+    monkeypatch.setattr("dirl.rollout.local.engine.PREFILL_TOKENS", 32)
     found = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
