@@ -27,7 +27,7 @@ from dirl.model.flex_attention import FLEX_TILE
 from dirl.model.lora import LoraConfig
 from dirl.model.stand_ins import nominal_actions, nominal_tokens
 
-_GB = 1e9
+_UNITS: Mapping[str, float] = {"GB": 1e9, "MB": 1e6}
 # How many ranks share weights, gradients and optimizer states: name -> which of the three are divided.
 SHARDS: Mapping[str, tuple[bool, bool, bool]] = {
     "ddp": (False, False, False),
@@ -100,7 +100,7 @@ class EngineLoad:
             return ""
         return (
             f"torch's KV cache is summed for one sequence; it takes up to half of what is free, and "
-            f"{full * bytes_per_token / _GB:.2f} GB hold all {self.batch_size} (rollout.max_cached_tokens bounds it)."
+            f"{full * bytes_per_token / 1e9:.2f} GB hold all {self.batch_size} (rollout.max_cached_tokens bounds it)."
         )
 
 
@@ -298,17 +298,20 @@ def describe_memory(config: ModelConfig, workload: Workload, world_size: int) ->
     rows["most while training"] = [estimate.training for estimate in estimates.values()]
     if workload.engine:
         rows["most while rolling out"] = [estimate.rollout for estimate in estimates.values()]
+    unit = "GB" if max(rows["most while training"]) >= _UNITS["GB"] else "MB"
     width = max(map(len, rows))
-    lines = [f"{f'GB a rank, {world_size} ranks':{width}}" + "".join(f"{backend:>9}" for backend in estimates)]
+    lines = [f"{f'{unit} a rank, of {world_size}':{width}}" + "".join(f"{backend:>9}" for backend in estimates)]
     for title, sizes in rows.items():
         if any(sizes):
-            lines.append(f"{title:{width}}" + "".join(f"{size / _GB:9.2f}" for size in sizes))
+            lines.append(f"{title:{width}}" + "".join(f"{size / _UNITS[unit]:9.2f}" for size in sizes))
     return "\n".join([*lines, *_notes(config, workload, run)])
 
 
 def _notes(config: ModelConfig, workload: Workload, run: RunMemory) -> Iterator[str]:
     """How the table is to be read, and what it leaves out."""
+    tokens = workload.tokens_per_micro_batch
     yield "T: only while training, R: only while rolling out."
+    yield f"A micro-batch is counted full: {tokens} tokens, of documents of {min(workload.longest or tokens, tokens)}."
     if config.attention == "sdpa":
         yield "Counted with SDPA tiles and torch's CPU operations, as model.attention=sdpa says."
     else:

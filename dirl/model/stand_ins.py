@@ -49,7 +49,7 @@ class FlexStandIn:
     """FlexAttention's inputs, output and gradients, for any device."""
 
     def attend(self, query_NHLE: Tensor, key_NGLE: Tensor, value_NGLE: Tensor, scaling: float) -> Tensor:
-        output: Tensor = _Flex.apply(query_NHLE, key_NGLE, value_NGLE.to(query_NHLE.dtype))
+        output: Tensor = _Flex.apply(query_NHLE, key_NGLE, value_NGLE)
         return output.transpose(1, 2)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +27,7 @@ from dirl.model.families.registry import family_of
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import EngineLoad, RunMemory, Workload
+from dirl.model.stand_ins import FlexStandIn
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from tests.model.published import MASK_ID, PUBLISHED, write_tokenizer
@@ -175,3 +178,21 @@ def test_a_rollout_takes_what_is_counted(name: str, low: float, high: float, bf1
     work = Workload(tokens_per_micro_batch=256, bf16=bf16, engine=load)
     counted = RunMemory(ModelConfig(path=str(tmp_path)), work).under("ddp", 1).in_rollout
     assert low < sum(counted.values()) / alive.peak < high
+
+
+def test_what_stands_in_for_flex_attention_keeps_what_a_fused_kernel_keeps() -> None:
+    def kept(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> int:
+        query, key, value = (torch.randn(1, 4, 32, 16, requires_grad=True) for _ in range(3))
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attend(query, key, value)
+        return sum(sizes.values())
+
+    fused = kept(torch.nn.functional.scaled_dot_product_attention)
+    assert kept(lambda *inputs: FlexStandIn().attend(*inputs, 1.0)) == fused == 4 * 4 * 32 * (4 * 16 + 1)
