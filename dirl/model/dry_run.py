@@ -249,8 +249,10 @@ class DryModel:
         with live, self._precision():
             rows_TD = head.weight.new_empty(num_rows, hidden_size)
             logits_TV = head(rows_TD[: chunk if in_chunks else num_rows])[:chunk]
-            confidence_TV = distribution.confidence_logprobs(logits_TV, suppressed_V)
-            sampling_TV = distribution.sampling_logprobs(confidence_TV)
+            tempered_TV = distribution.tempered_logprobs(logits_TV, suppressed_V)
+            sampling_TV = distribution.sampling_logprobs(tempered_TV)
+            compared_TV = distribution.confidence_logprobs(logits_TV, suppressed_V, tempered_TV, sampling_TV)
+            del compared_TV
             sample(sampling_TV, torch.zeros(chunk, dtype=torch.float64))
         return live.peak
 

@@ -67,6 +67,7 @@ class EngineLoad:
     window: int  # full attention: positions of a canvas that are drawn at once
     max_cached_tokens: int = 0  # torch: the room that was set; 0: half of the free memory decides
     cache_share: float = 0.0  # lmdeploy: part of the free memory that its KV cache takes
+    has_own_weights: bool = False  # torch: a copy, since the trainer's change while it decodes
     sleeps: bool = False  # lmdeploy: gives its weights back while the trainer works
 
     def num_slots(self, block_length: int) -> int:
@@ -220,7 +221,7 @@ class RunMemory:
         critic = self.critic.states(workload, backend, world_size, is_half=self.is_half)
         gradients = {"gradients": states.pop("gradients")}
         engine_weights = {"engine_weights": 0.0}
-        if engine is not None and (engine.name == "lmdeploy" or is_sharded):
+        if engine is not None and (engine.name == "lmdeploy" or is_sharded or engine.has_own_weights):
             engine_weights["engine_weights"] = 2 * self.num_base if engine.name == "lmdeploy" else self.base_bytes
         keeps_gradients = backend.startswith("zero")  # others give theirs back after each step
         sleeps = engine is not None and engine.sleeps

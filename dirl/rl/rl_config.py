@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from dirl.config import CONFIGS, PATH, Config, bounded
+from dirl.diffusion.distribution import TokenDistribution
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.registry import published_order
@@ -127,11 +128,12 @@ class RLConfig(TrainingConfig, UpdateConfig):
 def rl_workload(config: RLConfig) -> Workload:
     """What a memory estimate needs to know of an RL run."""
     rollout, longest_prompt = config.rollout, config.data.max_prompt_length
+    load = engine_load(rollout, rollout, longest_prompt)
     return Workload(
         tokens_per_micro_batch=config.max_tokens_per_micro_batch,
         bf16=config.bf16,
         longest=longest_prompt + rollout.max_completion_length,
-        distribution=rollout.distribution,
+        distribution=TokenDistribution(rollout.temperature, rollout.top_k, rollout.top_p),
         has_holds=config.objective.likelihood == "trajectory",
         wants_entropy=True,
         lora=config.lora,
@@ -139,5 +141,5 @@ def rl_workload(config: RLConfig) -> Workload:
         offload_optimizer=config.offload_optimizer,
         num_copies=int(config.objective.reference_is_read and config.lora.r == 0),
         critic=config.critic.backbone if config.has_critic else "none",
-        engine=engine_load(rollout, rollout, longest_prompt),
+        engine=load and replace(load, has_own_weights=rollout.max_staleness > 0),
     )

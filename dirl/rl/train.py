@@ -41,7 +41,7 @@ from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ra
 from dirl.rl.rollouts import Rollouts
 from dirl.rl.threshold_policy import build_threshold_policy
 from dirl.rl.update import PolicyUpdater, Reference
-from dirl.rollout.build import build_engine
+from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import RolloutEngine
 from dirl.rollout.watch import RolloutProgress
 from dirl.training.loop import Trainer
@@ -244,7 +244,7 @@ class RLTrainer(Trainer):
         # A sharded model cannot decode, its forward passes are collective; nor can one that is trained meanwhile. The
         # engine then has a copy of its own.
         is_ahead = config.rollout.max_staleness > 0 and config.rollout.mode == "colocate"
-        if self.distributed.is_sharded or is_ahead:
+        if self.distributed.is_sharded or (is_ahead and chosen_engine(config.rollout, self.model) == "torch"):
             decoded = copy.deepcopy(self.model).requires_grad_(False)
             nn.Module.to(decoded, self.distributed.device)
         return reference, decoded
