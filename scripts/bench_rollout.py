@@ -37,7 +37,7 @@ from dirl.model.checkpoint import load
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
 from dirl.model.tiny import tiny
-from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.engine import EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 
 
@@ -154,7 +154,8 @@ def measure(arguments: argparse.Namespace) -> None:
         unmasking_strategy=arguments.unmasking_strategy,
         denoising_steps=arguments.denoising_steps,
     )
-    engine = TorchEngine(model, tokenizer, max_batch_size=max(arguments.batch_sizes), compiled=arguments.compile)
+    at_once = EngineConfig(max_batch_size=max(arguments.batch_sizes))
+    engine = TorchEngine(model, tokenizer, at_once, compiled=arguments.compile)
     if not arguments.stop:
         engine.stop_ids = []
     plain = PlainDecoder(model, sampling, engine.stop_ids)

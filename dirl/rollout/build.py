@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from dirl.rollout.lmdeploy.version import check_version
 from dirl.rollout.local.canvas import PASS_TOKENS
 from dirl.rollout.local.engine import PREFILL_TOKENS, TorchEngine
 from dirl.rollout.watch import Observer
+
+logger = logging.getLogger(__name__)
 
 LMDEPLOY_MODELS = ("sdar", "sdar_moe")  # block-diffusion models that its engine knows, by model_type
 
@@ -36,6 +39,7 @@ def build_engine(
     Raises:
         UserError: the engine that was asked for cannot run here.
     """
+    _announce_cache(config, model)
     if config.mode == "server":
         from dirl.rollout.server.engine import connect
 
@@ -45,8 +49,7 @@ def build_engine(
         return TorchEngine(
             model,
             tokenizer,
-            max_batch_size=config.max_batch_size,
-            max_cached_tokens=config.max_cached_tokens,
+            config,
             compiled=compiled,
             autocast=torch.bfloat16 if bf16 else None,
             observer=observer,
@@ -59,6 +62,27 @@ def build_engine(
         max_batch_size=config.max_batch_size,
         cache_max_entry_count=config.cache_max_entry_count,
         sleep_level=config.sleep_level,
+    )
+
+
+def _announce_cache(config: EngineConfig, model: BlockDiffusionModel) -> None:
+    """Say that completions will not be exact, where that was asked for.
+
+    Raises:
+        UserError: an approximation was asked for, and the model's cache is exact.
+    """
+    kind = config.approximate_cache
+    if kind == "none":
+        return
+    if model.scheme.block_length:
+        raise UserError(
+            f"rollout.approximate_cache={kind}: attention of a {model.config.model_type} model is block-causal, whose "
+            "cache is exact; use none"
+        )
+    logger.warning(
+        "rollout.approximate_cache=%s: keys and values are as they were when a window began; completions and their "
+        "log-probabilities are this approximation's, not the model's",
+        kind,
     )
 
 

@@ -21,6 +21,8 @@ from dirl.errors import UserError
 
 # 0: stays; 1: the KV cache is freed and the weights wait on the host; 2: both are dropped, and weights pushed again
 SleepLevel = Literal[0, 1, 2]
+# Full attention: which keys the steps of a window take as they were when it began (`local/canvas.py`). none: exact
+ApproximateCache = Literal["none", "prefix", "dual"]
 
 
 class RolloutError(RuntimeError):
@@ -82,6 +84,9 @@ class EngineConfig(Config):
     # torch: tokens its KV cache has room for; 0: half of the memory that is free
     max_cached_tokens: int = bounded(0, least=0)
     compile: Literal["auto", "always", "never"] = "auto"  # torch: fuse small operations (torch.compile); auto: on CUDA
+    # full attention: keys that the steps of a window take as they were when it began. none: exact; prefix: those before
+    # it; dual: those after it too. Completions are then another policy's
+    approximate_cache: ApproximateCache = "none"
     # lmdeploy: part of the GPU memory free at start that its KV cache takes
     cache_max_entry_count: float = bounded(0.5, above=0, below=1)
     sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works

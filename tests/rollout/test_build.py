@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import pytest
 import torch
 
+from dirl.errors import UserError
 from dirl.rollout import build
 from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import EngineConfig
@@ -75,6 +79,22 @@ def test_the_torch_engine_is_compiled_on_cuda(machine: pytest.MonkeyPatch, compi
     assert built == [compiled, compile == "always"]
 
 
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_an_approximate_cache_is_said_at_the_start_or_refused(
+    mode: Literal["colocate", "server"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dirl.rollout.server.engine.connect", lambda *_, **__: None)
+    exact = EngineConfig(engine="torch", mode=mode)
+    build_engine(*sharp_tiny_model(block_length=0), exact)
+    assert not caplog.messages
+    for kind in ("prefix", "dual"):
+        config = replace(exact, approximate_cache=kind)
+        build_engine(*sharp_tiny_model(block_length=0), config)
+        assert f"rollout.approximate_cache={kind}: keys and values are as they were" in caplog.messages[-1]
+        with pytest.raises(UserError, match=rf"approximate_cache={kind}: .* sdar model is block-causal, .*; use none"):
+            build_engine(*sharp_tiny_model(block_length=4), config)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -83,6 +103,7 @@ def test_the_torch_engine_is_compiled_on_cuda(machine: pytest.MonkeyPatch, compi
         ("cache_max_entry_count", 1.0),
         ("sleep_level", 3),
         ("server_urls", ["http://a:1"]),
+        ("approximate_cache", "suffix"),
     ],
 )
 def test_bad_settings_are_named(key: str, value: object) -> None:

@@ -181,7 +181,7 @@ class BlockRows:
         if self.row_A is not None:
             query_RBHE = query_ABHE.new_zeros(len(self.mask_R11L), *query_ABHE.shape[1:])
             query_RBHE[self.row_A] = query_ABHE
-        keys, values = _read(keys, values, self.slot_R, self.mask_R11L.shape[-1])
+        keys, values = read_slots(keys, values, self.slot_R, self.mask_R11L.shape[-1])
         output_RBHE = masked_attention(query_RBHE.transpose(1, 2), keys, values, self.mask_R11L, scaling).transpose(
             1, 2
         )
@@ -216,12 +216,12 @@ class PromptRows:
         num_rows, _, num_lanes, read_length = self.mask_R1WL.shape
         query_RWHE = keys.new_zeros(num_rows, num_lanes, *query_THE.shape[1:])
         query_RWHE[self.place] = query_THE.to(keys.dtype)
-        keys, values = _read(keys, values, self.slot_R, read_length)
+        keys, values = read_slots(keys, values, self.slot_R, read_length)
         output_RHWE = masked_attention(query_RWHE.transpose(1, 2), keys, values, self.mask_R1WL, scaling)
         return output_RHWE.transpose(1, 2)[self.place]
 
 
-def _read(keys: Tensor, values: Tensor, slot_R: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+def read_slots(keys: Tensor, values: Tensor, slot_R: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
     """The first positions of some slots, or of all, as attention wants them; (R, G, length, E) each."""
     keys, values = keys[:, :length], values[:, :length]
     if slot_R is not None:

@@ -28,7 +28,7 @@ from dirl.model.logprobs import suppressed_by
 from dirl.model.memory import cache_bytes_per_token, free_bytes
 from dirl.rollout.block_step import Sampler
 from dirl.rollout.decoded import check_thresholds, make_completion, on_canvas, touched_tokens
-from dirl.rollout.engine import Completion, RolloutError, SamplingConfig
+from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
 from dirl.rollout.local.canvas import PASS_TOKENS, Canvases
@@ -46,8 +46,7 @@ class TorchEngine:
     """Decodes with the module it is given; no copy of the weights where trainer and engine share a process.
 
     Args:
-        max_batch_size: sequences decoded at once; fewer where the KV cache has no room for so many.
-        max_cached_tokens: for which the KV cache has room; 0: half of the device's free memory decides.
+        config: what is decoded at once (fewer sequences where the KV cache has no room), and over which cache.
         compiled: fuse small operations with torch.compile.
         autocast: what a trainer autocasts to when it scores, so that decoding rounds likewise; the cache has it too.
         observer: told of every step and completion.
@@ -57,15 +56,14 @@ class TorchEngine:
         self,
         model: BlockDiffusionModel,
         tokenizer: PreTrainedTokenizerBase,
+        config: EngineConfig | None = None,
         *,
-        max_batch_size: int = 256,
-        max_cached_tokens: int = 0,
         compiled: bool = False,
         autocast: torch.dtype | None = None,
         observer: Observer | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_batch_size, self.max_cached_tokens, self.autocast = max_batch_size, max_cached_tokens, autocast
+        self.config, self.autocast = config or EngineConfig(), autocast
         self.forward = CachedForward(model, compiled=compiled)
         self.weights_version = 0
         self.observer = observer or Observer()
@@ -141,7 +139,7 @@ class TorchEngine:
         scheme, queue, like = self.model.scheme, deque(requests), next(self.model.parameters())
         block_length, device = scheme.block_length, like.device
         length = max(r.end for r in requests)
-        num_slots = min(self.max_batch_size, len(requests), self._sequences_that_fit(length))
+        num_slots = min(self.config.max_batch_size, len(requests), self._sequences_that_fit(length))
         num_blocks = max(r.end // block_length - len(r.prompt_ids) // block_length for r in requests)
         carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
         slots = Slots(num_slots, num_blocks, scheme, carried)
@@ -172,18 +170,22 @@ class TorchEngine:
         self, requests: Sequence[Request], sampling: SamplingConfig
     ) -> Iterator[tuple[int, Completion]]:
         """The same under full attention, in batches: what has ended leaves room that the next batch takes."""
-        scheme, device = self.model.scheme, next(self.model.parameters()).device
-        length = max(request.end for request in requests)
-        num_rows = min(self.max_batch_size, max(1, (self.max_cached_tokens or PASS_TOKENS) // length))
-        sampler = Sampler(self.model.lm_head, *sampling.rules(scheme), suppressed_by(self.model))
-        stop_ids = torch.tensor(self.stop_ids, device=device)
+        kind, length = self.config.approximate_cache, max(request.end for request in requests)
+        num_rows = min(
+            self.config.max_batch_size,
+            max(1, (self.config.max_cached_tokens or PASS_TOKENS) // length),
+            len(requests) if kind == "none" else self._sequences_that_fit(length),
+        )
+        sampler = Sampler(self.model.lm_head, *sampling.rules(self.model.scheme), suppressed_by(self.model))
+        stop_ids = torch.tensor(self.stop_ids, device=next(self.model.parameters()).device)
         window = min(sampling.generation_window or length, sampling.max_completion_length)
         for first in range(0, len(requests), num_rows):
-            canvases = Canvases(requests[first : first + num_rows], scheme, window, device)
+            batch = requests[first : first + num_rows]
+            canvases = Canvases(batch, self.model, window, approximate_cache=kind, dtype=self.autocast)
             while len(canvases):
                 blocks = canvases.blocks()
                 masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
-                step = sampler.denoise(canvases.forward(self.model, blocks, masked_M), blocks, masked_M)
+                step = sampler.denoise(canvases.forward(blocks, masked_M), blocks, masked_M)
                 canvases.apply(step)
                 self.observer.stepped(partial(canvases.frames, step))
                 for written in canvases.finished(stop_ids):
@@ -201,13 +203,13 @@ class TorchEngine:
             UserError: not even one fits the bound that was set.
         """
         parameter = next(self.model.parameters())
-        if 0 < self.max_cached_tokens < length:
+        if 0 < self.config.max_cached_tokens < length:
             raise UserError(
-                f"max_cached_tokens={self.max_cached_tokens} has no room for the longest prompt and completion, "
+                f"max_cached_tokens={self.config.max_cached_tokens} has no room for the longest prompt and completion, "
                 f"{length} tokens; raise it, or lower max_completion_length"
             )
         bytes_per_token = cache_bytes_per_token(self.model.config, (self.autocast or parameter.dtype).itemsize)
-        num_tokens = self.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
+        num_tokens = self.config.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
         return max(1, num_tokens // length)
 
     def _read_prompts(self, admitted: dict[int, Request], slots: Slots, cache: BlockCache) -> Sequence[_Section]:

@@ -30,7 +30,7 @@ from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.decoded import check_thresholds, make_completion, on_canvas, touched_tokens
-from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
+from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.server.process import ServerProcess
 from dirl.rollout.server.wire import (
     GENERATE,
@@ -118,6 +118,7 @@ class ServerEngine:
         *,
         pushes: bool,  # False: another rank pushes to these servers
         bf16: bool = False,  # how the trainer scores
+        approximate_cache: ApproximateCache = "none",  # that the servers shall decode over
     ) -> None:
         self.servers, self.tokenizer = list(servers), tokenizer
         self.block_length = model.scheme.block_length
@@ -126,7 +127,7 @@ class ServerEngine:
         self._model: nn.Module = model  # what was pushed last, for a server that has to start again
         self._is_stale = True
         for server in self.servers:
-            _check_same_model(server, model, bf16=bf16)
+            _check_same_model(server, model, bf16=bf16, approximate_cache=approximate_cache)
         self._push(model)
 
     def generate(
@@ -250,13 +251,14 @@ def connect(
     Raises:
         UserError: servers are given without their key.
     """
+    how: dict[str, Any] = {"bf16": bf16, "approximate_cache": config.approximate_cache}
     if not config.server_urls:
-        return ServerEngine([_start(model, tokenizer, config, bf16=bf16)], model, tokenizer, pushes=True, bf16=bf16)
+        return ServerEngine([_start(model, tokenizer, config, bf16=bf16)], model, tokenizer, pushes=True, **how)
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
         raise UserError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
     servers = [Server(url, key) for url in config.server_urls]
-    return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0, bf16=bf16)
+    return ServerEngine(servers, model, tokenizer, pushes=int(os.environ.get("RANK", "0")) == 0, **how)
 
 
 def _start(
@@ -281,7 +283,9 @@ def _start(
     return Server(process.url, key, process)
 
 
-def _check_same_model(server: Server, model: BlockDiffusionModel, *, bf16: bool) -> None:
+def _check_same_model(
+    server: Server, model: BlockDiffusionModel, *, bf16: bool, approximate_cache: ApproximateCache
+) -> None:
     try:
         health = Health(**server.call(HEALTH))
     except (RolloutError, TypeError) as error:  # the latter: of another version of dirl
@@ -297,6 +301,11 @@ def _check_same_model(server: Server, model: BlockDiffusionModel, *, bf16: bool)
     ):
         if (theirs := getattr(health, name)) != ours:
             raise UserError(f"server {server.url} has {name} {theirs}, the trainer {ours}; serve the same model")
+    if health.approximate_cache != approximate_cache:
+        raise UserError(
+            f"server {server.url} decodes with approximate_cache={health.approximate_cache}, rollout.approximate_cache "
+            f"is {approximate_cache}: its completions would be taken for what they are not; set both alike"
+        )
     if health.bf16 is not None and health.bf16 != bf16:
         theirs, ours = str(health.bf16).lower(), str(bf16).lower()
         raise UserError(

@@ -30,7 +30,7 @@ from dirl.files import write_whole
 from dirl.model.checkpoint import default_device, load_model, random_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine, chosen_engine
-from dirl.rollout.engine import RolloutEngine, RolloutError
+from dirl.rollout.engine import ApproximateCache, RolloutEngine, RolloutError
 from dirl.rollout.server.wire import (
     GENERATE,
     HEALTH,
@@ -61,9 +61,15 @@ class RolloutServer:
     """An engine, the module its weights come through, and the version of them."""
 
     def __init__(
-        self, model: BlockDiffusionModel, engine: RolloutEngine, *, has_weights: bool, bf16: bool | None = False
+        self,
+        model: BlockDiffusionModel,
+        engine: RolloutEngine,
+        *,
+        has_weights: bool,
+        bf16: bool | None = False,
+        approximate_cache: ApproximateCache = "none",
     ) -> None:
-        self.model, self.engine, self.bf16 = model, engine, bf16
+        self.model, self.engine, self.bf16, self.approximate_cache = model, engine, bf16, approximate_cache
         self.weights_version: int | None = 0 if has_weights else None  # None: in the middle of a push, or never any
         self._next_part = 0
         self._lock = threading.Lock()
@@ -78,6 +84,7 @@ class RolloutServer:
             mask_token_id=scheme.mask_token_id,
             vocab_size=self.model.config.vocab_size,
             bf16=self.bf16,
+            approximate_cache=self.approximate_cache,
         )
 
     def generate(self, request: GenerateRequest) -> list[CompletionRow]:
@@ -158,7 +165,13 @@ def _load(config: ServeConfig) -> RolloutServer:
         model.to(default_device())  # it decodes with the module itself
     engine = build_engine(model, tokenizer, config.engine, bf16=config.bf16)
     bf16 = config.bf16 if chosen_engine(config.engine, model) == "torch" else None
-    return RolloutServer(model, engine, has_weights=not config.empty, bf16=bf16)
+    return RolloutServer(
+        model,
+        engine,
+        has_weights=not config.empty,
+        bf16=bf16,
+        approximate_cache=config.engine.approximate_cache,
+    )
 
 
 def _die_with_parent(http: ThreadingHTTPServer) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlencode
 
 from dirl.config import PATH, Config, bounded
 from dirl.model.checkpoint import ModelConfig
-from dirl.rollout.engine import EngineConfig, SamplingConfig
+from dirl.rollout.engine import ApproximateCache, EngineConfig, SamplingConfig
 
 KEY_VARIABLE = "DIRL_SERVER_KEY"
 PARENT_VARIABLE = "DIRL_SERVER_HAS_PARENT"  # set: standard input is a pipe that closes when the parent dies
@@ -52,6 +52,7 @@ class Health:
     mask_token_id: int
     vocab_size: int
     bf16: bool | None  # decodes under autocast to bfloat16; None: in a precision of the engine's own
+    approximate_cache: ApproximateCache
 
 
 @dataclass(frozen=True)

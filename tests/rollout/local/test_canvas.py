@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from dirl.diffusion.unmasking import UnmaskingStrategy
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.engine import Completion, EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.watch import Frame, Observer
 from tests.oracle import (
@@ -32,13 +33,13 @@ STRATEGIES: dict[UnmaskingStrategy, SamplingConfig] = {
 
 
 def decoded(
-    sampling: SamplingConfig, block_length: int, shift: int, **engine: int
+    sampling: SamplingConfig, block_length: int, shift: int, **engine: Any
 ) -> tuple[BlockDiffusionModel, list[Completion]]:
     model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
     make_extreme(model, [tokenizer.eos_token_id], 3.0)  # type: ignore[list-item]
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (1, 3, 4, 9, 9)]
-    return model, TorchEngine(model, tokenizer, **engine).generate(prompts, sampling, range(len(prompts)))
+    return model, TorchEngine(model, tokenizer, EngineConfig(**engine)).generate(prompts, sampling, range(len(prompts)))
 
 
 @pytest.mark.parametrize(("block_length", "shift"), [(0, 0), (0, 1), (4, 1)])

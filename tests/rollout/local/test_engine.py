@@ -15,7 +15,7 @@ pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
 from dirl.errors import UserError  # noqa: E402
 from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
-from dirl.rollout.engine import SamplingConfig  # noqa: E402
+from dirl.rollout.engine import EngineConfig, SamplingConfig  # noqa: E402
 from dirl.rollout.local.block_cache import BlockCache, LayerCache  # noqa: E402
 from dirl.rollout.local.cached_forward import compiled_of  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
@@ -34,7 +34,7 @@ class TestTorchEngine(EngineContract):
     def make_engine(
         self, model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
     ) -> TorchEngine:
-        return TorchEngine(model, tokenizer, max_batch_size=max_batch_size)
+        return TorchEngine(model, tokenizer, EngineConfig(max_batch_size=max_batch_size))
 
 
 def test_the_trainers_module_keeps_its_mode_and_its_gradients() -> None:
@@ -85,7 +85,7 @@ def test_a_push_from_another_configuration_is_named(wrong: str) -> None:
 
 
 def counting_engine(num_slots: int) -> tuple[TorchEngine, Mock]:
-    engine = TorchEngine(*likely_to_stop(), max_batch_size=num_slots)
+    engine = TorchEngine(*likely_to_stop(), EngineConfig(max_batch_size=num_slots))
     passes = Mock(wraps=engine.forward)
     engine.forward = passes
     return engine, passes
@@ -122,7 +122,7 @@ def test_prompts_read_in_several_passes_give_the_same(monkeypatch: pytest.Monkey
 
 def test_a_mixture_of_experts_records_the_logprobs_of_the_states_it_visits() -> None:
     model, tokenizer = tiny_moe()
-    completions = TorchEngine(model, tokenizer, max_batch_size=3).generate(
+    completions = TorchEngine(model, tokenizer, EngineConfig(max_batch_size=3)).generate(
         random_prompts([9, 4, 1, 14]) * 2, DYNAMIC, list(range(8))
     )
     assert any(c.num_denoising_steps < len(c.token_ids) for c in completions), "several tokens a step"
@@ -145,7 +145,7 @@ def test_compiled_layers_decode_the_same_and_are_compiled_once(
     compiled_of.cache_clear()
     model, tokenizer = make_model()
     prompts, seeds = random_prompts([30, 5, 17, 3, 24, 40]) * 2, list(range(12))
-    engine = TorchEngine(model, tokenizer, max_batch_size=5, compiled=True)
+    engine = TorchEngine(model, tokenizer, EngineConfig(max_batch_size=5), compiled=True)
     found = engine.generate(prompts, DYNAMIC, seeds)
     num_graphs = len(graphs)
     engine.generate(random_prompts([11, 2, 50, 28]), DYNAMIC, [3, 2, 1, 0])
@@ -196,14 +196,16 @@ def test_the_cache_is_bounded_and_completions_do_not_depend_on_it(bound: int, ca
     model, tokenizer = likely_to_stop()
     prompts, seeds = random_prompts([30, 5, 17, 3, 24, 40]) * 2, list(range(12))
     expected = TorchEngine(model, tokenizer).generate(prompts, DYNAMIC, seeds)
-    found = TorchEngine(model, tokenizer, max_cached_tokens=bound).generate(prompts, DYNAMIC, seeds)
+    found = TorchEngine(model, tokenizer, EngineConfig(max_cached_tokens=bound)).generate(prompts, DYNAMIC, seeds)
     assert [(c.token_ids, c.step_map) for c in found] == [(c.token_ids, c.step_map) for c in expected]
     assert cached_tokens == [12 * 60, 60 * min(12, bound // 60)]
 
 
 def test_a_bound_without_room_for_one_sequence_is_one_line() -> None:
     with pytest.raises(UserError, match=r"max_cached_tokens=59 has no room .* 60 tokens; raise it") as refused:
-        TorchEngine(*likely_to_stop(), max_cached_tokens=59).generate(random_prompts([4, 40]), DYNAMIC, [0, 1])
+        TorchEngine(*likely_to_stop(), EngineConfig(max_cached_tokens=59)).generate(
+            random_prompts([4, 40]), DYNAMIC, [0, 1]
+        )
     assert "\n" not in str(refused.value)
 
 

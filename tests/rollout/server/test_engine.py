@@ -28,7 +28,7 @@ from dirl.cli import main  # noqa: E402
 from dirl.errors import UserError  # noqa: E402
 from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
-from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
+from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
 from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
@@ -61,7 +61,8 @@ def start_server(
 ) -> tuple[RolloutServer, str]:
     """A server in a thread of this process, over a copy of the model; and its address."""
     ours = deepcopy(model)
-    rollouts = RolloutServer(ours, TorchEngine(ours, tokenizer, max_batch_size=max_batch_size), has_weights=False)
+    engine = TorchEngine(ours, tokenizer, EngineConfig(max_batch_size=max_batch_size))
+    rollouts = RolloutServer(ours, engine, has_weights=False)
     http = _listen(rollouts, ServeConfig(port=0), KEY)
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     _listening.append(http)
@@ -210,6 +211,18 @@ def test_another_model_is_refused() -> None:
         ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("dual", "none"), ("none", "prefix")])
+def test_a_server_over_another_cache_is_refused(theirs: ApproximateCache, ours: ApproximateCache) -> None:
+    """Its completions would be taken for exact ones, or exact ones corrected."""
+    model, tokenizer = likely_to_stop(block_length=0)
+    rollouts, url = start_server(model, tokenizer)
+    rollouts.approximate_cache = theirs
+    with pytest.raises(UserError, match=rf"approximate_cache={theirs}, rollout.approximate_cache is {ours}.*set both"):
+        ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True, approximate_cache=ours)
+    rollouts.approximate_cache = ours
+    ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True, approximate_cache=ours)
+
+
 @pytest.mark.slow
 def test_a_server_of_our_own_restarts_once_after_a_crash_and_dies_with_us(tmp_path: Path) -> None:
     """Real processes: started, killed in between, started again with the weights pushed; gone when the trainer is."""
@@ -245,7 +258,13 @@ def test_a_server_of_ones_own_decodes_with_the_same_settings(monkeypatch: pytest
 
     monkeypatch.setattr(server_engine, "ServerProcess", NotStarted)
     asked = EngineConfig(
-        mode="server", engine="torch", max_batch_size=7, max_cached_tokens=99, compile="never", server_devices=["1"]
+        mode="server",
+        engine="torch",
+        max_batch_size=7,
+        max_cached_tokens=99,
+        compile="never",
+        server_devices=["1"],
+        approximate_cache="prefix",
     )
     for bf16 in (False, True):
         server_engine._start(*likely_to_stop(), asked, bf16=bf16)
