@@ -128,18 +128,16 @@ def _compare_evaluations(directories: Sequence[str]) -> None:
 
 
 def _run_generate(options: argparse.Namespace) -> None:
-    from dirl.console.talk import generate
-    from dirl.rollout.engine import SamplingConfig
+    from dirl.console.talk import TalkConfig, generate
 
-    sampling = load_config(SamplingConfig, None, options.overrides)
+    sampling = load_config(TalkConfig, None, options.overrides)
     generate(options.model, options.prompt, sampling, seed=options.seed, quiet=options.quiet)
 
 
 def _run_chat(options: argparse.Namespace) -> None:
-    from dirl.console.talk import chat
-    from dirl.rollout.engine import SamplingConfig
+    from dirl.console.talk import TalkConfig, chat
 
-    sampling = load_config(SamplingConfig, None, options.overrides)
+    sampling = load_config(TalkConfig, None, options.overrides)
     chat(options.model, sampling, seed=options.seed, system_prompt=options.system_prompt)
 
 

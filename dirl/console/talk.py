@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
@@ -16,12 +17,19 @@ from transformers.utils.logging import disable_progress_bar
 from dirl.data.chat import load_tokenizer, render_messages, stop_token_ids, token_texts
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
 from dirl.rollout.build import build_engine
-from dirl.rollout.engine import Completion, EngineConfig, SamplingConfig
+from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, SamplingConfig
 from dirl.rollout.watch import Frame, Observer
 from dirl.show.terminal import draft_text, live_text
 
 Message = dict[str, object]
 _HELP = "/reset forgets the conversation, /quit ends; so does Ctrl-D. Ctrl-C stops an answer."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig(SamplingConfig):
+    """How an answer is decoded."""
+
+    approximate_cache: ApproximateCache = "none"  # as of EngineConfig
 
 
 class Drafts(Observer):
@@ -54,14 +62,17 @@ class Drafts(Observer):
 class Talker:
     """A loaded model that answers conversations."""
 
-    def __init__(self, model_path: str, sampling: SamplingConfig, *, seed: int, console: Console) -> None:
+    def __init__(self, model_path: str, sampling: TalkConfig, *, seed: int, console: Console) -> None:
         disable_progress_bar()  # of loading: people wait for an answer
         self.tokenizer = load_tokenizer(model_path)
         model = load_model(ModelConfig(path=model_path), self.tokenizer).eval()
         model.to(default_device())  # type: ignore[arg-type]
         drafts = Drafts(self.tokenizer, console) if console.is_terminal else None
         self.engine = build_engine(
-            model, self.tokenizer, EngineConfig(engine="torch", compile="never"), observer=drafts
+            model,
+            self.tokenizer,
+            EngineConfig(engine="torch", compile="never", approximate_cache=sampling.approximate_cache),
+            observer=drafts,
         )
         self.sampling, self.seed, self.console = sampling, seed, console
 
@@ -83,7 +94,7 @@ def facts(completion: Completion) -> str:
     )
 
 
-def generate(model_path: str, prompt: str, sampling: SamplingConfig, *, seed: int, quiet: bool) -> None:
+def generate(model_path: str, prompt: str, sampling: TalkConfig, *, seed: int, quiet: bool) -> None:
     """Answer one question on standard output; facts go to standard error."""
     completion = Talker(model_path, sampling, seed=seed, console=Console()).answer([_says("user", prompt)])
     if not quiet:
@@ -91,7 +102,7 @@ def generate(model_path: str, prompt: str, sampling: SamplingConfig, *, seed: in
 
 
 def chat(
-    model_path: str, sampling: SamplingConfig, *, seed: int, system_prompt: str = "", ask: Callable[[str], str] = input
+    model_path: str, sampling: TalkConfig, *, seed: int, system_prompt: str = "", ask: Callable[[str], str] = input
 ) -> None:
     """A conversation, until /quit or the end of the input."""
     console = Console()

@@ -279,6 +279,7 @@ def sample_settings(
     """
     sections = config_to_dict(config)
     settings: dict[str, object] = {"seed": config.seed, "engine.engine": config.engine.engine}
+    settings["engine.approximate_cache"] = config.engine.approximate_cache
     settings |= {f"model.{key}": sections["model"][key] for key in ("dtype", "block_length")}
     settings |= {f"data.{key}": sections["data"][key] for key in ("system_prompt", "suffix")}
     settings |= {f"sampling.{key}": value for key, value in sections["sampling"].items()}

@@ -85,12 +85,14 @@ def report_text(
 
 
 def _provenance(run: Mapping[str, Any]) -> str:
-    """One line: which code, on what."""
+    """One line: which code, on what, and whether it decoded exactly."""
     commit = run["git_commit"] or f"dirl {run['versions']['dirl']}, no git checkout"
     changed = " with uncommitted changes" if run["git_dirty"] else ""
     hardware = run["hardware"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu_cores']} CPU cores ({hardware['machine']})"
-    return f"Commit {commit}{changed}; PyTorch {run['versions']['torch']} on {machine}."
+    cache = run["config"]["engine"]["approximate_cache"]
+    decoded = "" if cache == "none" else f" Decoded over an approximate cache (engine.approximate_cache={cache})."
+    return f"Commit {commit}{changed}; PyTorch {run['versions']['torch']} on {machine}.{decoded}"
 
 
 @dataclass(frozen=True)

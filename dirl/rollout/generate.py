@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import render_prompt, token_texts
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine
-from dirl.rollout.engine import Completion, EngineConfig, SamplingConfig
+from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, SamplingConfig
 from dirl.show.completions import completion_html, completions_table, list_html, play, tokens_table
 
 
@@ -74,6 +74,7 @@ def generate(
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
     seed: int = 0,
+    approximate_cache: ApproximateCache = "none",
     **sampling: Any,  # the fields of SamplingConfig, which checks them
 ) -> Completions:
     """One completion per prompt.
@@ -81,11 +82,13 @@ def generate(
     Args:
         prompts: questions, put through the tokenizer's chat template; or token ids, taken as they are.
         seed: the i-th prompt is decoded with seed + i.
+        approximate_cache: under full attention `prefix` or `dual`: faster, and no longer the model's own completions.
         sampling: `temperature`, `top_k`, `top_p`, `max_completion_length`, `unmasking_strategy`,
             `confidence_threshold`, ... (see `dirl.SamplingConfig`).
     """
     asked = [prompts] if isinstance(prompts, str) else prompts
     ids = [render_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in asked]
-    engine = build_engine(model, tokenizer, EngineConfig(engine="torch", compile="never"))
+    config = EngineConfig(engine="torch", compile="never", approximate_cache=approximate_cache)
+    engine = build_engine(model, tokenizer, config)
     completions = engine.generate(ids, SamplingConfig(**sampling), [seed + i for i in range(len(ids))])
     return with_texts(completions, tokenizer, model.scheme.block_length)

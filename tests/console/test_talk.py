@@ -13,10 +13,9 @@ from dirl.cli import main
 from dirl.console import talk
 from dirl.data.chat import render_messages
 from dirl.model.tiny import save_tiny_model, tiny
-from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.watch import Frame
 
-SAMPLING = SamplingConfig(max_completion_length=12)
+SAMPLING = talk.TalkConfig(max_completion_length=12)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,11 @@ def test_generate_prints_the_answer(model_path: str, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("temprature=0", "did you mean 'temperature'"), ("max_completion_length=1", "leaves no room for a block")],
+    [
+        ("temprature=0", "did you mean 'temperature'"),
+        ("max_completion_length=1", "leaves no room for a block"),
+        ("approximate_cache=dual", "attention of a sdar model is block-causal"),
+    ],
 )
 def test_generate_names_what_is_wrong(
     model_path: str, override: str, words: str, capsys: pytest.CaptureFixture[str]

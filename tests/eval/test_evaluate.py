@@ -26,7 +26,7 @@ from dirl.model.families.sdar import SDARConfig
 from dirl.model.tiny import save_tiny_model
 from dirl.reward import code_execution
 from dirl.reward.rubric import RewardConfig, Rubric
-from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.engine import EngineConfig, SamplingConfig
 from dirl.rollout.watch import Observer
 from tests.eval.scripted_engine import Script, ScriptedEngine
 
@@ -314,6 +314,7 @@ def test_more_samples_and_modes_are_added_to_what_is_there(world: World, tmp_pat
         ({"data": EvalDataConfig(limit=6, suffix="?")}, "data.suffix"),
         ({"model": ModelConfig(dtype="bfloat16")}, "model.dtype"),
         ({"reward": RewardConfig(answer_extraction="text")}, "reward.answer_extraction"),
+        ({"engine": EngineConfig(approximate_cache="dual")}, "engine.approximate_cache"),
     ],
 )
 def test_a_changed_configuration_is_not_mixed_in(

@@ -38,6 +38,7 @@ RESULT = ModeResult(
     seconds=10.0,
 )
 RUN: dict[str, Any] = {
+    "config": {"engine": {"approximate_cache": "none"}},
     "git_commit": "abc",
     "git_dirty": False,
     "versions": {"dirl": "0.1", "torch": "2.9"},
@@ -86,7 +87,10 @@ def test_where_the_numbers_come_from() -> None:
     hardware = {**RUN["hardware"], "gpus": ["H200", "H200"]}
     unclean = {**RUN, "git_dirty": True, "hardware": hardware}
     text = report_text("m", [RESULT], run=unclean, pictures={})
-    assert "Commit abc with uncommitted changes; PyTorch 2.9 on H200, H200." in text
+    assert "Commit abc with uncommitted changes; PyTorch 2.9 on H200, H200." in text and "approximate" not in text
+    cached = {**RUN, "config": {"engine": {"approximate_cache": "dual"}}}
+    text = report_text("m", [RESULT], run=cached, pictures={})
+    assert "(x86_64). Decoded over an approximate cache (engine.approximate_cache=dual)." in text
     text = report_text("m", [RESULT], run={**RUN, "git_commit": None, "git_dirty": None}, pictures={})
     assert "Commit dirl 0.1, no git checkout; PyTorch" in text
 

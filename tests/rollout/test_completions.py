@@ -13,6 +13,7 @@ from dirl.model.tiny import tiny
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.generate import Completions, with_texts
 from dirl.rollout.local.engine import TorchEngine
+from tests.oracle import sharp_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,16 @@ def test_an_engine_knows_nothing_of_showing() -> None:
     (shown,) = with_texts([bare], tokenizer, 4)
     assert isinstance(shown, Completion) and vars(bare).items() <= vars(shown).items()
     assert with_texts([shown], tokenizer, 4) == [shown]
+
+
+def test_generate_over_an_approximate_cache(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = sharp_tiny_model(block_length=0)
+    exact, cached = (
+        dirl.generate(model, tokenizer, ["1+1="], max_completion_length=12, approximate_cache=kind)
+        for kind in ("none", "dual")
+    )
+    assert exact[0].logprobs != cached[0].logprobs
+    assert "rollout.approximate_cache=dual" in caplog.text
 
 
 def test_generated_completions_know_their_texts(completions: Completions) -> None:

@@ -19,7 +19,7 @@ from tests.eval.test_report import RESULT, RUN
 from tests.show.report.run_files import rl_row, write_run
 from tests.show.test_completions import HAND_MADE
 
-RECORD = {**RUN, "date": "today", "config": {"output_dir": "x"}}
+RECORD = {**RUN, "date": "today", "config": {**RUN["config"], "output_dir": "x"}}
 WRITERS: dict[str, Callable[[Path], object]] = {
     "report.html": write_report,
     "README.md": lambda run: write_model_card(run, run, "rl", ("block-diffusion", "sdar")),
