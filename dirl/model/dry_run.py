@@ -251,8 +251,6 @@ class DryModel:
             logits_TV = head(rows_TD[: chunk if in_chunks else num_rows])[:chunk]
             tempered_TV = distribution.tempered_logprobs(logits_TV, suppressed_V)
             sampling_TV = distribution.sampling_logprobs(tempered_TV)
-            compared_TV = distribution.confidence_logprobs(logits_TV, suppressed_V, tempered_TV, sampling_TV)
-            del compared_TV
             sample(sampling_TV, torch.zeros(chunk, dtype=torch.float64))
         return live.peak
 

@@ -94,17 +94,23 @@ class RLConfig(TrainingConfig, UpdateConfig):
             )
         if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
             raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")
-        self._check_staleness()
+        self._check_behavior()
         self._check_stages()
 
-    def _check_staleness(self) -> None:
-        """The policy that sampled a group is gone when it is trained on: what it gave each action must be recorded."""
-        objective = self.objective
+    def _check_behavior(self) -> None:
+        """Where the policy that sampled is not the one that is trained, what it gave each action must be recorded."""
+        objective, cache = self.objective, self.rollout.approximate_cache
         is_recorded = objective.views == "replay" and objective.likelihood == "reveal" and objective.shrink == 1
         if self.rollout.max_staleness and not (is_recorded and objective.score == "revealed"):
             raise UserError(
                 f"rollout.max_staleness={self.rollout.max_staleness} needs what the engine recorded of each action: "
                 "objective.views=replay, likelihood=reveal, shrink=1, score=revealed; set these, or max_staleness=0"
+            )
+        # Under masks no ratio could be taken: the gauge alone tells.
+        if cache != "none" and objective.views == "replay" and objective.importance_sampling_correction == "none":
+            raise UserError(
+                f"rollout.approximate_cache={cache} samples from another policy than the one that is trained: set "
+                "objective.importance_sampling_correction=token_truncate, which weighs by their ratio, or use none"
             )
 
     def _check_stages(self) -> None:

@@ -34,7 +34,9 @@ from dirl.rl.rollout_metrics import completion_rows
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.rl.update_metrics import EngineMismatch
-from dirl.rollout.engine import Completion
+from dirl.rollout.engine import ApproximateCache, Completion
+from dirl.rollout.replay import logprobs
+from tests.oracle import sharp_tiny_model
 
 CONFIG = RLConfig(
     output_dir="unused",
@@ -263,6 +265,41 @@ def test_an_engine_with_other_weights_ends_the_run(shift: float) -> None:
     else:
         groups = shifted(groups, shift)
     with pytest.raises(EngineMismatch, match=r"max_logp_difference=0\.5: trainer and engine differ"):
+        update(trained, groups)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_an_approximate_cache_is_weighed_and_gauged(kind: ApproximateCache) -> None:
+    """What the engine sampled with, against the exact replay: neither is the other."""
+    rollout = replace(CONFIG.rollout, approximate_cache=kind, generation_window=6)
+    with pytest.raises(UserError, match=rf"approximate_cache={kind} .* set objective.importance_sampling_correction"):
+        replace(CONFIG, rollout=rollout)
+    objective = ObjectiveConfig(importance_sampling_correction="token_truncate", importance_sampling_clip_max=1.001)
+    model, tokenizer = sharp_tiny_model(block_length=0)
+    trained = RLTrainer(
+        replace(CONFIG, rollout=rollout, objective=objective, learning_rate=0.0),
+        model=model,
+        tokenizer=tokenizer,
+        problems=[Problem("?" * length, "0", {}) for length in range(1, 8)],
+    )
+    groups = rolled_out(trained)
+    metrics = update(trained, groups)
+    completions = [completion for group in groups for completion in group.completions]
+    with torch.no_grad():
+        exact_T = torch.cat(logprobs(model, completions))
+    difference_T = exact_T - torch.tensor([logprob for c in completions for logprob in c.logprobs or []])
+    assert float(difference_T.abs().max()) > 1e-3
+    for name, expected in (
+        ("logp_difference/mean", difference_T.abs().mean()),
+        ("logp_difference/max", difference_T.abs().max()),
+        ("importance_sampling_ratio/mean", difference_T.exp().mean()),
+        ("importance_sampling_ratio/cut_fraction", (difference_T.exp() > 1.001).float().mean()),
+    ):
+        assert metrics[f"sampling/{name}"] == pytest.approx(float(expected), rel=1e-3), name
+    trained.updater.config = replace(trained.updater.config, max_logp_difference=float(difference_T.abs().mean()) / 2)
+    with pytest.raises(
+        EngineMismatch, match=r"approximate_cache is such a rule: a smaller generation_window errs less"
+    ):
         update(trained, groups)
 
 
