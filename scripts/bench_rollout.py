@@ -1,6 +1,7 @@
 """Decoding speed of TorchEngine against a straightforward one-sequence block decoder, at equal outputs.
 
     python scripts/bench_rollout.py [--model tiny|1.7b|4b|8b] [--batch-sizes 1 16 64 256] [--completion-length 128]
+    python scripts/bench_rollout.py --approximate-caches [--model DIR] [--task] [--generation-window 32]
 
 The plain decoder is what public SDAR code does: one sequence at a time, a growing key/value cache, one forward pass
 per denoising step and one more to commit a finished block. Both draw from the same random streams, so the tokens must
@@ -8,6 +9,10 @@ agree. Two tokens a step by default, about what a trained model reveals (random 
 --unmasking-strategy low_confidence_dynamic they reveal one). All completions have the same length, as in benchmarks of
 serving engines: ends of sequence are ignored unless --stop is given. One JSON line a batch size; `speedup` is the ratio
 of tokens per second in this run, in which the two took turns, each at its fastest repeat.
+
+With --approximate-caches attention is full, and rollout.approximate_cache=none, prefix and dual take turns instead; one
+line for each. `logp_difference` compares what an engine recorded with the exact replay of the same completions, in nats
+a token; `greedy_equal` is the share of places where greedy decoding gives the token that it gives with none.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from bench_setup import (
@@ -30,6 +37,8 @@ from bench_setup import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dirl.data.chat import render_prompt
+from dirl.data.tasks import noisy_sums_problems
 from dirl.diffusion.distribution import counter_uniform, sample
 from dirl.diffusion.unmasking import reveal_positions
 from dirl.model.attention import masked_attention
@@ -37,8 +46,9 @@ from dirl.model.checkpoint import load
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
 from dirl.model.tiny import tiny
-from dirl.rollout.engine import EngineConfig, SamplingConfig
+from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
+from dirl.rollout.replay import logprobs
 
 
 class GrowingCache:
@@ -147,24 +157,101 @@ def fastest(works: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[floa
     return best
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    model, tokenizer = model_and_tokenizer(arguments.model)
-    sampling = SamplingConfig(
+def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(
         max_completion_length=arguments.completion_length,
         unmasking_strategy=arguments.unmasking_strategy,
         denoising_steps=arguments.denoising_steps,
+        generation_window=arguments.generation_window,
     )
-    at_once = EngineConfig(max_batch_size=max(arguments.batch_sizes))
-    engine = TorchEngine(model, tokenizer, at_once, compiled=arguments.compile)
-    if not arguments.stop:
-        engine.stop_ids = []
-    plain = PlainDecoder(model, sampling, engine.stop_ids)
+
+
+def prompts_of(
+    arguments: argparse.Namespace, model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """As many as the largest batch: random tokens of nearly one length, or problems of the embedded task."""
+    count = max(arguments.batch_sizes)
+    if arguments.task:
+        return [render_prompt(tokenizer, problem.question) for problem in noisy_sums_problems(count, 0)]
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(250, model.config.vocab_size - 10)
-    prompts = [
+    return [
         torch.randint(5, vocabulary, (arguments.prompt_length + i % 4,), generator=generator).tolist()
-        for i in range(max(arguments.batch_sizes))
+        for i in range(count)
     ]
+
+
+def engine_of(
+    arguments: argparse.Namespace,
+    model: BlockDiffusionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    approximate_cache: ApproximateCache = "none",
+) -> TorchEngine:
+    config = EngineConfig(max_batch_size=max(arguments.batch_sizes), approximate_cache=approximate_cache)
+    engine = TorchEngine(model, tokenizer, config, compiled=arguments.compile)
+    if not arguments.stop:
+        engine.stop_ids = []
+    return engine
+
+
+def fields_of_work(arguments: argparse.Namespace, completions: Sequence[Completion]) -> dict[str, Any]:
+    """What was decoded."""
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
+    return {
+        "compiled": arguments.compile,
+        "stop": arguments.stop,
+        "batch_size": len(completions),
+        "prompt_length": arguments.prompt_length,
+        "completion_length": arguments.completion_length,
+        "unmasking_strategy": arguments.unmasking_strategy,
+        "tokens_per_step": round(num_tokens / sum(c.num_denoising_steps for c in completions), 2),
+    }
+
+
+def measure_caches(arguments: argparse.Namespace) -> None:
+    """Full attention: every approximate_cache against none."""
+    model, tokenizer = model_and_tokenizer(arguments.model)
+    if arguments.model in MODEL_NAMES:
+        model.config.full_attention = True
+    sampling, prompts = sampling_of(arguments), prompts_of(arguments, model, tokenizer)
+    kinds = get_args(ApproximateCache)
+    engines = [engine_of(arguments, model, tokenizer, kind) for kind in kinds]
+    for batch_size in arguments.batch_sizes:
+        batch, seeds = prompts[:batch_size], list(range(batch_size))
+        reset_peak_memory()
+        runs = fastest([partial(engine.generate, batch, sampling, seeds) for engine in engines], arguments.repeats)
+        greedy = [engine.generate(batch, replace(sampling, temperature=0.0), seeds) for engine in engines]
+        for kind, (seconds, completions), answers in zip(kinds, runs, greedy, strict=True):
+            with torch.no_grad():
+                exact_T = torch.cat(logprobs(model, completions, sampling)).cpu()
+            recorded_T = torch.tensor([logprob for c in completions for logprob in c.logprobs or []])
+            difference_T = (exact_T - recorded_T).abs()
+            pairs = [
+                pair
+                for one, other in zip(greedy[0], answers, strict=True)
+                for pair in zip(one.token_ids, other.token_ids, strict=False)
+            ]
+            print_line(
+                "approximate_cache",
+                **model_fields(arguments.model, model),
+                **fields_of_work(arguments, completions),
+                task=arguments.task,
+                generation_window=arguments.generation_window,
+                approximate_cache=kind,
+                seconds_min=round(seconds, 4),
+                speedup=round(runs[0][0] / seconds, 2),
+                logp_difference_mean=round(float(difference_T.mean()), 6),
+                logp_difference_max=round(float(difference_T.max()), 6),
+                greedy_equal=round(sum(one == other for one, other in pairs) / len(pairs), 4),
+                peak_memory_gb=round(peak_memory_gb(), 3),
+            )
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    model, tokenizer = model_and_tokenizer(arguments.model)
+    sampling, prompts = sampling_of(arguments), prompts_of(arguments, model, tokenizer)
+    engine = engine_of(arguments, model, tokenizer)
+    plain = PlainDecoder(model, sampling, engine.stop_ids)
     few = prompts[: arguments.plain_sequences]
     for batch_size in arguments.batch_sizes:
         batch, seeds = prompts[:batch_size], list(range(batch_size))
@@ -183,15 +270,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print_line(
             "rollout",
             **model_fields(arguments.model, model),
-            compiled=arguments.compile,
-            stop=arguments.stop,
-            batch_size=batch_size,
-            prompt_length=arguments.prompt_length,
-            completion_length=arguments.completion_length,
-            unmasking_strategy=arguments.unmasking_strategy,
-            tokens_per_step=round(
-                sum(len(c.token_ids) for c in completions) / sum(c.num_denoising_steps for c in completions), 2
-            ),
+            **fields_of_work(arguments, completions),
             engine_tokens_per_s=round(rate, 1),
             plain_tokens_per_s=round(plain_rate, 1),
             speedup=round(rate / plain_rate, 2),
@@ -215,7 +294,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the engine with rollout.compile=always")
     parser.add_argument("--stop", action="store_true", help="end completions at an end-of-sequence token")
     parser.add_argument("--repeats", type=int, default=5)
-    measure(parser.parse_args())
+    parser.add_argument("--approximate-caches", action="store_true", help="full attention, over each of them")
+    parser.add_argument("--generation-window", type=int, default=32, help="full attention: tokens of a window")
+    parser.add_argument("--task", action="store_true", help="prompts of task:noisy_sums, of lengths of their own")
+    arguments = parser.parse_args()
+    (measure_caches if arguments.approximate_caches else measure)(arguments)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,20 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["engine_tokens_per_s", "plain_tokens_per_s", "speedup", "peak_memory_gb", "compared", "equal"],
     ),
+    "approximate_cache": (
+        [
+            "model",
+            "task",
+            "batch_size",
+            "prompt_length",
+            "completion_length",
+            "generation_window",
+            "unmasking_strategy",
+            "tokens_per_step",
+            "approximate_cache",
+        ],
+        ["seconds_min", "speedup", "logp_difference_mean", "logp_difference_max", "greedy_equal"],
+    ),
 }
 PLACE = ["hardware", "cores", "threads", "torch", "transformers", "commit", "date"]
 

@@ -65,6 +65,15 @@ def test_rollout_decoders_give_the_same_tokens() -> None:
     assert [(line["compared"], line["equal"]) for line in lines] == [(1, 1), (4, 4)]
 
 
+def test_approximate_caches_are_measured_against_none() -> None:
+    sizes = ["--batch-sizes", "3", "--prompt-length", "6", "--completion-length", "16", "--denoising-steps", "4"]
+    lines = lines_of("bench_rollout.py", "--approximate-caches", *sizes, "--generation-window", "8", "--repeats", "1")
+    exact, *approximate = lines
+    assert [line["approximate_cache"] for line in lines] == ["none", "prefix", "dual"]
+    assert exact["logp_difference_max"] < 1e-4 and (exact["greedy_equal"], exact["speedup"]) == (1, 1)
+    assert all(line["logp_difference_mean"] > 1e-4 for line in approximate)
+
+
 def test_the_tables_are_those_of_the_lines() -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts/bench_table.py"), str(ROOT / "docs/benchmarks/cpu.jsonl")],
