@@ -97,9 +97,10 @@ CONFIG=configs/smollm2/sft.yaml bash examples/sft.sh
 For every family: replay under packed views equals plain forward passes and what the in-process engine recorded, for
 every unmasking strategy (`tests/parity/test_families.py`). Under full attention nothing is cached: each step reads
 the whole canvas of prompt and `rollout.max_completion_length` masks, in windows of `rollout.generation_window`
-tokens. LMDeploy decodes SDAR and SDAR-MoE alone. Not there: LLaDA2.1's editing of tokens already revealed (its models
-decode as 2.0 does), approximate caches, blocks counted
-from the end of the prompt.
+tokens; unless `rollout.approximate_cache` says `prefix` or `dual`, Fast-dLLM's caches, which are
+[faster and not exact](engines.md#over-an-approximate-cache). LMDeploy decodes SDAR and SDAR-MoE alone. Not there:
+LLaDA2.1's editing of tokens already revealed (its models decode as 2.0 does), Fast-dLLM v2's cache of sub-blocks, and
+blocks that decoding counts from the end of the prompt (bd3lm; all count from position 0, as in training).
 
 ## Adding a family
 
