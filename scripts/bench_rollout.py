@@ -201,7 +201,7 @@ def fields_of_work(arguments: argparse.Namespace, completions: Sequence[Completi
         "compiled": arguments.compile,
         "stop": arguments.stop,
         "batch_size": len(completions),
-        "prompt_length": arguments.prompt_length,
+        "prompt_length": None if arguments.task else arguments.prompt_length,
         "completion_length": arguments.completion_length,
         "unmasking_strategy": arguments.unmasking_strategy,
         "tokens_per_step": round(num_tokens / sum(c.num_denoising_steps for c in completions), 2),

@@ -56,7 +56,7 @@ def _mismatch_metrics(
         raise EngineMismatch(
             f"max_logp_difference={max_logp_difference}: trainer and engine differ by {mean:.3g} nats a token on "
             "average, so the engine does not hold the trainer's weights, or decodes by other rules; check rollout.* "
-            "(approximate_cache is such a rule: a smaller generation_window errs less, none does not) and the engine"
+            "(approximate_cache is such a rule: none is exact) and the engine"
         )
     largest = {name: max(step.largest[name] for step in steps) for name in steps[0].largest}
     return {
