@@ -297,9 +297,7 @@ def test_an_approximate_cache_is_weighed_and_gauged(kind: ApproximateCache) -> N
     ):
         assert metrics[f"sampling/{name}"] == pytest.approx(float(expected), rel=1e-3), name
     trained.updater.config = replace(trained.updater.config, max_logp_difference=float(difference_T.abs().mean()) / 2)
-    with pytest.raises(
-        EngineMismatch, match=r"approximate_cache is such a rule: none is exact"
-    ):
+    with pytest.raises(EngineMismatch, match=r"approximate_cache is such a rule: none is exact"):
         update(trained, groups)
 
 
