@@ -28,7 +28,7 @@ from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import EngineLoad, RunMemory, Workload
 from dirl.model.stand_ins import FlexStandIn
-from dirl.rollout.engine import SamplingConfig
+from dirl.rollout.engine import EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from tests.model.published import MASK_ID, PUBLISHED, write_tokenizer
 
@@ -160,7 +160,7 @@ def test_a_rollout_takes_what_is_counted(name: str, low: float, high: float, bf1
     write_tokenizer(PUBLISHED[name](), tmp_path)
     model = made(larger(name, tmp_path))
     autocast = torch.bfloat16 if bf16 else None
-    engine = TorchEngine(model, load_tokenizer(str(tmp_path)), max_cached_tokens=1024, autocast=autocast)
+    engine = TorchEngine(model, load_tokenizer(str(tmp_path)), EngineConfig(max_cached_tokens=1024), autocast=autocast)
     prompts = [[*range(first, first + 64)] for first in range(8)]
     sampling = SamplingConfig(max_completion_length=64, denoising_steps=4)
     with Alive() as alive:
