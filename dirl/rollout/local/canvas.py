@@ -20,7 +20,7 @@ from dirl.diffusion.packing import DiffusionScheme
 from dirl.model.attention import DensePlan
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.block_step import Blocks, DenoisingStep
-from dirl.rollout.local.slots import Request
+from dirl.rollout.engine import Request
 from dirl.rollout.watch import Frame
 
 PASS_TOKENS = 65_536  # of all canvases together, where no other bound is set
