@@ -15,12 +15,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uvicorn
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
@@ -31,8 +31,9 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E40
 from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
+from dirl.rollout.server.api import Api  # noqa: E402
 from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
-from dirl.rollout.server.serve import RolloutServer, _listen, serve  # noqa: E402
+from dirl.rollout.server.serve import RolloutServer, listen, serve  # noqa: E402
 from dirl.rollout.server.wire import KEY_VARIABLE, GenerateRequest, PromptRow, ServeConfig, WeightsPart  # noqa: E402
 from dirl.rollout.weights import buckets  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
@@ -44,16 +45,16 @@ from tests.rollout.engine_contract import (  # noqa: E402
 )
 
 KEY = "k" * 32
-_listening: list[ThreadingHTTPServer] = []
+_running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
 
 @pytest.fixture(autouse=True)
 def _closing() -> Iterator[None]:
     yield
-    while _listening:
-        http = _listening.pop()
-        http.shutdown()
-        http.server_close()
+    for http, _ in _running:
+        http.should_exit = True
+    while _running:
+        _running.pop()[1].join()
 
 
 def start_server(
@@ -62,10 +63,11 @@ def start_server(
     """A server in a thread of this process, over a copy of the model; and its address."""
     ours = deepcopy(model)
     rollouts = RolloutServer(ours, TorchEngine(ours, tokenizer, max_batch_size=max_batch_size), has_weights=False)
-    http = _listen(rollouts, ServeConfig(port=0), KEY)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    _listening.append(http)
-    return rollouts, f"http://127.0.0.1:{http.server_address[1]}"
+    http, listening = listen(Api(rollouts, tokenizer, "tiny", SamplingConfig()), ServeConfig(port=0), KEY)
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    _running.append((http, thread))
+    return rollouts, f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def over_threads(
