@@ -82,7 +82,7 @@ class Api:
             return cutter.so_far(token_ids)[1] is not None
 
         futures = await run_in_threadpool(self._ask, asked, is_enough if asked.stops else None)
-        completions = await unless_gone(request, asyncio.gather(*map(asyncio.wrap_future, futures)))
+        completions = await unless_gone(request, futures)
         choices = await run_in_threadpool(lambda: [cutter.choice(completion) for completion in completions])
         return JSONResponse(answer.whole(choices, asked))
 

@@ -134,7 +134,7 @@ async def _generate(rollouts: RolloutServer, request: Request) -> Response:
     futures = await run_in_threadpool(
         rollouts.ask, asked.requests, asked.sampling, weights_version=asked.weights_version
     )
-    completions = await unless_gone(request, asyncio.gather(*map(asyncio.wrap_future, futures)))
+    completions = await unless_gone(request, futures)
     return await run_in_threadpool(_rows, asked, completions)
 
 

@@ -10,7 +10,8 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import Awaitable
+from collections.abc import Sequence
+from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dirl.errors import one_line
+from dirl.errors import UserError, one_line
 from dirl.rollout.server.line import Conflict
 from dirl.rollout.server.wire import KEY_HEADER, KEY_VARIABLE, key_value, refusal
 
@@ -101,8 +102,8 @@ def read_json(body: bytes) -> dict[str, Any]:
     return read
 
 
-async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
-    """An answer that takes long; it is given up when the client goes.
+async def unless_gone(request: Request, futures: Sequence[Future[T]]) -> list[T]:
+    """What takes long, all of it; it is cancelled when the client goes.
 
     Raises:
         ClientDisconnect: it has gone.
@@ -112,7 +113,10 @@ async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(wait_for_end())
+    async def wait_for_all() -> list[T]:
+        return await asyncio.gather(*map(asyncio.wrap_future, futures))
+
+    working, leaving = asyncio.create_task(wait_for_all()), asyncio.create_task(wait_for_end())
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -136,7 +140,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         reason = f"no {request.url.path} here" if is_unknown else error.detail
         return JSONResponse(refusal(reason, error.status_code), error.status_code, error.headers)
     if isinstance(error, _OF_CLIENTS):
-        return JSONResponse(refusal(one_line(error), 400), HTTPStatus.BAD_REQUEST)
+        reason = str(error) if isinstance(error, UserError) else one_line(error)
+        return JSONResponse(refusal(reason, 400), HTTPStatus.BAD_REQUEST)
     logger.error("%s failed", request.url.path, exc_info=error)
     return JSONResponse(refusal(one_line(error), 500), HTTPStatus.INTERNAL_SERVER_ERROR)
 

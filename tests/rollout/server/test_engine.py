@@ -13,14 +13,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import uvicorn
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
@@ -31,9 +30,8 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E40
 from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
-from dirl.rollout.server.api import Api  # noqa: E402
 from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
-from dirl.rollout.server.serve import RolloutServer, listen, serve  # noqa: E402
+from dirl.rollout.server.serve import RolloutServer, serve  # noqa: E402
 from dirl.rollout.server.wire import KEY_VARIABLE, GenerateRequest, PromptRow, ServeConfig, WeightsPart  # noqa: E402
 from dirl.rollout.weights import buckets  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
@@ -43,31 +41,22 @@ from tests.rollout.engine_contract import (  # noqa: E402
     likely_to_stop,
     random_prompts,
 )
+from tests.rollout.server.serving import KEY, serving  # noqa: E402
 
-KEY = "k" * 32
-_running: list[tuple[uvicorn.Server, threading.Thread]] = []
+_running = ExitStack()
 
 
 @pytest.fixture(autouse=True)
 def _closing() -> Iterator[None]:
-    yield
-    for http, _ in _running:
-        http.should_exit = True
-    while _running:
-        _running.pop()[1].join()
+    with _running:
+        yield
 
 
 def start_server(
     model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
 ) -> tuple[RolloutServer, str]:
     """A server in a thread of this process, over a copy of the model; and its address."""
-    ours = deepcopy(model)
-    rollouts = RolloutServer(ours, TorchEngine(ours, tokenizer, max_batch_size=max_batch_size), has_weights=False)
-    http, listening = listen(Api(rollouts, tokenizer, "tiny", SamplingConfig()), ServeConfig(port=0), KEY)
-    thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    _running.append((http, thread))
-    return rollouts, f"http://127.0.0.1:{listening.getsockname()[1]}"
+    return _running.enter_context(serving(model, tokenizer, has_weights=False, max_batch_size=max_batch_size))
 
 
 def over_threads(
