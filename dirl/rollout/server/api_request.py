@@ -28,6 +28,7 @@ _NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "best_of": 1,
+    "top_logprobs": 0,  # only those of the tokens that were drawn are recorded
     "suffix": "",
     "logit_bias": {},
     "tools": [],
@@ -59,7 +60,6 @@ class _CompletionFields(_Fields):
 @dataclass(frozen=True, kw_only=True)
 class _ChatFields(_Fields):
     logprobs: bool = False
-    top_logprobs: int = bounded(0, least=0, most=0)
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,13 @@ def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     assert KEY_VARIABLE in capsys.readouterr().err
 
 
+def test_a_server_without_its_extra_is_one_line() -> None:
+    script = "import sys; sys.modules['uvicorn'] = None; from dirl.cli import main; sys.exit(main(['serve', '.']))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == "dirl: error: dirl serve needs the package uvicorn: pip install 'dirl[serve]'"
+
+
 def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dirl.rollout.server.engine._ATTEMPTS", 1)
     model, tokenizer = likely_to_stop(block_length=4)
