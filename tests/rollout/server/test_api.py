@@ -323,6 +323,17 @@ def test_a_client_that_dies_gives_its_place_free(url: str, is_streamed: bool) ->
     assert len(LINE.lengths) == 2 and max(LINE.lengths) < 3000, "it was decoded to the end for nobody"
 
 
+def test_a_model_of_full_attention_streams_windows() -> None:
+    model, tokenizer = sharp_tiny_model(block_length=0)
+    body = {"prompt": "1+2=", "seed": 1, "max_tokens": 13, "generation_window": 4, "confidence_threshold": THRESHOLD}
+    config = SamplingConfig(max_completion_length=13, generation_window=4, confidence_threshold=THRESHOLD)
+    expected = TorchEngine(model, tokenizer).generate([encode(tokenizer, "1+2=")], config, [1])[0].text
+    with serving(model, tokenizer) as (_, url):
+        assert ask(url, COMPLETIONS, body)["choices"][0]["text"] == expected
+        texts = [event["choices"][0]["text"] for event in stream(url, COMPLETIONS, body)]
+    assert "".join(texts) == expected and sum(map(bool, texts)) > 2
+
+
 def test_a_failure_of_the_engine_is_told_to_those_it_concerns(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
