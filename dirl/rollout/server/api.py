@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -123,22 +124,23 @@ class Api:
 
 
 class _Stream:
-    """Texts and completions on their way from the engine's thread to one client."""
+    """Texts and completions on their way from the engine's thread to one client, who may read slowly."""
 
     def __init__(self, cutter: Cutter) -> None:
         self._cutter, self._loop = cutter, asyncio.get_running_loop()
         self._told = asyncio.Queue[tuple[int, str | Future[Completion]]]()
+        self._num_told: dict[int, int] = defaultdict(int)  # characters of each choice
 
     def watch(self, index: int, token_ids: list[int]) -> bool:
         text, reason = self._cutter.so_far(token_ids)
-        self._tell(index, text)
+        self._tell(index, text[self._num_told[index] :])
+        self._num_told[index] = len(text)
         return reason is not None
 
     async def events(
         self, asked: ApiRequest, answer: Answer, futures: Sequence[Future[Completion]]
     ) -> AsyncIterator[bytes]:
         choices: dict[int, Choice] = {}
-        num_sent = [0] * len(futures)  # characters
         try:
             for index, future in enumerate(futures):
                 future.add_done_callback(partial(self._tell, index))
@@ -148,10 +150,9 @@ class _Stream:
                 index, what = await self._told.get()
                 if not isinstance(what, str):
                     choices[index] = self._cutter.choice(what.result())
-                text = what if isinstance(what, str) else choices[index].text
-                if new := text[num_sent[index] :]:
-                    yield answer.text_event(index, new)
-                    num_sent[index] = len(text)
+                    what = choices[index].text[self._num_told[index] :]
+                if what:
+                    yield answer.text_event(index, what)
                 if index in choices:
                     yield answer.last_event(index, choices[index], asked)
             if asked.has_usage:

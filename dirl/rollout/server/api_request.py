@@ -37,7 +37,7 @@ _NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
     "modalities": ["text"],
 }
-_MAX_STOPS, _MAX_PROMPTS = 16, 2048
+_MAX_STOPS, _MAX_PROMPTS, _MAX_CHOICES = 16, 2048, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,8 @@ def read_chat(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, defau
 def _request(
     read: Any, stops: list[str], prompts: list[list[int]], *, has_logprobs: bool, echoed: Sequence[str] = ()
 ) -> ApiRequest:
+    if len(prompts) * read.n > _MAX_CHOICES:
+        raise Refused(f"n times the number of prompts must be at most {_MAX_CHOICES}", param="n")
     sampling = SamplingConfig(**{f.name: getattr(read, f.name) for f in fields(SamplingConfig)})
     return ApiRequest(
         prompts=prompts,

@@ -147,7 +147,7 @@ class Line(Observer):
                 if ticket.answer.cancelled():
                     continue
                 wanted, here = ticket.weights_version, self._version()
-                if wanted is not None and wanted != here:
+                if here is None or wanted not in (None, here):  # None: they are being pushed
                     _settle(ticket.answer, Conflict(f"weights {wanted} are asked for, {here} are here"))
                     continue
                 index = next(self._numbers)

@@ -19,7 +19,8 @@ from dirl.data.chat import decode, encode, render_prompt
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.server import api, walls
-from dirl.rollout.server.line import Line
+from dirl.rollout.server.line import Conflict, Line
+from dirl.rollout.server.wire import PromptRow
 from tests.oracle import sharp_tiny_model
 from tests.rollout.server.serving import KEY, serving
 
@@ -174,6 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str | None, str]] = {
     "not finite": (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature", "a finite number"),
     "huge": ({"prompt": "a", "temperature": 10**400}, 400, None, "too large"),
     "too many": ({"prompt": "a", "n": 129}, 400, "n", "n must be at least 1 and at most 128"),
+    "too many of them": ({"prompt": ["a"] * 41, "n": 100}, 400, "n", "must be at most 4096"),
     "strategy": ({"prompt": "a", "unmasking_strategy": "x"}, 400, "unmasking_strategy", "must be one of"),
     "stop": ({"prompt": "a", "stop": [""]}, 400, "stop", "stop must be"),
     "not done here": ({"prompt": "a", "frequency_penalty": 1}, 400, "frequency_penalty", "is not supported"),
@@ -204,8 +206,11 @@ def test_strangers_and_unknown_paths(url: str) -> None:
 
 
 def test_no_answer_before_weights_are_there() -> None:
-    with serving(MODEL, TOKENIZER, has_weights=False) as (_, url):
+    with serving(MODEL, TOKENIZER, has_weights=False) as (rollouts, url):
         status, error = ask(url, COMPLETIONS, {"prompt": "a"})
+        (late,) = rollouts.ask([PromptRow(0, [1], 0)], SamplingConfig())  # who asked before a push began
+        with pytest.raises(Conflict, match="None are here"):
+            late.result(60)
     assert (status, error["type"]) == (503, "server_error")
 
 
