@@ -213,19 +213,19 @@ class TorchEngine:
 
         None where the slots would have no room in the cache's tokens, until those in flight have left.
         """
-        num_slots, length = cache.keys.shape[:2]
-        num_active, let_in = num_slots - len(slots.free()), list[Request]()
+        num_free, longest, let_in = len(slots.free()), cache.keys.shape[1], list[Request]()
+        num_active = cache.keys.shape[0] - num_free
         while queue and num_active + len(let_in) < self.max_batch_size:
-            longest = max(length, queue[0].end)
+            longest = max(longest, queue[0].end)
             if (num_active + len(let_in) + 1) * longest > num_tokens and num_active + len(let_in):
                 break
-            length = longest
             let_in.append(queue.popleft())
-        num_wanted, num_blocks = max(num_slots, num_active + len(let_in)), slots.done_ids_SKB.shape[1]
-        if let_in and (num_wanted, length) != cache.keys.shape[:2]:
-            cache.resize(self.model, num_wanted, length)
-            blocks = (_num_blocks(request, slots.block_length) for request in let_in)
-            slots.resize(num_wanted, max(num_blocks, *blocks))
+        length = max(cache.keys.shape[1], *(request.end for request in let_in), 0)
+        num_blocks = max(slots.num_blocks, *(_num_blocks(request, slots.block_length) for request in let_in), 0)
+        if len(let_in) > num_free or length > cache.keys.shape[1] or num_blocks > slots.num_blocks:
+            cache.keep_slots(slots.compact())
+            cache.resize(self.model, num_active + len(let_in), length)
+            slots.resize(num_active + len(let_in), num_blocks)
         return dict(zip(slots.free(), let_in, strict=False))
 
     def _read_prompts(self, admitted: dict[int, Request], slots: Slots, cache: BlockCache) -> Sequence[_Section]:

@@ -52,6 +52,11 @@ class Slots:
         self.done_ids_SKB, self.done_steps_SKB = (zeros(num_blocks, block_length) for _ in range(2))
         self.done_logprobs_SKB = zeros(num_blocks, block_length, dtype=torch.float32)
 
+    @property
+    def num_blocks(self) -> int:
+        """Of a completion at most."""
+        return self.done_ids_SKB.shape[1]
+
     def free(self) -> list[int]:
         return [slot for slot, request in enumerate(self.requests) if request is None]
 
@@ -60,7 +65,8 @@ class Slots:
         self.requests += [None] * (num_slots - len(self.requests))
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(self, name, padded(value, num_slots, *[num_blocks] * name.startswith("done_")))
+                shape = (num_slots, num_blocks) if name.startswith("done_") else (num_slots,)
+                setattr(self, name, padded(value, *shape))
 
     def admit(self, requests: dict[int, Request]) -> None:
         """Put requests into free slots, each at the block that follows its prompt's full blocks."""

@@ -299,6 +299,35 @@ def test_a_request_that_comes_late_gets_what_it_gets_alone(
             assert watch.most > 1, "nobody joined"
 
 
+def test_who_comes_late_may_take_a_slot_and_have_more_blocks_than_who_left_it() -> None:
+    model, tokenizer = sharp_tiny_model()
+    at_once = SamplingConfig(confidence_threshold=0.0, max_completion_length=22)  # a block a step
+    first, late = Request(0, list(range(20)), 0, 24), Request(1, [1, 2], 1, 24)
+    queue = deque([first])
+    engine = TorchEngine(model, tokenizer, observer=Latecomers(queue, [late], 1))
+    assert dict(engine.decode(queue, at_once))[1] == TorchEngine(model, tokenizer).generate([[1, 2]], at_once, [1])[0]
+
+
+def test_slots_that_become_longer_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three short ones end, one goes on; a long one comes, for which four slots of its length would be too many."""
+    model, tokenizer = sharp_tiny_model()
+    sizes: list[int] = []
+    stock = BlockCache.resize
+
+    def resize(self: BlockCache, *arguments: Any) -> None:
+        stock(self, *arguments)
+        sizes.append(self.keys.shape[0] * self.keys.shape[1])
+
+    monkeypatch.setattr(BlockCache, "resize", resize)
+    at_once = SamplingConfig(confidence_threshold=0.0)
+    short = [Request(i, [i], i, 4) for i in range(3)]
+    queue = deque([*short, Request(3, [3], 3, 20)])
+    late = Request(4, [4], 4, 40)
+    engine = TorchEngine(model, tokenizer, max_cached_tokens=80, observer=Latecomers(queue, [late], 1))
+    assert sorted(dict(engine.decode(queue, at_once))) == list(range(5))
+    assert sizes == [80]
+
+
 def test_what_is_enough_ends_after_its_block() -> None:
     model, tokenizer = sharp_tiny_model()
     whole = TorchEngine(model, tokenizer).generate([[1, 2]] * 2, DYNAMIC, [0, 1])
