@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dirl import __version__
-from dirl.config import load_config
+from dirl.config import load_config, with_changes
 from dirl.errors import RunInterrupted, UserError
+from dirl.files import is_hub_id
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,11 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "sft": (_run_sft, "fine-tune with random masking"),
         "rl": (_run_rl, "improve with DiPO on the model's own rollouts"),
         "eval": (_run_eval, "evaluate a checkpoint"),
-        "serve": (_run_serve, "decode for trainers in other processes (rollout.mode=server)"),
+        "serve": (_run_serve, "OpenAI's endpoints over a model, and rollouts for trainers (rollout.mode=server)"),
     }
     for name, (run, help_text) in runs.items():
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("config", metavar="CONFIG", help=f"YAML file, such as configs/tiny/{name}.yaml")
+        words = "; or a model's directory or hub id, to serve it as it is" if name == "serve" else ""
+        command.add_argument("config", metavar="CONFIG", help=f"YAML file, such as configs/tiny/{name}.yaml{words}")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
         command.add_argument("--quiet", action="store_true", help="print only warnings and the result")
         command.set_defaults(run=run)
@@ -197,10 +199,18 @@ def _run_eval(options: argparse.Namespace) -> None:
 
 
 def _run_serve(options: argparse.Namespace) -> None:
-    from dirl.rollout.server.serve import serve
     from dirl.rollout.server.wire import ServeConfig
 
-    serve(load_config(ServeConfig, options.config, options.overrides))
+    named = options.config
+    if Path(named).is_dir() or is_hub_id(named):
+        config = with_changes(load_config(ServeConfig, None, options.overrides), {"model.path": named}, "command line")
+    else:
+        config = load_config(ServeConfig, named, options.overrides)
+    try:
+        from dirl.rollout.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"dirl serve needs the package {error.name}: pip install 'dirl[serve]'") from error
+    serve(config)
 
 
 def _run_convert(options: argparse.Namespace) -> None:

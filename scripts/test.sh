@@ -5,6 +5,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 install_dirl dev
 install_for_tests lmdeploy --no-deps -r "$ROOT/tests/requirements-lmdeploy.txt" # its classes, beside the torch that is there
 install_for_tests reasoning_gym "reasoning-gym>=0.1.25"
+if [[ "$*" == *matrix* ]]; then # other people's clients of dirl serve
+    install_for_tests openai "openai>=1.60"
+    install_for_tests lm_eval "lm-eval[api]>=0.4.9"
+fi
 
 # The report is tested in a real browser, and generated programs behind bubblewrap's walls, where they are there; root on
 # Debian gets them (NO_APT=1: does not), others may skip those tests.

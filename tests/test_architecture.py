@@ -46,6 +46,7 @@ FENCES = {
     "tokenizers": {"data/chat.py", "data/tasks.py"},
     "peft": {"model/lora.py"},
     "liger_kernel": {"model/kernels.py"},
+    **{library: {"rollout/server/"} for library in ("starlette", "uvicorn", "anyio")},
     "flash_attn": {"rollout/local/block_cache.py"},
     "omegaconf": {"config.py"},
     "matplotlib": {"show/"},

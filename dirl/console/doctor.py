@@ -42,6 +42,8 @@ _OPTIONAL = {
     "lmdeploy": "fast rollouts on CUDA: pip install 'dirl[lmdeploy]' in an environment of its own",
     "deepspeed": "sharded optimizers: pip install 'dirl[deepspeed]'",
     "peft": "lora.r > 0: pip install 'dirl[peft]'",
+    "starlette": "dirl serve: pip install 'dirl[serve]'",
+    "uvicorn": "dirl serve: pip install 'dirl[serve]'",
     "flash-attn": "a faster KV cache on CUDA: pip install 'dirl[flash-attn]'",
     "pandas": "to_pandas() of completions: pip install pandas",
     "tensorboard": "report_to=[tensorboard]: pip install tensorboard",

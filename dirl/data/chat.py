@@ -168,6 +168,11 @@ def render_messages(
     return list(ids)
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text as it stands, with what the tokenizer itself puts before it; in no template."""
+    return list(tokenizer.encode(text))
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of token ids for people and reward functions: special tokens left out, spaces untouched."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

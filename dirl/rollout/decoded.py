@@ -79,7 +79,9 @@ def make_completion(
     )
 
 
-def on_canvas(completion: Completion, sampling: SamplingConfig) -> Completion:
-    """A completion under full attention, with what its replay must know of the canvas it was decoded on."""
+def in_windows(completion: Completion, sampling: SamplingConfig, block_length: int) -> Completion:
+    """A completion with what its replay must know: its windows, and under full attention the rest of its canvas."""
+    if block_length:
+        return replace(completion, generation_window=sampling.sub_block_length)
     num_unwritten = sampling.max_completion_length - len(completion.token_ids)
     return replace(completion, generation_window=sampling.generation_window, num_unwritten=num_unwritten)

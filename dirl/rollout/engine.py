@@ -7,9 +7,10 @@ completion tokens. Token ids are the truth; text is made once, for people and re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -98,6 +99,18 @@ class EngineConfig(Config):
             raise ValueError("server_urls and server_devices are read with mode=server only; set that, or remove them")
 
 
+@dataclass(frozen=True)
+class Request:
+    """One prompt waiting to be decoded."""
+
+    index: int  # its name among those that are decoded with it; `generate`: place in the caller's list
+    prompt_ids: Sequence[int]
+    seed: int
+    end: int  # first position that may not be touched
+    threshold: float | None = None  # of its own; None: that of the sampling
+    is_enough: Callable[[], bool] | None = None  # asked after each block: True ends the completion there
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """What one prompt became. R counts every token of every block that was touched, also those after EOS."""
@@ -163,4 +176,20 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release everything; the engine cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class OpenEngine(RolloutEngine, Protocol):
+    """An engine that takes requests in while it decodes others."""
+
+    def decode(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        """Completions of all requests in the queue as they end, each with its request's index.
+
+        Whoever looks on (`Observer.stepped`) may append requests meanwhile; under block diffusion these join what is in
+        flight as soon as there is room, under full attention they follow it.
+
+        Args:
+            sampling: of all of them; its max_completion_length is read under full attention only.
+        """
         ...

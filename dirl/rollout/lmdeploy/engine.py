@@ -16,7 +16,6 @@ import logging
 import tempfile
 import threading
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import lmdeploy
@@ -33,7 +32,7 @@ from dirl.data.chat import save_tokenizer, stop_token_ids
 from dirl.errors import UserError
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
-from dirl.rollout.decoded import make_completion, touched_tokens
+from dirl.rollout.decoded import in_windows, make_completion, touched_tokens
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig, SleepLevel
 from dirl.rollout.lmdeploy import recorder
 from dirl.rollout.lmdeploy.version import check_version
@@ -122,7 +121,7 @@ class LMDeployEngine:
             )
             for prompt, trace in zip(prompts, traces, strict=True)
         )
-        return [replace(completion, generation_window=sampling.sub_block_length) for completion in completions]
+        return [in_windows(completion, sampling, self.scheme.block_length) for completion in completions]
 
     def update_weights(self, model: nn.Module) -> None:
         self._push(model)

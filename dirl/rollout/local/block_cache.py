@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dirl.model.attention import masked_attention
 from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.rollout.local.slots import padded
 
 _IN_PLACE_FROM = 2 / 3  # share of the slots that are read; below it copying them takes less than padding rows
 
@@ -110,6 +111,13 @@ class BlockCache:
         place_C = torch.cat([rows.slot_C * length + rows.position_T[rows.token_C] for rows in sections])
         token_C = torch.cat([rows.token_C + start for rows, start in zip(sections, starts, strict=True)])
         return Entries(place_C, None if len(token_C) == num_tokens else token_C)
+
+    def resize(self, model: BlockDiffusionModel, num_slots: int, length: int) -> None:
+        """More slots, or longer ones; layer by layer, so that little is held twice."""
+        if length > self.keys.shape[1]:
+            self.rotary = Rotary.up_to(length, model, next(model.parameters()))
+        for index, layer in enumerate(self.layers):
+            self.layers[index] = LayerCache(*(padded(tensor, num_slots, length) for tensor in layer))
 
     def keep_slots(self, slot_N: Tensor) -> None:
         """Drop all slots but these; slot_N[i] becomes slot i. Only those that change their number are copied."""

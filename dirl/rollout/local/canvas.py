@@ -27,9 +27,8 @@ from torch import Tensor
 from dirl.model.attention import AttentionPlan, DensePlan
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.block_step import Blocks, DenoisingStep
-from dirl.rollout.engine import ApproximateCache
+from dirl.rollout.engine import ApproximateCache, Request
 from dirl.rollout.local.block_cache import BlockCache, Entries, read_slots
-from dirl.rollout.local.slots import Request
 from dirl.rollout.watch import Frame
 
 PASS_TOKENS = 65_536  # of all canvases together, where no other bound is set

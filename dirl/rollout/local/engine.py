@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
@@ -27,12 +26,12 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
 from dirl.model.memory import cache_bytes_per_token, free_bytes
 from dirl.rollout.block_step import Sampler
-from dirl.rollout.decoded import check_thresholds, make_completion, on_canvas, touched_tokens
-from dirl.rollout.engine import Completion, EngineConfig, RolloutError, SamplingConfig
+from dirl.rollout.decoded import check_thresholds, in_windows, make_completion, touched_tokens
+from dirl.rollout.engine import Completion, EngineConfig, Request, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
 from dirl.rollout.local.canvas import PASS_TOKENS, Canvases
-from dirl.rollout.local.slots import Request, Slots
+from dirl.rollout.local.slots import Slots
 from dirl.rollout.watch import Observer
 from dirl.training.balance import consecutive
 from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
@@ -77,8 +76,6 @@ class TorchEngine:
         seeds: Sequence[int],
         thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
-        if self._is_stale:
-            raise RolloutError("the last push of weights did not finish; call update_weights before generate")
         block_length = self.model.scheme.block_length
         touched = touched_tokens(prompts, seeds, sampling, block_length)
         check_thresholds(thresholds, prompts, sampling)
@@ -87,17 +84,29 @@ class TorchEngine:
             Request(i, prompt, seed, len(prompt) + num_tokens, threshold)
             for i, (prompt, seed, num_tokens, threshold) in enumerate(zip(prompts, seeds, touched, own, strict=True))
         ]
+        finished = dict(self.decode(deque(requests), sampling))
+        if len(finished) != len(prompts):
+            raise RolloutError(f"{len(prompts) - len(finished)} of {len(prompts)} completions are missing")
+        return [finished[i] for i in range(len(prompts))]
+
+    def decode(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        if self._is_stale:
+            raise RolloutError("the last push of weights did not finish; call update_weights before generate")
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode(), self._precision():
-                finished = self._watched(requests, sampling) if requests else {}
+                if queue:
+                    self.observer.started(len(queue))
+                while queue:
+                    has_blocks = self.model.scheme.block_length > 0
+                    ended = (self._decode if has_blocks else self._decode_canvases)(queue, sampling)
+                    for index, completion in ended:
+                        self.observer.finished(completion)
+                        yield index, completion
         finally:
             self.observer.ended()
             self.model.train(was_training)
-        if len(finished) != len(prompts):
-            raise RolloutError(f"{len(prompts) - len(finished)} of {len(prompts)} completions are missing")
-        return [finished[i] for i in range(len(prompts))]
 
     def update_weights(self, model: nn.Module) -> None:
         if model is not self.model:
@@ -126,21 +135,13 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _watched(self, requests: Sequence[Request], sampling: SamplingConfig) -> dict[int, Completion]:
-        self.observer.started(len(requests))
-        finished = {}
-        decode = self._decode if self.model.scheme.block_length else self._decode_canvases
-        for index, completion in decode(requests, sampling):
-            finished[index] = completion
-            self.observer.finished(completion)
-        return finished
-
-    def _decode(self, requests: Sequence[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
-        scheme, queue, like = self.model.scheme, deque(requests), next(self.model.parameters())
-        block_length, device = scheme.block_length, like.device
-        length = max(r.end for r in requests)
-        num_slots = min(self.config.max_batch_size, len(requests), self._sequences_that_fit(length))
-        num_blocks = max(r.end // block_length - len(r.prompt_ids) // block_length for r in requests)
+    def _decode(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
+        scheme, like = self.model.scheme, next(self.model.parameters())
+        device, own_thresholds = like.device, queue[0].threshold is not None
+        length = max(r.end for r in queue)
+        num_tokens = self._tokens_that_fit(length)
+        num_slots = min(self.config.max_batch_size, len(queue), num_tokens // length)
+        num_blocks = max(_num_blocks(r, scheme.block_length) for r in queue)
         carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
         slots = Slots(num_slots, num_blocks, scheme, carried)
         cache = BlockCache(self.model, num_slots, length, self.autocast)
@@ -148,7 +149,7 @@ class TorchEngine:
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
             prompts: Sequence[_Section] = []
-            if admitted := {slot: queue.popleft() for slot in slots.free() if queue}:
+            if admitted := self._let_in(queue, slots, cache, num_tokens):
                 slots.admit(admitted)
                 prompts = self._read_prompts(admitted, slots, cache)
             elif slots.free():  # an empty slot is a row of every pass
@@ -156,7 +157,7 @@ class TorchEngine:
             slot_A = slots.is_active_S.nonzero().squeeze(1)
             if len(slot_A) == 0:
                 return
-            blocks = slots.blocks(slot_A, own_thresholds=requests[0].threshold is not None)
+            blocks = slots.blocks(slot_A, own_thresholds=own_thresholds)
             masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
             hidden_MD = self._forward(slots, slot_A, masked_M, prompts, cache)
             step = sampler.denoise(hidden_MD, blocks, masked_M)
@@ -164,17 +165,16 @@ class TorchEngine:
             self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
                 index, completion = self._completion(*slots.release(slot))
-                yield index, replace(completion, generation_window=sampling.sub_block_length)
+                yield index, in_windows(completion, sampling, scheme.block_length)
 
-    def _decode_canvases(
-        self, requests: Sequence[Request], sampling: SamplingConfig
-    ) -> Iterator[tuple[int, Completion]]:
+    def _decode_canvases(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         """The same under full attention, in batches: what has ended leaves room that the next batch takes."""
+        requests = [queue.popleft() for _ in range(len(queue))]
         kind, length = self.config.approximate_cache, max(request.end for request in requests)
         num_rows = min(
             self.config.max_batch_size,
             max(1, (self.config.max_cached_tokens or PASS_TOKENS) // length),
-            len(requests) if kind == "none" else self._sequences_that_fit(length),
+            len(requests) if kind == "none" else self._tokens_that_fit(length) // length,
         )
         sampler = Sampler(self.model.lm_head, *sampling.rules(self.model.scheme), suppressed_by(self.model))
         stop_ids = torch.tensor(self.stop_ids, device=next(self.model.parameters()).device)
@@ -190,14 +190,14 @@ class TorchEngine:
                 self.observer.stepped(partial(canvases.frames, step))
                 for written in canvases.finished(stop_ids):
                     index, completion = self._completion(*written)
-                    yield index, on_canvas(completion, sampling)
+                    yield index, in_windows(completion, sampling, 0)
 
     def _precision(self) -> torch.autocast:
         device_type = next(self.model.parameters()).device.type
         return torch.autocast(device_type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
-    def _sequences_that_fit(self, length: int) -> int:
-        """How many sequences of so many tokens the KV cache may hold, at least one.
+    def _tokens_that_fit(self, length: int) -> int:
+        """How many tokens the KV cache may hold; at least `length`, those of one sequence.
 
         Raises:
             UserError: not even one fits the bound that was set.
@@ -209,8 +209,27 @@ class TorchEngine:
                 f"{length} tokens; raise it, or lower max_completion_length"
             )
         bytes_per_token = cache_bytes_per_token(self.model.config, (self.autocast or parameter.dtype).itemsize)
-        num_tokens = self.config.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token
-        return max(1, num_tokens // length)
+        return max(length, self.config.max_cached_tokens or free_bytes(parameter.device) // 2 // bytes_per_token)
+
+    def _let_in(self, queue: deque[Request], slots: Slots, cache: BlockCache, num_tokens: int) -> dict[int, Request]:
+        """The first requests of the queue, each with a free slot; for those that came late slots are added, or longer.
+
+        None where the slots would have no room in the cache's tokens, until those in flight have left.
+        """
+        num_free, longest, let_in = len(slots.free()), cache.keys.shape[1], list[Request]()
+        num_active = cache.keys.shape[0] - num_free
+        while queue and num_active + len(let_in) < self.config.max_batch_size:
+            longest = max(longest, queue[0].end)
+            if (num_active + len(let_in) + 1) * longest > num_tokens and num_active + len(let_in):
+                break
+            let_in.append(queue.popleft())
+        length = max(cache.keys.shape[1], *(request.end for request in let_in), 0)
+        num_blocks = max(slots.num_blocks, *(_num_blocks(request, slots.block_length) for request in let_in), 0)
+        if len(let_in) > num_free or length > cache.keys.shape[1] or num_blocks > slots.num_blocks:
+            cache.keep_slots(slots.compact())
+            cache.resize(self.model, num_active + len(let_in), length)
+            slots.resize(num_active + len(let_in), num_blocks)
+        return dict(zip(slots.free(), let_in, strict=False))
 
     def _read_prompts(self, admitted: dict[int, Request], slots: Slots, cache: BlockCache) -> Sequence[_Section]:
         """The full blocks of admitted prompts, each distinct one once, as a section of the next pass.
@@ -298,3 +317,8 @@ class TorchEngine:
             confidence_threshold=request.threshold,
         )
         return request.index, completion
+
+
+def _num_blocks(request: Request, block_length: int) -> int:
+    """Blocks that its completion touches at most."""
+    return request.end // block_length - len(request.prompt_ids) // block_length

@@ -9,26 +9,20 @@ D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dirl.diffusion.packing import DiffusionScheme
 from dirl.rollout.block_step import Blocks, DenoisingStep
+from dirl.rollout.engine import Request
 from dirl.rollout.watch import Frame
 
 
-@dataclass(frozen=True)
-class Request:
-    """One prompt waiting to be decoded."""
-
-    index: int  # place in the caller's list
-    prompt_ids: Sequence[int]
-    seed: int
-    end: int  # first position that may not be touched
-    threshold: float | None = None  # of its own; None: that of the sampling
+def padded(tensor: Tensor, *shape: int) -> Tensor:
+    """A copy with as many leading dimensions of these sizes, zeros behind what there was."""
+    larger = tensor.new_zeros(*shape, *tensor.shape[len(shape) :])
+    larger[tuple(slice(size) for size in tensor.shape)] = tensor
+    return larger
 
 
 class Slots:
@@ -58,8 +52,21 @@ class Slots:
         self.done_ids_SKB, self.done_steps_SKB = (zeros(num_blocks, block_length) for _ in range(2))
         self.done_logprobs_SKB = zeros(num_blocks, block_length, dtype=torch.float32)
 
+    @property
+    def num_blocks(self) -> int:
+        """Of a completion at most."""
+        return self.done_ids_SKB.shape[1]
+
     def free(self) -> list[int]:
         return [slot for slot, request in enumerate(self.requests) if request is None]
+
+    def resize(self, num_slots: int, num_blocks: int) -> None:
+        """More slots, and room for completions of more blocks."""
+        self.requests += [None] * (num_slots - len(self.requests))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                shape = (num_slots, num_blocks) if name.startswith("done_") else (num_slots,)
+                setattr(self, name, padded(value, *shape))
 
     def admit(self, requests: dict[int, Request]) -> None:
         """Put requests into free slots, each at the block that follows its prompt's full blocks."""
@@ -127,9 +134,15 @@ class Slots:
         # No step revealed the prompt's tokens in the first block.
         has_stopped_F = (torch.isin(token_ids_FB, stop_ids) & (step_map_FB > 0)).any(dim=1)
         has_ended_F = has_stopped_F | (self.block_S[slot_F] + 1 >= self.end_block_S[slot_F])
+        if any(request and request.is_enough for request in self.requests):
+            has_ended_F |= torch.tensor([self._is_enough(slot) for slot in slot_F.tolist()], device=self.device)
         self._next_block(slot_F)
         self.is_active_S[slot_F[has_ended_F]] = False
         return slot_F[has_ended_F].tolist()
+
+    def _is_enough(self, slot: int) -> bool:
+        request = self.requests[slot]
+        return request is not None and request.is_enough is not None and request.is_enough()
 
     def _next_block(self, slot_F: Tensor) -> None:
         self.previous_ids_SB[slot_F] = self.token_ids_SB[slot_F]

@@ -29,7 +29,7 @@ from dirl.data.chat import save_tokenizer
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.rollout.decoded import check_thresholds, make_completion, on_canvas, touched_tokens
+from dirl.rollout.decoded import check_thresholds, in_windows, make_completion, touched_tokens
 from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, RolloutError, SamplingConfig
 from dirl.rollout.server.process import ServerProcess
 from dirl.rollout.server.wire import (
@@ -169,7 +169,7 @@ class ServerEngine:
             )
             for i, prompt in enumerate(prompts)
         ]
-        return completions if self.block_length else [on_canvas(c, sampling) for c in completions]
+        return [in_windows(completion, sampling, self.block_length) for completion in completions]
 
     def update_weights(self, model: nn.Module) -> None:
         self.weights_version += 1

@@ -4,7 +4,8 @@
     POST /generate                 GenerateRequest -> CompletionRows
     POST /weights?WeightsPart      safetensors     -> {weights_version}; in order; the last part changes over
 
-Requests and answers are JSON. Every call carries the key; a refusal is {error}, and status 409 means: not yet.
+Requests and answers are JSON. Every call carries the key; a refusal has the form of OpenAI's, and status 409 means: not
+yet. What other clients say is in `api_request` and `api_answer`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class ServeConfig(Config):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # of /v1 requests, where they do not say
     bf16: bool = False  # decode under autocast to bfloat16: as a trainer with `bf16: true` scores
     host: str = "127.0.0.1"
     port: int = bounded(8100, least=0, most=65535)  # 0: any free one
@@ -134,13 +136,19 @@ def read_completions(answer: Mapping[str, Any]) -> list[CompletionRow]:
     return [CompletionRow(**row) for row in answer["completions"]]
 
 
-def refusal(reason: str) -> dict[str, Any]:
-    return {"error": reason}
+def refusal(reason: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """
+    Args:
+        param: the field of the request that is wrong.
+        code: a word for programs.
+    """
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": reason, "type": kind, "param": param, "code": code}}
 
 
 def read_refusal(body: bytes, status: int) -> str:
     """Why; the status where the answer does not say."""
     try:
-        return str(json.loads(body)["error"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP {status}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,12 +16,14 @@ pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
 from dirl.errors import UserError  # noqa: E402
 from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
-from dirl.rollout.engine import EngineConfig, SamplingConfig  # noqa: E402
+from dirl.rollout.decoded import touched_tokens  # noqa: E402
+from dirl.rollout.engine import EngineConfig, Request, SamplingConfig  # noqa: E402
 from dirl.rollout.local.block_cache import BlockCache, LayerCache  # noqa: E402
 from dirl.rollout.local.cached_forward import compiled_of  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.replay import logprobs  # noqa: E402
-from tests.oracle import brute_force_logprobs, tiny_moe  # noqa: E402
+from dirl.rollout.watch import Frame, Observer  # noqa: E402
+from tests.oracle import brute_force_logprobs, sharp_tiny_model, tiny_moe  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
     DYNAMIC,
     EngineContract,
@@ -260,3 +263,76 @@ def test_under_autocast_the_cache_has_its_precision(monkeypatch: pytest.MonkeyPa
         dtypes.clear()
         TorchEngine(*likely_to_stop(), autocast=autocast).generate([[1, 2, 3, 4, 5]], DYNAMIC, [0])
         assert set(dtypes) == {expected}
+
+
+class Latecomers(Observer):
+    """Requests that come one after another, each after some more steps of those before it."""
+
+    def __init__(self, queue: deque[Request], late: list[Request], every: int) -> None:
+        self.queue, self.late, self.every, self.num_steps, self.most = queue, deque(late), every, 0, 0
+
+    def stepped(self, frames: Callable[[], list[Frame]]) -> None:
+        self.num_steps += 1
+        self.most = max(self.most, len(frames()))
+        if self.late and self.num_steps % self.every == 0:
+            self.queue.append(self.late.popleft())
+
+
+@pytest.mark.parametrize("bounds", [{}, {"max_batch_size": 2}, {"max_cached_tokens": 64}])
+@pytest.mark.parametrize(("block_length", "shift"), [(4, 0), (4, 1), (0, 0)])
+def test_a_request_that_comes_late_gets_what_it_gets_alone(
+    block_length: int, shift: int, bounds: dict[str, int]
+) -> None:
+    """Longer ones and more than there were slots for; they join what is in flight, or follow it on canvases."""
+    model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
+    prompts, seeds = random_prompts([3, 9, 2, 20, 8, 31]), range(6)
+    touched = touched_tokens(prompts, seeds, DYNAMIC, block_length)
+    alone = TorchEngine(model, tokenizer, **bounds)
+    expected = [alone.generate([prompt], DYNAMIC, [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    rows = zip(prompts, seeds, touched, strict=True)
+    requests = [Request(i, prompt, seed, len(prompt) + num) for i, (prompt, seed, num) in enumerate(rows)]
+    for every in (1, 3):
+        queue = deque(requests[:1])
+        watch = Latecomers(queue, requests[1:], every)
+        found = dict(TorchEngine(model, tokenizer, observer=watch, **bounds).decode(queue, DYNAMIC))
+        for i, completion in enumerate(expected):
+            assert (found[i].token_ids, found[i].step_map) == (completion.token_ids, completion.step_map)
+        if block_length and every == 1:
+            assert watch.most > 1, "nobody joined"
+
+
+def test_who_comes_late_may_take_a_slot_and_have_more_blocks_than_who_left_it() -> None:
+    model, tokenizer = sharp_tiny_model()
+    at_once = SamplingConfig(confidence_threshold=0.0, max_completion_length=22)  # a block a step
+    first, late = Request(0, list(range(20)), 0, 24), Request(1, [1, 2], 1, 24)
+    queue = deque([first])
+    engine = TorchEngine(model, tokenizer, observer=Latecomers(queue, [late], 1))
+    assert dict(engine.decode(queue, at_once))[1] == TorchEngine(model, tokenizer).generate([[1, 2]], at_once, [1])[0]
+
+
+def test_slots_that_become_longer_keep_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three short ones end, one goes on; a long one comes, for which four slots of its length would be too many."""
+    model, tokenizer = sharp_tiny_model()
+    sizes: list[int] = []
+    stock = BlockCache.resize
+
+    def resize(self: BlockCache, *arguments: Any) -> None:
+        stock(self, *arguments)
+        sizes.append(self.keys.shape[0] * self.keys.shape[1])
+
+    monkeypatch.setattr(BlockCache, "resize", resize)
+    at_once = SamplingConfig(confidence_threshold=0.0)
+    short = [Request(i, [i], i, 4) for i in range(3)]
+    queue = deque([*short, Request(3, [3], 3, 20)])
+    late = Request(4, [4], 4, 40)
+    engine = TorchEngine(model, tokenizer, max_cached_tokens=80, observer=Latecomers(queue, [late], 1))
+    assert sorted(dict(engine.decode(queue, at_once))) == list(range(5))
+    assert sizes == [80]
+
+
+def test_what_is_enough_ends_after_its_block() -> None:
+    model, tokenizer = sharp_tiny_model()
+    whole = TorchEngine(model, tokenizer).generate([[1, 2]] * 2, DYNAMIC, [0, 1])
+    requests = [Request(i, [1, 2], i, 20, is_enough=(lambda: True) if i == 0 else None) for i in range(2)]
+    found = dict(TorchEngine(model, tokenizer).decode(deque(requests), DYNAMIC))
+    assert found[0].token_ids == whole[0].token_ids[:2] and found[1].token_ids == whole[1].token_ids

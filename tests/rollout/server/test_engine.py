@@ -13,9 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, Roll
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
 from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
-from dirl.rollout.server.serve import RolloutServer, _listen, serve  # noqa: E402
+from dirl.rollout.server.serve import RolloutServer, serve  # noqa: E402
 from dirl.rollout.server.wire import KEY_VARIABLE, GenerateRequest, PromptRow, ServeConfig, WeightsPart  # noqa: E402
 from dirl.rollout.weights import buckets  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
@@ -42,31 +41,22 @@ from tests.rollout.engine_contract import (  # noqa: E402
     likely_to_stop,
     random_prompts,
 )
+from tests.rollout.server.serving import KEY, serving  # noqa: E402
 
-KEY = "k" * 32
-_listening: list[ThreadingHTTPServer] = []
+_running = ExitStack()
 
 
 @pytest.fixture(autouse=True)
 def _closing() -> Iterator[None]:
-    yield
-    while _listening:
-        http = _listening.pop()
-        http.shutdown()
-        http.server_close()
+    with _running:
+        yield
 
 
 def start_server(
     model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, max_batch_size: int = 256
 ) -> tuple[RolloutServer, str]:
     """A server in a thread of this process, over a copy of the model; and its address."""
-    ours = deepcopy(model)
-    engine = TorchEngine(ours, tokenizer, EngineConfig(max_batch_size=max_batch_size))
-    rollouts = RolloutServer(ours, engine, has_weights=False)
-    http = _listen(rollouts, ServeConfig(port=0), KEY)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    _listening.append(http)
-    return rollouts, f"http://127.0.0.1:{http.server_address[1]}"
+    return _running.enter_context(serving(model, tokenizer, has_weights=False, max_batch_size=max_batch_size))
 
 
 def over_threads(
@@ -195,6 +185,13 @@ def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     assert main(["serve", str(Path(__file__).parents[3] / "configs/tiny/serve.yaml")]) == 2
     assert KEY_VARIABLE in capsys.readouterr().err
+
+
+def test_a_server_without_its_extra_is_one_line() -> None:
+    script = "import sys; sys.modules['uvicorn'] = None; from dirl.cli import main; sys.exit(main(['serve', '.']))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == "dirl: error: dirl serve needs the package uvicorn: pip install 'dirl[serve]'"
 
 
 def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
