@@ -287,14 +287,14 @@ def test_a_request_that_comes_late_gets_what_it_gets_alone(
     model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
     prompts, seeds = random_prompts([3, 9, 2, 20, 8, 31]), range(6)
     touched = touched_tokens(prompts, seeds, DYNAMIC, block_length)
-    alone = TorchEngine(model, tokenizer, **bounds)
+    alone = TorchEngine(model, tokenizer, EngineConfig(**bounds))
     expected = [alone.generate([prompt], DYNAMIC, [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
     rows = zip(prompts, seeds, touched, strict=True)
     requests = [Request(i, prompt, seed, len(prompt) + num) for i, (prompt, seed, num) in enumerate(rows)]
     for every in (1, 3):
         queue = deque(requests[:1])
         watch = Latecomers(queue, requests[1:], every)
-        found = dict(TorchEngine(model, tokenizer, observer=watch, **bounds).decode(queue, DYNAMIC))
+        found = dict(TorchEngine(model, tokenizer, EngineConfig(**bounds), observer=watch).decode(queue, DYNAMIC))
         for i, completion in enumerate(expected):
             assert (found[i].token_ids, found[i].step_map) == (completion.token_ids, completion.step_map)
         if block_length and every == 1:
@@ -325,7 +325,8 @@ def test_slots_that_become_longer_keep_to_the_bound(monkeypatch: pytest.MonkeyPa
     short = [Request(i, [i], i, 4) for i in range(3)]
     queue = deque([*short, Request(3, [3], 3, 20)])
     late = Request(4, [4], 4, 40)
-    engine = TorchEngine(model, tokenizer, max_cached_tokens=80, observer=Latecomers(queue, [late], 1))
+    watch = Latecomers(queue, [late], 1)
+    engine = TorchEngine(model, tokenizer, EngineConfig(max_cached_tokens=80), observer=watch)
     assert sorted(dict(engine.decode(queue, at_once))) == list(range(5))
     assert sizes == [80]
 

@@ -213,10 +213,10 @@ def test_a_server_over_another_cache_is_refused(theirs: ApproximateCache, ours: 
     """Its completions would be taken for exact ones, or exact ones corrected."""
     model, tokenizer = likely_to_stop(block_length=0)
     rollouts, url = start_server(model, tokenizer)
-    rollouts.approximate_cache = theirs
+    rollouts.config = EngineConfig(approximate_cache=theirs)
     with pytest.raises(UserError, match=rf"approximate_cache={theirs}, rollout.approximate_cache is {ours}.*set both"):
         ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True, approximate_cache=ours)
-    rollouts.approximate_cache = ours
+    rollouts.config = EngineConfig(approximate_cache=ours)
     ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True, approximate_cache=ours)
 
 
