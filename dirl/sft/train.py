@@ -131,9 +131,7 @@ class SFTTrainer(Trainer):
         self._last_taken = drawn.indices
         batch = self.examples(drawn.documents)
         is_autoregressive = self.config.autoregressive_weight > 0
-        packs = self._packs(
-            batch, self.config.noise, seed=stable_seed(self.config.seed, self.steps_done), starts=is_autoregressive
-        )
+        packs = self._packs(batch, seed=stable_seed(self.config.seed, self.steps_done), starts=is_autoregressive)
         num_scored = float(sum(example.num_scored for example in batch))
         num_starts = float(max(count_block_starts(example.trajectory for example in batch), 1))
         losses = [partial(self._loss, packed, num_scored, num_starts) for packed in packs]
@@ -219,9 +217,10 @@ class SFTTrainer(Trainer):
         return self._loss(packed.to(self.distributed.device), 1.0, 1.0).nothing()
 
     def _packs(
-        self, batch: Sequence[Example], noise: NoiseConfig, *, seed: int, starts: bool = False
+        self, batch: Sequence[Example], noise: NoiseConfig | None = None, *, seed: int, starts: bool = False
     ) -> list[PackedViews]:
         """This rank's micro-batches of a global batch; `starts`: with the first tokens of blocks scored too."""
+        noise = noise or self.config.noise
         levels = batch_noise_levels(batch, noise, seed)
         ranks, hidden_size = self.distributed.world_size, self.model.config.hidden_size
         num_views = 2 if noise.complementary else 1
