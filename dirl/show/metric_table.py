@@ -233,9 +233,7 @@ TABLE = MetricTable(
         Metric("learning_rate", "", "of this step", panel="Learning rate", picture="learning_rate", column="lr"),
         Metric("timing_s/rollout", "s", "decoding, all rounds", "Time per phase", "phases"),
         Metric("timing_s/reward", "s", "scoring", "Time per phase", "phases"),
-        Metric(
-            "timing_s/wait_for_rollouts", "s", "the trainer's, for rounds ahead that are not done", picture="phases"
-        ),
+        Metric("timing_s/wait_for_rollouts", "s", "for rounds ahead that are not done", "Time per phase", "phases"),
         Metric("engine_s/rollout", "s", "decoding of the rounds ahead that this step took"),
         Metric("engine_s/reward", "s", "scoring of these rounds"),
         Metric("waiting/trainer", "share", "of the step that the trainer waited for rollouts", "Waiting"),
