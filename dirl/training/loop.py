@@ -41,10 +41,11 @@ class NothingToLearn(UserError):
 class Trainer(ABC):
     """A stage of training. `train()` runs to the end; `step()` is one step, for notebooks.
 
-    A subclass's constructor builds, after this one's, `learner` and `source`.
+    A subclass's constructor builds, after this one's, `model`, `learner` and `source`.
     """
 
     stage: Stage
+    model: Any
     learner: Learner
     source: Resumable  # what it takes its data from
     heldout: Sequence[Any] = ()  # what it is evaluated on
@@ -77,6 +78,11 @@ class Trainer(ABC):
     @abstractmethod
     def headline(self, metrics: Mapping[str, float]) -> str:
         """A step in a line, for people."""
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """What the model is, for its card."""
+        return self.model.tags  # type: ignore[no-any-return]
 
     def learners(self) -> dict[str, Learner]:
         """What is trained and saved, by name; the model first."""
@@ -148,8 +154,7 @@ class Trainer(ABC):
     def _finish(self) -> Path:
         final, output_dir = self.write_final(), Path(self.config.output_dir)
         if self.distributed.is_main:
-            tags = self.distributed.unwrap(self.learner.module).model.tags
-            finish_model(final, output_dir, self.stage, tags, self.config.push_to_hub)
+            finish_model(final, output_dir, self.stage, self.tags, self.config.push_to_hub)
             plot_run(output_dir)
         self.distributed.barrier()
         return final
