@@ -72,6 +72,7 @@ class RLTrainer(Trainer):
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
+        self.tags = self.model.tags
         self._first_block_length = self.model.config.block_size
         self._reference, self._decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)

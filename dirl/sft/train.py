@@ -103,6 +103,7 @@ class SFTTrainer(Trainer):
         super().__init__(config)
         self.tokenizer = tokenizer or load_tokenizer(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
+        self.tags = self.model.tags
         self._first_block_length = self.model.config.block_size
         if self.model.scheme.is_full and any(stage.config.autoregressive_weight > 0 for stage in stages_of(config)):
             raise UserError("autoregressive_weight is of blocks, and the model of model.path has none; leave it 0")

@@ -41,14 +41,14 @@ class NothingToLearn(UserError):
 class Trainer(ABC):
     """A stage of training. `train()` runs to the end; `step()` is one step, for notebooks.
 
-    A subclass's constructor builds, after this one's, `model`, `learner` and `source`.
+    A subclass's constructor builds, after this one's, `learner` and `source`.
     """
 
     stage: Stage
-    model: Any
     learner: Learner
     source: Resumable  # what it takes its data from
     heldout: Sequence[Any] = ()  # what it is evaluated on
+    tags: Sequence[str] = ("diffusion",)  # what the model is, for its card
 
     def __init__(self, config: TrainingConfig) -> None:
         self.stages = stages_of(config)
@@ -78,11 +78,6 @@ class Trainer(ABC):
     @abstractmethod
     def headline(self, metrics: Mapping[str, float]) -> str:
         """A step in a line, for people."""
-
-    @property
-    def tags(self) -> Sequence[str]:
-        """What the model is, for its card."""
-        return self.model.tags  # type: ignore[no-any-return]
 
     def learners(self) -> dict[str, Learner]:
         """What is trained and saved, by name; the model first."""

@@ -140,6 +140,7 @@ CASES = [(name, mode) for name in PUBLISHED for mode in (MODES if name == "sdar"
 def test_a_micro_batch_takes_what_is_counted(name: str, mode: str, tmp_path: Path) -> None:
     if mode == "adapters":
         pytest.importorskip("peft")
+    torch.manual_seed(0)  # a mixture's memory depends on how evenly its router spreads the tokens
     assert 0.9 < ratio(name, MODES[mode], tmp_path) < 1.1
 
 

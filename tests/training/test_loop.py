@@ -32,7 +32,6 @@ class Toy(Trainer):
 
     stage = "sft"
     heldout = ("something",)
-    tags = ("toy",)
 
     def __init__(self, config: TrainingConfig, acts: Mapping[int, Act] | None = None, steps_at_a_time: int = 1) -> None:
         super().__init__(config)
