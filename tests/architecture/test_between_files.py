@@ -40,7 +40,7 @@ LEFTOVERS = {
     "reward/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's scorers come in",
     "rollout/lmdeploy/version.py": "read before anything of lmdeploy may be imported",
     "rollout/scoring.py": "rollouts and evaluations score with it, and neither may know the other",
-    "sft/autoregressive.py": "which clean tokens are predicted, and why no others: tensors in, tensors out",
+    "sft/block_starts.py": "which rows block starts are learned from, and why: tensors in, tensors out",
     "sft/loss.py": "the paper's NELBO: tensors in, tensors out",
     "show/report/page.py": "the one door through which a run's texts enter a page, small enough to audit",
     "rollout/watch.py": "what an engine tells who looks on; engines may not know terminals",

@@ -28,7 +28,7 @@ from dirl.errors import one_line
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.server.api_answer import END_OF_STREAM, Answer, Choice, Cutter, event
 from dirl.rollout.server.api_request import ApiRequest, read_chat, read_completion
-from dirl.rollout.server.rollouts import SEEDS, RolloutServer
+from dirl.rollout.server.hosted import SEEDS, RolloutServer
 from dirl.rollout.server.walls import Refused, read_body, read_json, unless_gone
 from dirl.rollout.server.wire import PromptRow, refusal
 

@@ -32,8 +32,8 @@ from dirl.model.checkpoint import default_device, load_model, random_model
 from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import Completion
 from dirl.rollout.server.api import Api
+from dirl.rollout.server.hosted import RolloutServer
 from dirl.rollout.server.line import Line
-from dirl.rollout.server.rollouts import RolloutServer
 from dirl.rollout.server.walls import EXPECTED, KeyWall, http_server, read_body, refuse, unless_gone
 from dirl.rollout.server.wire import (
     GENERATE,

@@ -13,8 +13,8 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.engine import EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.server.api import Api
+from dirl.rollout.server.hosted import RolloutServer
 from dirl.rollout.server.line import Line
-from dirl.rollout.server.rollouts import RolloutServer
 from dirl.rollout.server.serve import listen
 from dirl.rollout.server.wire import ServeConfig
 
