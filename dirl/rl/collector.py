@@ -96,6 +96,9 @@ class Collector:
         """
         self.rollouts, self.config = rollouts, rollouts.config
         self.waiting = [group for group in self.waiting if group.sampled_at >= from_step]
+
+    def interrupt(self) -> None:
+        """Nothing is rolled out ahead any more; the prompts of these rounds come first in the next ones."""
         if self.ahead is not None:
             self._unasked.extend(self.ahead.withdraw())
 

@@ -164,11 +164,20 @@ class RLTrainer(Trainer):
             self.ahead.weights_step = step
             self._probe = self.collector.probe(step)
 
+    def train(self) -> Path:
+        try:
+            return super().train()
+        finally:
+            self.collector.interrupt()  # or a run that ends early would still roll out what it will not train on
+
     def begin_stage(self, stage: RunStage[Any]) -> None:
+        self.collector.interrupt()  # before the model changes under a round
         for model in (self.model, self._decoded):
             model.config.block_size = self.config.model.block_length or self._first_block_length
         self.updater = self._updater()
         self.collector.begin_stage(self._rollouts(), stage.from_step)
+        if self.ahead is not None:
+            self._probe = self.collector.probe(self.steps_done)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and tokens per step on held-out problems, sampled as in the rollouts, and greedy.

@@ -72,6 +72,15 @@ def test_every_group_is_what_its_weights_give(tmp_path: Path, max_staleness: int
     """An oracle that keeps the weights of every version decodes each group again, and scores it by replay."""
     ours = trainer(tmp_path, max_staleness)
     versions, steps = watched(ours)
+    look_ahead = ours.collector.look_ahead
+
+    def waited_for() -> None:  # so that a round is never late, and takes newer weights
+        look_ahead()
+        assert ours.ahead is not None
+        for _, future in ours.ahead._rounds:
+            future.result()
+
+    ours.collector.look_ahead = waited_for  # type: ignore[method-assign]
     ours.train()
     numbers = [group.number for groups in steps for group in groups]
     assert sorted(numbers) == list(range(6 * 3))  # nothing twice, nothing lost
@@ -144,6 +153,32 @@ def test_a_run_that_stops_goes_on_with_the_prompts_in_flight(tmp_path: Path) -> 
     second.train()
     numbers = [group.number for groups in [*before[:3], *after] for group in groups]
     assert sorted(numbers) == list(range(6 * 3))
+
+
+def test_a_stage_with_other_blocks_begins_with_the_prompts_in_flight(tmp_path: Path) -> None:
+    """The rounds in flight and the probe are of the old blocks, in which nothing of the new stage could be scored."""
+    ours = trainer(tmp_path, 1, stages=[{"from_step": 3, "model.block_length": 2}])
+    _, steps = watched(ours)
+    ours.train()
+    assert sorted(group.number for groups in steps for group in groups) == list(range(6 * 3))
+    assert [group.sampled_at for group in steps[3]] == [3] * 3
+    lengths = {
+        len(c.prompt_ids + c.token_ids) % 4 for groups in steps[3:] for group in groups for c in group.completions
+    }
+    assert 2 in lengths
+
+
+def test_a_run_that_fails_leaves_no_round_behind(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, 2)
+
+    def fails(*_: Any) -> Any:
+        raise UserError("no update")
+
+    ours.updater.update = fails  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="no update"):
+        ours.train()
+    assert ours.ahead is not None and len(ours.ahead) == 0
+    assert len(ours.collector._unasked) == 2
 
 
 def test_groups_that_are_too_old_are_dropped_and_counted(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, SamplingConfig
 from dirl.rollout.local.engine import TorchEngine
 from dirl.rollout.replay import logprobs
-from dirl.rollout.watch import Frame, Observer
 from tests.model import published
 from tests.oracle import canvas_states, make_extreme, sampling_probs, sharp_tiny_model
+from tests.rollout.local.test_canvas import Kept
 
 KINDS: tuple[ApproximateCache, ...] = ("prefix", "dual")
 SAMPLINGS = {
@@ -183,13 +183,6 @@ def test_further_steps_read_no_more_than_they_must(shift: int) -> None:
 
 
 def test_an_observer_sees_what_is_returned() -> None:
-    class Kept(Observer):
-        def __init__(self) -> None:
-            self.frames: list[list[Frame]] = []
-
-        def stepped(self, frames_of) -> None:  # type: ignore[no-untyped-def]
-            self.frames.append(frames_of())
-
     model, tokenizer = sharp_tiny_model(block_length=0)
     observer = Kept()
     engine = TorchEngine(model, tokenizer, EngineConfig(approximate_cache="dual"), observer=observer)

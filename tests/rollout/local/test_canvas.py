@@ -114,14 +114,17 @@ def test_thresholds_of_their_own_are_obeyed() -> None:
     assert (slow.confidence_threshold, fast.confidence_threshold) == (1.0, pytest.approx(0.01))
 
 
+class Kept(Observer):
+    """The frames of every step."""
+
+    def __init__(self) -> None:
+        self.frames: list[list[Frame]] = []
+
+    def stepped(self, frames_of) -> None:  # type: ignore[no-untyped-def]
+        self.frames.append(frames_of())
+
+
 def test_an_observer_sees_the_canvas_fill() -> None:
-    class Kept(Observer):
-        def __init__(self) -> None:
-            self.frames: list[list[Frame]] = []
-
-        def stepped(self, frames_of) -> None:  # type: ignore[no-untyped-def]
-            self.frames.append(frames_of())
-
     model, tokenizer = sharp_tiny_model(block_length=0)
     observer = Kept()
     sampling = SamplingConfig(max_completion_length=8, generation_window=4, confidence_threshold=0.0)
