@@ -98,6 +98,8 @@ def run_all(cases: list[str], path: Path) -> None:
     torch.set_num_threads(1)
     numbers = {case: run(case) for case in cases}
     path.write_text(json.dumps(numbers), encoding="utf-8")
+    if torch.distributed.is_initialized():  # its threads may abort a process that ends around them
+        torch.distributed.destroy_process_group()
 
 
 def run_two_processes(folder: Path) -> dict[str, list[dict[str, float]]]:
