@@ -98,7 +98,7 @@ final = trainer.train()
 
 # %%
 best = max(trainer.last.groups, key=lambda group: max(group.rewards))
-dirl.with_texts(best.completions, tokenizer, model.config.block_size)
+dirl.with_texts(best.completions, tokenizer, model.scheme)
 
 # %% [markdown]
 # ## Pictures

@@ -25,7 +25,7 @@ from dirl.data.document_source import open_documents
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
-from dirl.diffusion.packing import PackedViews, ViewedDocument, pack
+from dirl.diffusion.packing import DiffusionScheme, PackedViews, ViewedDocument, pack
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import PackedScorer, suppressed_by
@@ -34,6 +34,7 @@ from dirl.sft.loss import nelbo_loss
 from dirl.training.balance import split_by_budget
 
 BLOCK = 4
+SCHEME = DiffusionScheme(block_length=BLOCK, mask_token_id=0)  # the mask is not read
 
 
 def draw_documents(count: int, vocabulary: int) -> list[Document]:
@@ -106,8 +107,8 @@ def load_examples(arguments: argparse.Namespace, vocabulary: int) -> list[Exampl
             for d in documents
             if len(d) <= 8192
         ]
-        return [make_example(d, BLOCK, 1, score_fill=True) for d in clip]
-    return [make_example(d, BLOCK, 1, score_fill=True) for d in draw_documents(arguments.documents, vocabulary)]
+        return [make_example(d, SCHEME, 1, score_fill=True) for d in clip]
+    return [make_example(d, SCHEME, 1, score_fill=True) for d in draw_documents(arguments.documents, vocabulary)]
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ TAIL = """\
 ## Models that are made into diffusion models
 
 dllm's config.json says neither the block length nor which of its two trainers it comes from. In a config.json of an A2D
-model, `block_size`, `shift`, `full_attention` and `mask_token_id` may stand and count: write `"full_attention": true`
+model, `block_size`, `block_origin`, `shift`, `full_attention` and `mask_token_id` may stand and count: write `"full_attention": true`
 into that of an `mdlm` checkpoint. Autoregressive checkpoints are converted first, with `dirl convert SRC OUT`:
 """
 
@@ -99,8 +99,12 @@ every unmasking strategy (`tests/parity/test_families.py`). Under full attention
 the whole canvas of prompt and `rollout.max_completion_length` masks, in windows of `rollout.generation_window`
 tokens; unless `rollout.approximate_cache` says `prefix` or `dual`, Fast-dLLM's caches, which are
 [faster and not exact](engines.md#over-an-approximate-cache). LMDeploy decodes SDAR and SDAR-MoE alone. Not there:
-LLaDA2.1's editing of tokens already revealed (its models decode as 2.0 does), Fast-dLLM v2's cache of sub-blocks, and
-blocks that decoding counts from the end of the prompt (bd3lm; all count from position 0, as in training).
+LLaDA2.1's editing of tokens already revealed (its models decode as 2.0 does) and Fast-dLLM v2's cache of sub-blocks.
+
+Blocks are counted from position 0, as all of them are trained; with `model.block_origin: prompt_end` from the end of
+each prompt, as bd3lm decodes: the completion's first block then holds nothing of the prompt, whose own first block may
+be shorter instead. Decoding, replay, SFT and RL keep to it alike, and what is saved says so
+(`tests/parity/test_block_origin.py`). LMDeploy counts from position 0 alone.
 
 ## Adding a family
 

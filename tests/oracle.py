@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dirl.diffusion.packing import BlockOrigin, DiffusionScheme
 from dirl.diffusion.unmasking import UnmaskingRule
+from dirl.model.attention import DensePlan
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from dirl.model.tiny import tiny
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def sharp_tiny_model(
-    seed: int = 0, *, sharpness: float = 5.0, block_length: int = 4, shift: int = 0
+    seed: int = 0, *, sharpness: float = 5.0, block_length: int = 4, shift: int = 0, block_origin: BlockOrigin = "start"
 ) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
     """A tiny model that is far from uniform and to which every token it reads matters.
 
@@ -39,6 +41,7 @@ def sharp_tiny_model(
                 parameter.mul_((0.04 if "proj" in name else 0.02) / parameter.std())
         model.model.norm.weight.fill_(sharpness)
     model.config.block_size, model.config.shift, model.config.full_attention = block_length, shift, block_length == 0
+    model.config.block_origin = block_origin
     return model.eval(), tokenizer
 
 
@@ -60,17 +63,31 @@ def make_extreme(model: BlockDiffusionModel, token_ids: Sequence[int], factor: f
         model.lm_head.weight[list(token_ids)] *= factor
 
 
-def state_logits(model: BlockDiffusionModel, clean_ids: list[int], block: int, noisy_block: list[int]) -> Tensor:
+def state_logits(
+    model: BlockDiffusionModel, clean_ids: list[int], block: int, noisy_block: list[int], lead: int = 0
+) -> Tensor:
     """What predicts each place of one block in one state, the blocks before it clean; (B, V) float32.
 
     Where predictions are shifted, the row before each place, and before a block the last row of the clean blocks alone.
+
+    Args:
+        lead: tokens that the first block lacks.
     """
-    context = clean_ids[: block * len(noisy_block)]
-    logits_BV = model(torch.tensor([context + noisy_block])).logits[0, -len(noisy_block) :].float()
+    context = clean_ids[: block * len(noisy_block) - lead]
+    logits_BV = _plain_logits(model, context + noisy_block, lead)[-len(noisy_block) :]
     if model.scheme.shift:
-        before_1V = model(torch.tensor([context])).logits[0, -1:].float() if context else logits_BV[:1]
+        before_1V = _plain_logits(model, context, lead)[-1:] if context else logits_BV[:1]
         logits_BV = torch.cat([before_1V, logits_BV[:-1]])
     return logits_BV
+
+
+def _plain_logits(model: BlockDiffusionModel, token_ids: list[int], lead: int) -> Tensor:
+    """One pass over a sequence whose first block lacks `lead` tokens; (L, V) float32."""
+    if model.scheme.block_origin == "start":
+        return model(torch.tensor([token_ids])).logits[0].float()
+    blocks = [(lead + position) // model.scheme.block_length for position in range(len(token_ids))]
+    may_read = torch.tensor([[key <= query for key in blocks] for query in blocks])
+    return model(torch.tensor([token_ids]), attention_plan=DensePlan(may_read[None])).logits[0].float()
 
 
 def confidence_probs(logits_BV: Tensor, model: BlockDiffusionModel, sampling: SamplingConfig) -> Tensor:
@@ -153,15 +170,20 @@ class DecodedState:
     """One denoising step of a completion, as the decoder had it."""
 
     block: int
+    start: int  # position of its first token
     noisy: list[int]  # (B,) ids the model read
     revealed: list[int]  # lanes of the block revealed in this step
     held: list[int]  # lanes that stayed masked
 
 
+def _lead(state: DecodedState) -> int:
+    return state.block * len(state.noisy) - state.start
+
+
 def states_of(model: BlockDiffusionModel, completion: Completion) -> Iterator[DecodedState]:
     """Every denoising step of a completion, in order."""
     if model.scheme.block_length:
-        return decoded_states(completion, model.scheme.block_length, model.scheme.mask_token_id)
+        return decoded_states(completion, model.scheme)
     return canvas_states(completion, model.scheme.mask_token_id)
 
 
@@ -174,23 +196,27 @@ def canvas_states(completion: Completion, mask_token_id: int) -> Iterator[Decode
         current = revealed[0] // window
         yield DecodedState(
             block=0,
+            start=0,
             noisy=completion.prompt_ids + noisy + [mask_token_id] * completion.num_unwritten,
             revealed=[start + i for i in revealed],
             held=[start + i for i, s in enumerate(steps) if s > step and i // window == current],
         )
 
 
-def decoded_states(completion: Completion, block_length: int, mask_token_id: int) -> Iterator[DecodedState]:
+def decoded_states(completion: Completion, scheme: DiffusionScheme) -> Iterator[DecodedState]:
     """Every denoising step of a completion that was decoded in blocks, in order."""
-    clean = completion.prompt_ids + completion.token_ids
+    block_length, mask_token_id = scheme.block_length, scheme.mask_token_id
+    clean, prompt_length = completion.prompt_ids + completion.token_ids, len(completion.prompt_ids)
+    lead = -prompt_length % block_length if scheme.block_origin == "prompt_end" else 0
     steps = [0] * len(completion.prompt_ids) + completion.step_map
     part = completion.generation_window or block_length  # lanes that a step decides about, from the left
-    for block in range(len(completion.prompt_ids) // block_length, len(clean) // block_length):
-        here = slice(block * block_length, (block + 1) * block_length)
+    for block in range((lead + prompt_length) // block_length, (lead + len(clean)) // block_length):
+        here = slice(block * block_length - lead, (block + 1) * block_length - lead)
         for step in range(1, max(steps[here]) + 1):
             revealed = [lane for lane, s in enumerate(steps[here]) if s == step]
             yield DecodedState(
                 block=block,
+                start=here.start,
                 noisy=[mask_token_id if s >= step else t for t, s in zip(clean[here], steps[here], strict=True)],
                 revealed=revealed,
                 held=[lane for lane, s in enumerate(steps[here]) if s > step and lane // part == revealed[0] // part],
@@ -202,10 +228,10 @@ def brute_force_logprobs(model: BlockDiffusionModel, completion: Completion, sam
     clean = completion.prompt_ids + completion.token_ids
     found: dict[int, Tensor] = {}
     for state in states_of(model, completion):
-        logits_BV = state_logits(model, clean, state.block, state.noisy)
+        logits_BV = state_logits(model, clean, state.block, state.noisy, _lead(state))
         probs_BV = sampling_probs(logits_BV, model, sampling)
         for lane in state.revealed:
-            position = state.block * len(state.noisy) + lane
+            position = state.start + lane
             found[position] = probs_BV[lane, clean[position]].log()
     return torch.stack([found[p] for p in range(len(completion.prompt_ids), len(clean))])
 
@@ -215,10 +241,10 @@ def brute_force_actions(model: BlockDiffusionModel, completion: Completion, samp
     clean = completion.prompt_ids + completion.token_ids
     actions = []
     for state in states_of(model, completion):
-        logits_BV = state_logits(model, clean, state.block, state.noisy)
+        logits_BV = state_logits(model, clean, state.block, state.noisy, _lead(state))
         confidence_BV = confidence_probs(logits_BV.detach(), model, sampling)
         sampled_BV = sampling_probs(logits_BV, model, sampling)
-        tokens = clean[state.block * len(state.noisy) :][: len(state.noisy)]
+        tokens = clean[state.start :][: len(state.noisy)]
         bar = _bar([float(confidence_BV[lane, tokens[lane]]) for lane in state.revealed], sampling)
         for lane in sorted(state.revealed + state.held):
             if lane in state.revealed:

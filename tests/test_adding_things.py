@@ -20,7 +20,7 @@ from dirl.data.chat import stop_token_ids
 from dirl.data.problems import Problem
 from dirl.data.prompt_stream import PromptStream
 from dirl.diffusion.noising import NoiseConfig
-from dirl.diffusion.packing import Views
+from dirl.diffusion.packing import DiffusionScheme, Views
 from dirl.diffusion.trajectory import Trajectory
 from dirl.diffusion.views import noisy_views
 from dirl.model.tiny import tiny
@@ -35,6 +35,7 @@ from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import Learner, Loss
 from tests.show import test_metric_table
 
+SCHEME = DiffusionScheme(block_length=4, mask_token_id=tiny()[0].config.mask_token_id)
 CONFIG = RLConfig(
     output_dir="unused",
     max_steps=4,
@@ -88,12 +89,12 @@ class Parrot:
         seeds: Sequence[int],
         thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
-        sizes = touched_tokens(prompts, seeds, sampling, 4)
+        sizes = touched_tokens(prompts, seeds, sampling, SCHEME)
         return [self._repeat(list(p), size, seed) for p, size, seed in zip(prompts, sizes, seeds, strict=True)]
 
     def _repeat(self, prompt: list[int], size: int, seed: int) -> Completion:
         said = [*prompt[: 1 + seed % 5], *stop_token_ids(self.tokenizer)[:1] * size][:size]
-        return make_completion(prompt, said, [1] * size, None, tokenizer=self.tokenizer, block_length=4)
+        return make_completion(prompt, said, [1] * size, None, tokenizer=self.tokenizer, scheme=SCHEME)
 
     def update_weights(self, model: nn.Module) -> None:
         self.weights_version += 1

@@ -31,19 +31,24 @@ from torch import Tensor
 
 from dirl.diffusion.distribution import Confidence
 
+BlockOrigin = Literal["start", "prompt_end"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionScheme:
     """How a model reads masks.
 
     Attributes:
-        block_length: tokens a block, aligned to position 0; a block reads itself and the blocks before it. 0: full
+        block_length: tokens a block; a block reads itself and the blocks before it. 0: full
             attention, where the whole document is one block.
         shift: 1: the row *before* a position predicts its token, as in the autoregressive model it was made of; at the
             start of a block that is the clean copy's last row. 0: its own row does.
         mask_token_id: the token that stands where there is none yet.
         confidence: what its decoder compares with a threshold, where sampling does not say.
         holds_at_threshold: a token of just the threshold's confidence stays masked, where sampling does not say.
+        block_origin: where blocks are counted from. start: position 0, so that a prompt's last tokens may share a block
+            with the completion's first; prompt_end: the completion's first token, so that a prompt's *first* block may
+            lack tokens instead.
     """
 
     block_length: int
@@ -51,6 +56,15 @@ class DiffusionScheme:
     shift: Literal[0, 1] = 0
     confidence: Confidence = "tempered"
     holds_at_threshold: bool = False
+    block_origin: BlockOrigin = "start"
+
+    def tail(self, prompt_length: int) -> int:
+        """Tokens of a prompt in the block of the first completion token."""
+        return prompt_length % self.block_length if self.block_length and self.block_origin == "start" else 0
+
+    def lead(self, prompt_length: int) -> int:
+        """Tokens that the first block of a document with such a prompt lacks before its first one."""
+        return -prompt_length % self.block_length if self.block_length and self.block_origin == "prompt_end" else 0
 
     @property
     def is_full(self) -> bool:
@@ -63,7 +77,7 @@ class Views:
     """One completion of a prompt and noisy copies of its blocks, sorted by block."""
 
     completion_ids: Tensor  # (R,) int64
-    block_V: Tensor  # int64, absolute block index
+    block_V: Tensor  # int64, block index in the document
     token_ids_VB: Tensor  # int64, mask_token_id where masked
     target_ids_VB: Tensor  # int64, the clean tokens
     revealed_VB: Tensor  # bool, masked positions whose token is scored
@@ -71,6 +85,7 @@ class Views:
     weight_VB: Tensor  # float32, weight of each scored token
     visited_VB: Tensor  # bool, positions the decoder decided about in this very state
     importance_V: Tensor  # float32, 1 over how often a view like this was expected to be drawn; 1: it always is
+    lead: int  # tokens that the document's first block lacks before position 0
     confidence_threshold: float = math.nan  # the decoder's, where the completion had one of its own; NaN: the rule's
 
     def __len__(self) -> int:
@@ -78,14 +93,14 @@ class Views:
 
     def rows(self, rows: slice | Tensor) -> Views:
         """Some views of the same completion, in their order."""
-        of_views = [f.name for f in fields(self) if f.name not in ("completion_ids", "confidence_threshold")]
-        return replace(self, **{name: getattr(self, name)[rows] for name in of_views})
+        of_views = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("_V", "_VB"))}
+        return replace(self, **{name: values[rows] for name, values in of_views.items()})
 
-    def packed_length(self, prompt_length: int, block_length: int) -> int:
-        """Tokens these add to the trunk of a document with such a prompt."""
+    def packed_length(self, tail: int, block_length: int) -> int:
+        """Tokens these add to the trunk of a document, whose prompt has so many tokens in their first block."""
         if block_length == 0:
             return self.token_ids_VB.numel()
-        return prompt_length % block_length + len(self.completion_ids) + block_length * len(self)
+        return tail + len(self.completion_ids) + block_length * len(self)
 
 
 @dataclass(frozen=True)
@@ -95,11 +110,21 @@ class ViewedDocument:
     prompt_ids: Tensor  # (P,) int64
     branches: Sequence[Views]
 
+    @property
+    def lead(self) -> int:
+        """Tokens that its first block lacks before position 0."""
+        return self.branches[0].lead
+
+    def trunk(self, block_length: int) -> int:
+        """Tokens of the prompt's full blocks, which the branches share."""
+        prompt_length = len(self.prompt_ids)
+        return prompt_length - (prompt_length + self.lead) % block_length if block_length else 0
+
     def packed_length(self, block_length: int) -> int:
         """Tokens this document takes in a pack."""
-        prompt_length = len(self.prompt_ids)
-        trunk = prompt_length - prompt_length % block_length if block_length else 0
-        return trunk + sum(views.packed_length(prompt_length, block_length) for views in self.branches)
+        trunk = self.trunk(block_length)
+        tail = len(self.prompt_ids) - trunk
+        return trunk + sum(views.packed_length(tail, block_length) for views in self.branches)
 
 
 @dataclass(frozen=True)
@@ -110,7 +135,7 @@ class TokenTable:
     position_L: Tensor  # int64, position in the original sequence
     document_L: Tensor  # int64
     branch_L: Tensor  # int64, 0 for a trunk, else 1 + the number of the branch in the pack
-    block_L: Tensor  # int64, position // block_length
+    block_L: Tensor  # int64, block in its document
     view_L: Tensor  # int64, 0 for clean tokens, else unique in the pack
 
     def __len__(self) -> int:
@@ -148,7 +173,7 @@ class Actions:
     weight_T: Tensor  # float32, weight of a revealed token in the estimate of a likelihood; 0 for a hold
     importance_T: Tensor  # float32, 1 over how often its view was expected to be drawn
     view_T: Tensor  # int64, sorted; the actions of one view are one step
-    block_T: Tensor  # int64, absolute block
+    block_T: Tensor  # int64, block in its document
     branch_T: Tensor  # int64, number of the action's branch in the pack, from 0
     completion_index_T: Tensor  # int64, index of the action's token in its completion
     threshold_T: Tensor  # float32, its completion's own confidence threshold; NaN: the rule's
@@ -210,18 +235,18 @@ def pack(documents: Sequence[ViewedDocument], block_length: int, shift: int = 0)
         block_length, shift: those of the model's `DiffusionScheme`.
     """
     rows: list[tuple[Tensor, ...]] = []  # token ids, positions, views of consecutive tokens
-    owners: list[tuple[int, int, int]] = []  # their document, their branch, their number
+    owners: list[tuple[int, int, int, int]] = []  # their document, its lead, their branch, their number
     actions: list[dict[str, Tensor]] = []
     length, branch, next_view = 0, 0, 1
 
     def lay(document: int, branch: int, token_ids: Tensor, position: Tensor, view: Tensor) -> int:
         rows.append((token_ids, position, view))
-        owners.append((document, branch, len(token_ids)))
+        owners.append((document, documents[document].lead, branch, len(token_ids)))
         return len(token_ids)
 
     for number, document in enumerate(documents):
         prompt_length = len(document.prompt_ids)
-        trunk = prompt_length - prompt_length % block_length if block_length else 0
+        trunk = document.trunk(block_length)
         trunk_ids, tail_ids = document.prompt_ids[:trunk], document.prompt_ids[trunk:]
         trunk_start = length
         length += lay(number, 0, trunk_ids, torch.arange(trunk), torch.zeros_like(trunk_ids))
@@ -231,7 +256,8 @@ def pack(documents: Sequence[ViewedDocument], block_length: int, shift: int = 0)
             position = torch.arange(trunk, trunk + len(clean_ids))
             clean_start = length
             length += lay(number, branch, clean_ids, position, torch.zeros_like(clean_ids))
-            position_VB = views.block_V[:, None] * block_length + torch.arange(views.token_ids_VB.shape[1])
+            start_V = views.block_V * block_length - views.lead
+            position_VB = start_V[:, None] + torch.arange(views.token_ids_VB.shape[1])
             view_VB = (torch.arange(len(views)) + next_view)[:, None].expand(position_VB.shape)
             row_VB = torch.arange(position_VB.numel()).view(position_VB.shape) + length
             if shift:
@@ -280,16 +306,17 @@ def _joined(actions: Sequence[dict[str, Tensor]]) -> Actions:
 
 
 def _token_table(
-    rows: Sequence[tuple[Tensor, ...]], owners: Sequence[tuple[int, int, int]], block_length: int
+    rows: Sequence[tuple[Tensor, ...]], owners: Sequence[tuple[int, int, int, int]], block_length: int
 ) -> TokenTable:
-    document, branch, number = torch.tensor(owners).T
+    document, lead, branch, number = torch.tensor(owners).T
     token_ids_L, position_L, view_L = (torch.cat(columns) for columns in zip(*rows, strict=True))
+    counted_L = position_L + lead.repeat_interleave(number)
     return TokenTable(
         token_ids_L=token_ids_L,
         position_L=position_L,
         document_L=document.repeat_interleave(number),
         branch_L=branch.repeat_interleave(number),
-        block_L=position_L // block_length if block_length else torch.zeros_like(position_L),
+        block_L=counted_L // block_length if block_length else torch.zeros_like(position_L),
         view_L=view_L,
     )
 

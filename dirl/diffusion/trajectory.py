@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One decoded sequence, and the blocks its completion touched; blocks are aligned to position 0.
+    """One decoded sequence, and the blocks its completion touched.
 
     Raises:
         ValueError: the completion does not end at a block border, or lengths disagree.
@@ -40,29 +40,34 @@ class Trajectory:
     # from the start of each block; 0: all that a decoder could see
     window: int = 0
     unwritten_ids: Tensor | None = None  # full attention: (U,) int64, masks after the completion that were read
+    lead: int = 0  # tokens that the first block lacks before position 0; see `DiffusionScheme.block_origin`
 
     def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)
-        is_cut = bool(self.block_length) and (prompt_length + completion_length) % self.block_length
+        is_cut = bool(self.block_length) and (self.lead + prompt_length + completion_length) % self.block_length
         if completion_length == 0 or is_cut:
             raise ValueError(
-                f"a completion must have every token of its last block: prompt {prompt_length} + completion "
-                f"{completion_length} is not a multiple of block_length {self.block_length}"
+                f"a completion must have every token of its last block: lead {self.lead} + prompt {prompt_length} + "
+                f"completion {completion_length} is not a multiple of block_length {self.block_length}"
             )
         if len(self.step_map) != completion_length or int(self.step_map.min()) < 1:
             raise ValueError(f"step_map must have {completion_length} steps >= 1, got {self.step_map.tolist()}")
 
     @property
     def first_block(self) -> int:
-        """Absolute index of the first touched block."""
-        return len(self.prompt_ids) // self.block_length if self.block_length else 0
+        """Index of the first touched block in the document."""
+        return (self.lead + len(self.prompt_ids)) // self.block_length if self.block_length else 0
+
+    @property
+    def start(self) -> int:
+        """Position of the first token of the first touched block."""
+        return self.first_block * self.block_length - self.lead if self.block_length else 0
 
     @cached_property
     def token_ids_KB(self) -> Tensor:
         """The clean tokens of the touched blocks; the first one may begin with the end of the prompt."""
         unwritten_ids = self.completion_ids[:0] if self.unwritten_ids is None else self.unwritten_ids
-        tail_ids = self.prompt_ids[self.first_block * self.block_length :]
-        ids = torch.cat([tail_ids, self.completion_ids, unwritten_ids])
+        ids = torch.cat([self.prompt_ids[self.start :], self.completion_ids, unwritten_ids])
         return ids.view(-1, self.block_length or len(ids))
 
     @cached_property
@@ -82,6 +87,6 @@ class Trajectory:
     def placed(self, values_R: Tensor) -> Tensor:
         """A value of each completion token at its place in the touched blocks, 0 elsewhere."""
         placed_KB = values_R.new_zeros(self.token_ids_KB.shape)
-        start = len(self.prompt_ids) - self.first_block * self.block_length
-        placed_KB.view(-1)[start : start + len(values_R)] = values_R
+        tail = len(self.prompt_ids) - self.start
+        placed_KB.view(-1)[tail : tail + len(values_R)] = values_R
         return placed_KB

@@ -60,6 +60,7 @@ def noisy_views(
         weight_VB=weights_K[:, None].expand(masked_KB.shape).contiguous(),
         visited_VB=nowhere_KB,
         importance_V=torch.ones(len(block_K)),
+        lead=trajectory.lead,
     )
 
 
@@ -97,6 +98,7 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1,
         visited_VB=(revealed_VB & is_first_VB) | held_VB,
         importance_V=torch.ones(len(block_V)),
         confidence_threshold=trajectory.confidence_threshold,
+        lead=trajectory.lead,
     )
     return views if score == "revealed" else _with_masked_scored(views)
 

@@ -280,7 +280,7 @@ def sample_settings(
     sections = config_to_dict(config)
     settings: dict[str, object] = {"seed": config.seed, "engine.engine": config.engine.engine}
     settings["engine.approximate_cache"] = config.engine.approximate_cache
-    settings |= {f"model.{key}": sections["model"][key] for key in ("dtype", "block_length")}
+    settings |= {f"model.{key}": sections["model"][key] for key in ("dtype", "block_length", "block_origin")}
     settings |= {f"data.{key}": sections["data"][key] for key in ("system_prompt", "suffix")}
     settings |= {f"sampling.{key}": value for key, value in sections["sampling"].items()}
     settings |= {f"reward.{key}": value for key, value in sections["reward"].items() if not key.startswith("grader_")}
@@ -288,6 +288,7 @@ def sample_settings(
     shape: Any = model.config
     for name in ("block_size", "mask_token_id", "tokenizer_length", "rope_parameters"):
         settings[f"config.json {name}"] = getattr(shape, name)
+    settings["config.json block_origin"] = model.scheme.block_origin
     settings["tokenizer.chat_template"] = str(tokenizer.chat_template)
     return {**settings, "model.weights": digest_of_weights(model)}
 

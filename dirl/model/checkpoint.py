@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
 from dirl.data.chat import find_mask_token_id, load_tokenizer, mask_token_id, save_tokenizer
+from dirl.diffusion.packing import BlockOrigin
 from dirl.errors import MissingFileError, UserError, one_line
 from dirl.files import is_hub_id, write_json
 from dirl.model.families.block_diffusion import BlockDiffusionModel
@@ -38,6 +39,8 @@ class ModelConfig(Config):
     kernels: Kernels = "auto"  # RMSNorm, SwiGLU, rotary: liger where a GPU and the package are there, else torch
     gradient_checkpointing: bool = False  # recompute each layer in backward: less memory, a third more time
     block_length: int = bounded(0, least=0)  # 0: what the checkpoint says (block_size)
+    # where blocks are counted from: position 0, or the end of the prompt; auto: what the checkpoint says
+    block_origin: Literal["auto", BlockOrigin] = "auto"
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
@@ -87,6 +90,12 @@ def _read_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     model_config.mask_token_id = _mask_token_id(family, published, tokenizer)
     model_config.tokenizer_length = len(tokenizer)
     model_config.block_size = config.block_length or model_config.block_size
+    if config.block_origin != "auto":
+        model_config.block_origin = config.block_origin
+    if getattr(model_config, "full_attention", False) and getattr(model_config, "block_origin", "start") != "start":
+        raise UserError(
+            "model.block_origin=prompt_end is of blocks, and the model of model.path has none; leave it auto"
+        )
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(
             f"model.path: the tokenizer has {len(tokenizer)} tokens, the model {model_config.vocab_size} rows; "

@@ -44,10 +44,6 @@ class _Part:
     def completion(self) -> Completion:
         return self.group.completions[self.index]
 
-    @property
-    def prompt_length(self) -> int:
-        return len(self.completion.prompt_ids)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,9 +57,14 @@ class Layout:
         """0: full attention."""
         return self.scheme.block_length
 
-    def trunk(self, prompt_length: int) -> int:
-        """Tokens of a prompt's full blocks."""
-        return prompt_length - prompt_length % self.block_length if self.block_length else 0
+    def trunk(self, part: _Part) -> int:
+        """Tokens of the full blocks of its prompt."""
+        prompt_length = len(part.completion.prompt_ids)
+        return prompt_length - self.scheme.tail(prompt_length) if self.block_length else 0
+
+    def packed_length(self, part: _Part) -> int:
+        """Tokens it adds to the trunk of its document."""
+        return part.views.packed_length(self.scheme.tail(len(part.completion.prompt_ids)), self.block_length)
 
 
 def pack_groups(
@@ -113,11 +114,7 @@ def _random_part(wholes: list[_Part], layout: Layout, budget: int) -> list[_Part
     How many is known before any is drawn: a rule that stops at the budget would keep short completions more often.
     Source: the token budget of C3PO.
     """
-    lengths = [
-        part.views.packed_length(part.prompt_length, layout.block_length)
-        + layout.trunk(part.prompt_length) / len(part.group.completions)
-        for part in wholes
-    ]
+    lengths = [layout.packed_length(part) + layout.trunk(part) / len(part.group.completions) for part in wholes]
     if not wholes or sum(lengths) <= budget:
         return wholes
     num_kept = max(1, int(budget * len(wholes) / sum(lengths)))
@@ -135,18 +132,19 @@ def _documents(
 ) -> Iterator[tuple[ViewedDocument, list[_Part]]]:
     """A group as one document, or as several that each fit the budget."""
     prompt_ids = torch.tensor(wholes[0].completion.prompt_ids, dtype=torch.int64)
-    room = layout.budget - layout.trunk(len(prompt_ids))
-    parts = [part for whole in wholes for part in _parts(whole, layout.block_length, room, has_holds=has_holds)]
-    for chosen in consecutive(parts, lambda part: part.views.packed_length(len(prompt_ids), layout.block_length), room):
+    room = layout.budget - layout.trunk(wholes[0])
+    parts = [part for whole in wholes for part in _parts(whole, layout, room, has_holds=has_holds)]
+    for chosen in consecutive(parts, layout.packed_length, room):
         yield ViewedDocument(prompt_ids, [part.views for part in chosen]), chosen
 
 
-def _parts(whole: _Part, block_length: int, room: int, *, has_holds: bool) -> list[_Part]:
+def _parts(whole: _Part, layout: Layout, room: int, *, has_holds: bool) -> list[_Part]:
     """A completion in one part, or where it does not fit in several, cut between blocks; between views of one alone."""
-    views, prompt_length = whole.views, whole.prompt_length
-    if views.packed_length(prompt_length, block_length) <= room:
+    if layout.packed_length(whole) <= room:
         return [whole]
-    first_block = prompt_length // block_length if block_length else 0
+    views, block_length, prompt_length = whole.views, layout.block_length, len(whole.completion.prompt_ids)
+    before = views.lead + prompt_length  # from where blocks are counted to the completion
+    first_block = before // block_length if block_length else 0
     ends = [*(views.block_V.diff().nonzero().squeeze(1) + 1).tolist(), len(views)]
     if block_length == 0:
         ends = list(range(1, len(views) + 1))
@@ -162,7 +160,7 @@ def _parts(whole: _Part, block_length: int, room: int, *, has_holds: bool) -> li
     for rows in [*cut, slice(start, previous)]:
         chosen = views.rows(rows)
         if block_length:
-            num_read = (int(chosen.block_V[-1]) + 1) * block_length - prompt_length  # to the end of its last block
+            num_read = (int(chosen.block_V[-1]) + 1) * block_length - before  # to the end of its last block
             chosen = replace(chosen, completion_ids=chosen.completion_ids[:num_read])
         placed = replace(whole, num_parts=len(cut) + 1, first_row=first_row, first_step=rows.start)
         parts.append(replace(placed, views=chosen))

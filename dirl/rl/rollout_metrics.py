@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.rl.collector import Collected
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.rl.rollouts import DropReason
@@ -169,14 +170,14 @@ def sample_line(group: RolloutGroup) -> str:
 
 
 def completion_rows(
-    groups: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, block_length: int
+    groups: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, scheme: DiffusionScheme
 ) -> Iterator[dict[str, object]]:
     """One JSON row a completion: everything needed to judge, replay or show it.
 
     Log-probabilities that are no numbers, of an engine gone wrong, are left out: JSON has none for them.
     """
     for number, group in enumerate(groups):
-        for index, completion in enumerate(with_texts(group.completions, tokenizer, block_length)):
+        for index, completion in enumerate(with_texts(group.completions, tokenizer, scheme)):
             yield {
                 "group": number,
                 "question": group.prompt.problem.question,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dirl.config import Config, bounded
-from dirl.diffusion.packing import ViewedDocument, Views, pack
+from dirl.diffusion.packing import DiffusionScheme, ViewedDocument, Views, pack
 from dirl.errors import UserError
 from dirl.model.logprobs import PackedScorer
 from dirl.rl.objective import ObjectiveConfig
@@ -227,7 +227,7 @@ def prompt_states(scorer: PackedScorer, prompts: Prompts, *, budget: int, bf16: 
     The last hidden state of its last token, with nothing after it, scaled to length 1. Each distinct prompt is read
     once, in passes of at most `budget` tokens.
     """
-    config, device = scorer.model.config, next(scorer.model.parameters()).device
+    scheme, device = scorer.model.scheme, next(scorer.model.parameters()).device
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     lengths = [len(prompt) for prompt in distinct]
     was_training = scorer.training
@@ -235,8 +235,8 @@ def prompt_states(scorer: PackedScorer, prompts: Prompts, *, budget: int, bf16: 
     scorer.eval()
     try:
         for members in split_by_budget(lengths, max([budget, *lengths])):
-            documents = [ViewedDocument(torch.tensor(distinct[i]), [_no_views(config.block_size)]) for i in members]
-            tokens = pack(documents, config.block_size).tokens.to(device)
+            documents = [ViewedDocument(torch.tensor(distinct[i]), [_no_views(scheme, lengths[i])]) for i in members]
+            tokens = pack(documents, scheme.block_length).tokens.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 hidden_LD = scorer.hidden_states(tokens)
             last_M = torch.tensor([lengths[i] for i in members]).cumsum(0) - 1
@@ -244,12 +244,14 @@ def prompt_states(scorer: PackedScorer, prompts: Prompts, *, budget: int, bf16: 
             found |= {distinct[i]: state_D for i, state_D in zip(members, state_MD, strict=True)}
     finally:
         scorer.train(was_training)
-    nothing_0D = torch.zeros(0, config.hidden_size)
+    nothing_0D = torch.zeros(0, scorer.model.config.hidden_size)
     return torch.cat([nothing_0D, *(found[tuple(prompt)][None] for prompt in prompts)])
 
 
-def _no_views(block_length: int) -> Views:
+def _no_views(scheme: DiffusionScheme, prompt_length: int) -> Views:
     """A completion of nothing: its branch holds the prompt's tail, the tokens of its last block."""
-    ids, lanes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, block_length, dtype=torch.int64)
+    ids, lanes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, scheme.block_length, dtype=torch.int64)
     nowhere = lanes.bool()
-    return Views(ids, ids, lanes, lanes, nowhere, nowhere, lanes.float(), nowhere, torch.zeros(0))
+    return Views(
+        ids, ids, lanes, lanes, nowhere, nowhere, lanes.float(), nowhere, torch.zeros(0), scheme.lead(prompt_length)
+    )

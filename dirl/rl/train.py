@@ -224,7 +224,7 @@ class RLTrainer(Trainer):
         if run.is_due(self.config.completions_steps):
             path = Path(self.config.output_dir, "completions", f"step_{run.step:06d}.jsonl")
             path.unlink(missing_ok=True)  # of a run that was continued from before
-            append_json_lines(path, completion_rows(groups, self.tokenizer, self.model.scheme.block_length))
+            append_json_lines(path, completion_rows(groups, self.tokenizer, self.model.scheme))
 
     def last_documents(self) -> list[Any]:
         groups = self.last.groups if self.last else []

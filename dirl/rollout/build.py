@@ -93,9 +93,14 @@ def chosen_engine(config: EngineConfig, model: BlockDiffusionModel | None = None
         model: that it shall decode with, which LMDeploy may not know; None: one that it knows.
     """
     installed, has_cuda = _lmdeploy_version(), torch.cuda.is_available()
-    is_known = model is None or model.config.model_type in LMDEPLOY_MODELS
+    counts_from_start = model is None or model.scheme.block_origin == "start"
+    is_known = model is None or (model.config.model_type in LMDEPLOY_MODELS and counts_from_start)
     if config.engine == "torch" or (config.engine == "auto" and not (installed and has_cuda and is_known)):
         return "torch"
+    if not counts_from_start:
+        raise UserError(
+            "rollout.engine=lmdeploy: it counts blocks from position 0, model.block_origin is prompt_end; use torch"
+        )
     if model is not None and not is_known:
         raise UserError(
             f"rollout.engine=lmdeploy: it decodes {' and '.join(LMDEPLOY_MODELS)}, and model.path is a model of type "

@@ -8,12 +8,13 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import decode, stop_token_ids
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
 from dirl.rollout.engine import Completion, SamplingConfig
 
 
 def touched_tokens(
-    prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig, block_length: int
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: SamplingConfig, scheme: DiffusionScheme
 ) -> list[int]:
     """Completion tokens in the blocks that fit max_completion_length, for each prompt; all, where there are no blocks.
 
@@ -22,10 +23,11 @@ def touched_tokens(
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"generate needs one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
-    limit = sampling.max_completion_length
+    limit, block_length = sampling.max_completion_length, scheme.block_length
     if block_length == 0:
         return [limit] * len(prompts)
-    touched = [(len(p) + limit) // block_length * block_length - len(p) for p in prompts]
+    tails = [scheme.tail(len(prompt)) for prompt in prompts]
+    touched = [(tail + limit) // block_length * block_length - tail for tail in tails]
     for prompt, num_tokens in zip(prompts, touched, strict=True):
         if num_tokens <= 0:
             raise UserError(
@@ -56,16 +58,16 @@ def make_completion(
     logprobs: list[float] | None,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    block_length: int,
+    scheme: DiffusionScheme,
     confidence_threshold: float | None = None,
 ) -> Completion:
     """A completion from its tokens and steps; lengths, reasons and text follow from them."""
     stop_ids = stop_token_ids(tokenizer)
     stops = [i for i, token in enumerate(token_ids) if token in stop_ids]
     num_steps = max(step_map)
-    if block_length:
-        steps = [0] * (len(prompt_ids) % block_length) + step_map
-        num_steps = sum(max(steps[i : i + block_length]) for i in range(0, len(steps), block_length))
+    if scheme.block_length:
+        steps = [0] * scheme.tail(len(prompt_ids)) + step_map
+        num_steps = sum(max(steps[i : i + scheme.block_length]) for i in range(0, len(steps), scheme.block_length))
     return Completion(
         prompt_ids=list(prompt_ids),
         token_ids=token_ids,
@@ -79,9 +81,9 @@ def make_completion(
     )
 
 
-def in_windows(completion: Completion, sampling: SamplingConfig, block_length: int) -> Completion:
+def in_windows(completion: Completion, sampling: SamplingConfig, scheme: DiffusionScheme) -> Completion:
     """A completion with what its replay must know: its windows, and under full attention the rest of its canvas."""
-    if block_length:
+    if scheme.block_length:
         return replace(completion, generation_window=sampling.sub_block_length)
     num_unwritten = sampling.max_completion_length - len(completion.token_ids)
     return replace(completion, generation_window=sampling.generation_window, num_unwritten=num_unwritten)

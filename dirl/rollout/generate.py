@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import render_prompt, token_texts
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, SamplingConfig
@@ -23,6 +24,7 @@ class ShownCompletion(Completion):
     """A completion that a notebook shows, and that can be played and tabulated."""
 
     block_length: int  # tokens per block
+    tail: int  # tokens of the prompt in the first of these blocks
     token_texts: list[str]  # (R,) what each token reads
 
     def _repr_html_(self) -> str:
@@ -53,15 +55,18 @@ class Completions(list[ShownCompletion]):
         return completions_table(self)
 
 
-def with_texts(completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, block_length: int) -> Completions:
-    """The completions with texts of tokens and the length of blocks (0: full attention): all it takes to show them."""
+def with_texts(
+    completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase, scheme: DiffusionScheme
+) -> Completions:
+    """The completions with texts of tokens and their blocks (under full attention one): all it takes to show them."""
     texts = token_texts(tokenizer, [completion.token_ids for completion in completions])
     return Completions(
         ShownCompletion(
             **{
                 **vars(completion),
                 "token_texts": text,
-                "block_length": block_length or len(completion.prompt_ids) + len(completion.token_ids),
+                "block_length": scheme.block_length or len(completion.prompt_ids) + len(completion.token_ids),
+                "tail": len(completion.prompt_ids) if scheme.is_full else scheme.tail(len(completion.prompt_ids)),
             }
         )
         for completion, text in zip(completions, texts, strict=True)
@@ -91,4 +96,4 @@ def generate(
     config = EngineConfig(engine="torch", compile="never", approximate_cache=approximate_cache)
     engine = build_engine(model, tokenizer, config)
     completions = engine.generate(ids, SamplingConfig(**sampling), [seed + i for i in range(len(ids))])
-    return with_texts(completions, tokenizer, model.scheme.block_length)
+    return with_texts(completions, tokenizer, model.scheme)

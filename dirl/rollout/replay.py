@@ -38,6 +38,7 @@ def trajectory_of(completion: Completion, scheme: DiffusionScheme) -> Trajectory
         *(prompt_ids, completion_ids, step_map, scheme.block_length, recorded, threshold),
         completion.generation_window,
         unwritten_ids,
+        lead=scheme.lead(len(prompt_ids)),
     )
 
 

@@ -34,18 +34,21 @@ class Example:
         return int(self.scored_KB.sum())
 
 
-def make_example(document: Document, block_length: int, fill_id: int, *, score_fill: bool, window: int = 1) -> Example:
+def make_example(
+    document: Document, scheme: DiffusionScheme, fill_id: int, *, score_fill: bool, window: int = 1
+) -> Example:
     """Fill the last block: a decoder denoises whole blocks, so the model must know what follows EOS in one.
 
     Args:
-        block_length: 0 under full attention, where the completion is filled to a multiple of `window` instead.
+        window: under full attention, where there are no blocks, the completion is filled to a multiple of it.
         score_fill: whether the fill is masked and scored too. Otherwise it is only context.
     """
     prompt_length, real_length = len(document.prompt_ids), len(document.completion_ids)
-    num_fill = -(prompt_length + real_length) % block_length if block_length else -real_length % window
+    lead, block_length = scheme.lead(prompt_length), scheme.block_length
+    num_fill = -(lead + prompt_length + real_length) % block_length if block_length else -real_length % window
     prompt_ids = torch.tensor(document.prompt_ids, dtype=torch.int64)
     completion_ids = torch.tensor([*document.completion_ids, *[fill_id] * num_fill], dtype=torch.int64)
-    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), block_length)
+    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), block_length, lead=lead)
     scored_KB = trajectory.steps_KB > 0
     if num_fill and not score_fill:
         scored_KB.view(-1)[-num_fill:] = False

@@ -151,9 +151,9 @@ class SFTTrainer(Trainer):
         """Documents, each filled up to the end of its last block."""
         pad_id = self.tokenizer.pad_token_id
         fill_id = self.tokenizer.eos_token_id if pad_id is None else pad_id
-        block_length, data = self.model.scheme.block_length, self.config.data
+        scheme, data = self.model.scheme, self.config.data
         return [
-            make_example(document, block_length, fill_id, score_fill=data.score_fill, window=data.fill_window)
+            make_example(document, scheme, fill_id, score_fill=data.score_fill, window=data.fill_window)
             for document in documents
         ]
 

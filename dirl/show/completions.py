@@ -32,6 +32,8 @@ class ReadableRow(Protocol):
     @property
     def block_length(self) -> int: ...  # tokens per block
     @property
+    def tail(self) -> int: ...  # tokens of the prompt in the first of these blocks
+    @property
     def completion_length(self) -> int: ...  # tokens up to and including the end
     @property
     def num_denoising_steps(self) -> int: ...
@@ -61,8 +63,7 @@ def completion_html(completion: ReadableRow) -> str:
 
 def blocks(completion: ReadableRow) -> Iterator[range]:
     """The completion's token indices, block by block; the first block may begin in the prompt."""
-    tail = len(completion.prompt_ids) % completion.block_length
-    for start in range(-tail, len(completion.token_ids), completion.block_length):
+    for start in range(-completion.tail, len(completion.token_ids), completion.block_length):
         yield range(max(start, 0), min(start + completion.block_length, len(completion.token_ids)))
 
 
@@ -127,12 +128,11 @@ def frames(completion: ReadableRow) -> Iterator[tuple[list[str], list[bool]]]:
 
 def tokens_table(completion: ReadableRow) -> Any:
     """A pandas table with one row per token."""
-    tail = len(completion.prompt_ids) % completion.block_length
     indices = range(len(completion.token_ids))
     columns: dict[str, Any] = {
         "token_id": completion.token_ids,
         "text": completion.token_texts,
-        "block": [(tail + index) // completion.block_length for index in indices],
+        "block": [(completion.tail + index) // completion.block_length for index in indices],
         "step": completion.step_map,
         "logprob": completion.logprobs or [None] * len(indices),
         "is_after_end": [index >= completion.completion_length for index in indices],

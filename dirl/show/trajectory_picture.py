@@ -39,7 +39,7 @@ def plot_trajectory(completion: ReadableRow, path: str | Path | None = None) -> 
     if not isinstance(completion, ReadableRow):
         raise UserError(
             "plot_trajectory: this completion holds token ids only; "
-            "use those of dirl.with_texts(completions, tokenizer, model.config.block_size)"
+            "use those of dirl.with_texts(completions, tokenizer, model.scheme)"
         )
     grid = state_grid(completion)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,14 @@ from tests.oracle import make_extreme, sharp_tiny_model
 
 
 def group_of_completions(
-    sampling: SamplingConfig, block_length: int, *, group_size: int = 2, shift: int = 0
+    sampling: SamplingConfig, block_length: int, *, group_size: int = 2, **scheme: Any
 ) -> tuple[BlockDiffusionModel, list[list[Completion]]]:
-    """Completions of prompts of every length modulo the block, some ended by EOS inside a block."""
-    model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
+    """Completions of prompts of every length modulo the block, some ended by EOS inside a block.
+
+    Args:
+        scheme: what else `sharp_tiny_model` takes.
+    """
+    model, tokenizer = sharp_tiny_model(block_length=block_length, **scheme)
     assert isinstance(tokenizer.eos_token_id, int)
     make_extreme(model, [tokenizer.eos_token_id], 4.0)
     lengths = range(1, 2 * (block_length or 4) + 2) if block_length <= 4 else (1, 3, 7, 8, 10, 13, 16)

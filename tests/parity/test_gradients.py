@@ -130,7 +130,10 @@ def noisy_document(
     generator = torch.Generator().manual_seed(prompt_length)
     words = min(scheme.mask_token_id, 256)
     prompt_ids, completion_ids = torch.randint(words, (prompt_length,)), torch.randint(words, (completion_length,))
-    trajectory = Trajectory(prompt_ids, completion_ids, torch.ones_like(completion_ids), scheme.block_length)
+    trajectory = Trajectory(
+        *(prompt_ids, completion_ids, torch.ones_like(completion_ids), scheme.block_length),
+        lead=scheme.lead(prompt_length),
+    )
     scored_KB = torch.ones_like(trajectory.token_ids_KB, dtype=torch.bool)
     scored_KB[-1, -1] = False
     levels_K = draw_noise_levels(len(scored_KB), noise, generator)
@@ -146,11 +149,14 @@ def sum_over_views(model: BlockDiffusionModel, documents: Sequence[ViewedDocumen
         clean = document.prompt_ids.tolist() + views.completion_ids.tolist()
         for view, block in enumerate(views.block_V.tolist()):
             noisy = views.token_ids_VB[view].tolist()
-            logits_BV = state_logits(model, clean, block, noisy)
+            logits_BV = state_logits(model, clean, block, noisy, views.lead)
             for lane, token in enumerate(noisy):
                 if token == model.config.mask_token_id:
                     probs_V = logits_BV[lane, : model.config.mask_token_id].softmax(-1)  # the mask is the last id
-                    total = total - views.weight_VB[view, lane] * probs_V[clean[block * len(noisy) + lane]].log()
+                    total = (
+                        total
+                        - views.weight_VB[view, lane] * probs_V[clean[block * len(noisy) - views.lead + lane]].log()
+                    )
     return total
 
 

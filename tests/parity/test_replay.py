@@ -54,9 +54,9 @@ def in_token_order(logprob_T: Tensor, pack_: PackedViews) -> list[Tensor]:
 
 
 @torch.no_grad()
-def assert_three_roads_meet(sampling: SamplingConfig, block_length: int, shift: int = 0) -> list[Completion]:
+def assert_three_roads_meet(sampling: SamplingConfig, block_length: int, **scheme: Any) -> list[Completion]:
     group_size = 6 if block_length == 2 else 2
-    model, groups = group_of_completions(sampling, block_length, group_size=group_size, shift=shift)
+    model, groups = group_of_completions(sampling, block_length, group_size=group_size, **scheme)
     completions = [completion for group in groups for completion in group]
     brute = [brute_force_logprobs(model, completion, sampling) for completion in completions]
     roads: dict[str, list[Tensor]] = {
@@ -90,7 +90,7 @@ def test_replay_equals_brute_force_equals_engine(strategy: str, block_length: in
 def test_replay_of_shifted_predictions_and_of_full_attention(strategy: str, block_length: int, shift: int) -> None:
     """Block length 0 is full attention; one token a block and a shift are autoregressive decoding."""
     sampling = replace(STRATEGIES[strategy], generation_window=6)
-    completions = assert_three_roads_meet(sampling, block_length, shift)
+    completions = assert_three_roads_meet(sampling, block_length, shift=shift)
     if block_length == 0:
         assert any(completion.num_unwritten for completion in completions)  # read all the same
         assert all(len(c.token_ids) + c.num_unwritten == sampling.max_completion_length for c in completions)
@@ -126,7 +126,7 @@ def test_holds_under_a_confidence_that_is_not_tempered(strategy: str, confidence
 def test_sub_blocks_are_revealed_from_left_to_right(strategy: str, shift: int) -> None:
     """Blocks of 8 in parts of 3, 3 and 2: what stands right of a part is read, and nobody decides about it."""
     sampling = replace(STRATEGIES[strategy], sub_block_length=3, denoising_steps=8)
-    for completion in assert_three_roads_meet(sampling, 8, shift):
+    for completion in assert_three_roads_meet(sampling, 8, shift=shift):
         steps = [0] * len(completion.prompt_ids) + completion.step_map
         for first in range(0, len(steps), 8):
             parts = [steps[first : first + 3], steps[first + 3 : first + 6], steps[first + 6 : first + 8]]

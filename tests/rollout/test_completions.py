@@ -9,11 +9,14 @@ import pytest
 
 import dirl
 from dirl.data.chat import render_prompt
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.generate import Completions, with_texts
 from dirl.rollout.local.engine import TorchEngine
 from tests.oracle import sharp_tiny_model
+
+SCHEME = DiffusionScheme(block_length=4, mask_token_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +31,10 @@ def test_an_engine_knows_nothing_of_showing() -> None:
     prompt = render_prompt(tokenizer, "1+1=")
     (bare,) = TorchEngine(model, tokenizer).generate([prompt], SamplingConfig(max_completion_length=8), [0])
     assert type(bare) is Completion and not {"show", "to_pandas", "_repr_html_"} & set(dir(bare))
-    assert {field.name for field in fields(Completion)} & {"block_length", "token_texts"} == set()
-    (shown,) = with_texts([bare], tokenizer, 4)
+    assert {field.name for field in fields(Completion)} & {"block_length", "tail", "token_texts"} == set()
+    (shown,) = with_texts([bare], tokenizer, SCHEME)
     assert isinstance(shown, Completion) and vars(bare).items() <= vars(shown).items()
-    assert with_texts([shown], tokenizer, 4) == [shown]
+    assert with_texts([shown], tokenizer, SCHEME) == [shown]
 
 
 def test_generate_over_an_approximate_cache(caplog: pytest.LogCaptureFixture) -> None:

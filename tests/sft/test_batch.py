@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ SCHEME = DiffusionScheme(block_length=BLOCK, mask_token_id=MASK)
 @pytest.mark.parametrize("score_fill", [True, False])
 def test_the_last_block_is_filled_and_scored_on_request(prompt_length: int, score_fill: bool) -> None:
     document = Document(list(range(prompt_length)), list(range(50, 57)))
-    example = make_example(document, BLOCK, FILL, score_fill=score_fill)
+    example = make_example(document, SCHEME, FILL, score_fill=score_fill)
     num_fill = -(prompt_length + 7) % BLOCK
     assert example.trajectory.completion_ids.tolist() == document.completion_ids + [FILL] * num_fill
     assert example.num_scored == 7 + num_fill * score_fill
@@ -30,13 +32,13 @@ def test_the_last_block_is_filled_and_scored_on_request(prompt_length: int, scor
 def test_under_full_attention_windows_are_filled(num_tokens: int, num_fill: int) -> None:
     """From the end of the prompt on, whatever its length."""
     document = Document([1, 2, 3], list(range(num_tokens)))
-    example = make_example(document, 0, FILL, score_fill=True, window=10)
+    example = make_example(document, replace(SCHEME, block_length=0), FILL, score_fill=True, window=10)
     assert example.trajectory.completion_ids.tolist() == document.completion_ids + [FILL] * num_fill
     assert example.scored_KB.tolist() == [[False] * 3 + [True] * (num_tokens + num_fill)]
 
 
 def test_unscored_fill_is_never_masked() -> None:
-    example = make_example(Document([1, 2], [50, 51, 52]), BLOCK, FILL, score_fill=False)
+    example = make_example(Document([1, 2], [50, 51, 52]), SCHEME, FILL, score_fill=False)
     for seed in range(20):
         views = view_document(example, torch.ones(2), MASK, noise=NoiseConfig(), seed=seed).branches[0]
         assert views.token_ids_VB.tolist() == [[1, 2, MASK, MASK], [MASK, FILL, FILL, FILL]]
@@ -44,7 +46,9 @@ def test_unscored_fill_is_never_masked() -> None:
 
 def test_complementary_pairs_score_every_token_once() -> None:
     noise = NoiseConfig(complementary=True)
-    examples = [make_example(Document([1] * n, list(range(50, 61))), BLOCK, FILL, score_fill=True) for n in range(1, 6)]
+    examples = [
+        make_example(Document([1] * n, list(range(50, 61))), SCHEME, FILL, score_fill=True) for n in range(1, 6)
+    ]
     for seed, (example, levels_K) in enumerate(zip(examples, batch_noise_levels(examples, noise, 3), strict=True)):
         document = view_document(example, levels_K, MASK, noise=noise, seed=seed)
         (packed,) = pack_micro_batches([document], SCHEME, lambda lengths: [list(range(len(lengths)))])
@@ -54,7 +58,7 @@ def test_complementary_pairs_score_every_token_once() -> None:
 @pytest.mark.parametrize("noise_level", ["block", "sequence"])
 def test_noise_levels_depend_on_the_seed_and_spread_over_the_batch(noise_level: str) -> None:
     noise = NoiseConfig(noise_level=noise_level)  # type: ignore[arg-type]
-    examples = [make_example(Document([1], [50] * n), BLOCK, FILL, score_fill=True) for n in range(3, 43)]
+    examples = [make_example(Document([1], [50] * n), SCHEME, FILL, score_fill=True) for n in range(3, 43)]
     levels = batch_noise_levels(examples, noise, 7)
     assert all(torch.equal(a, b) for a, b in zip(levels, batch_noise_levels(examples, noise, 7), strict=True))
     assert not torch.equal(levels[0], batch_noise_levels(examples, noise, 8)[0])

@@ -20,6 +20,7 @@ HAND_MADE = SimpleNamespace(
     finish_reason="stop",
     num_denoising_steps=5,
     block_length=4,
+    tail=2,
     token_texts=["a", "b", "<c>", "d", "e", "<|im_end|>"],
 )
 

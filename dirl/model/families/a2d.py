@@ -114,7 +114,7 @@ _VALUES: dict[str, Any] = {
     "trains_fill": True,
     "decoder": {"unmasking_strategy": "low_confidence_static", "temperature": 0.0},
     "sft": {"noise_level": "sequence"},
-    "remarks": "bd3lm decodes in blocks counted from the end of the prompt",
+    "remarks": "bd3lm decodes in blocks counted from the end of the prompt: `model.block_origin=prompt_end`",
 }
 _QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")
 A2D_QWEN2 = Family(

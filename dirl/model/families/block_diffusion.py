@@ -87,6 +87,7 @@ class BlockDiffusionModel(PreTrainedModel):
             shift=getattr(config, "shift", 0),
             confidence=self.confidence,
             holds_at_threshold=self.holds_at_threshold,
+            block_origin=getattr(config, "block_origin", "start"),
         )
 
     @property
@@ -111,6 +112,8 @@ class BlockDiffusionModel(PreTrainedModel):
         if attention_plan is None:
             if input_ids is None:
                 raise ValueError("a plain forward pass needs input_ids to build its mask")
+            if self.scheme.block_origin != "start":
+                raise ValueError("blocks are counted from the end of a prompt: a plain pass needs an attention_plan")
             if position_ids is None:
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from dirl.diffusion.distribution import Confidence
+from dirl.diffusion.packing import BlockOrigin
 from dirl.errors import UserError, one_line
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 
 # What a config.json may say about the way of diffusion, under the names our configurations have.
-_SCHEME_KEYS = ("block_size", "shift", "full_attention")
+_SCHEME_KEYS = ("block_size", "block_origin", "shift", "full_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class Family:
             raise UserError(f"model.path: config.json is no {self.name}'s: {one_line(error, 200)}") from error
         for key, is_possible in (
             ("block_size", type(config.block_size) is int and config.block_size > 0),
+            ("block_origin", getattr(config, "block_origin", "start") in get_args(BlockOrigin)),
             ("shift", getattr(config, "shift", 0) in (0, 1)),
         ):
             if not is_possible:

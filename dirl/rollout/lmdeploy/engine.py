@@ -105,7 +105,7 @@ class LMDeployEngine:
             raise RolloutError("the engine is asleep; call wake before generate")
         if self._is_stale:
             raise RolloutError("the engine does not hold whole weights; call update_weights before generate")
-        touched = touched_tokens(prompts, seeds, sampling, self.scheme.block_length)
+        touched = touched_tokens(prompts, seeds, sampling, self.scheme)
         for prompt, num_tokens in zip(prompts, touched, strict=True):
             self._check_fits(len(prompt), num_tokens)
         self._agent.agent_strategy.rules = sampling.rules(self.scheme)
@@ -117,11 +117,11 @@ class LMDeployEngine:
                 trace.step_map,
                 trace.logprobs,
                 tokenizer=self.tokenizer,
-                block_length=self.scheme.block_length,
+                scheme=self.scheme,
             )
             for prompt, trace in zip(prompts, traces, strict=True)
         )
-        return [in_windows(completion, sampling, self.scheme.block_length) for completion in completions]
+        return [in_windows(completion, sampling, self.scheme) for completion in completions]
 
     def update_weights(self, model: nn.Module) -> None:
         self._push(model)

@@ -149,18 +149,18 @@ class BlockRows:
     otherwise the entries of these slots are copied.
 
     Args:
-        slot_A, block_A: the slots, each once, and which block of theirs it is.
+        slot_A, start_A: the slots, each once, and at which position the block begins.
         keys: of any layer of the cache they will read, (S, L, G, E).
     """
 
-    def __init__(self, slot_A: Tensor, block_A: Tensor, keys: Tensor, block_length: int) -> None:
+    def __init__(self, slot_A: Tensor, start_A: Tensor, keys: Tensor, block_length: int) -> None:
         num_slots = len(keys)
         reads_in_place = len(slot_A) >= _IN_PLACE_FROM * num_slots
         self.slot_A, self.block_length = slot_A, block_length
         self.flash = flash_decode(keys.device.type, keys.dtype)
-        self.end_A = (block_A + 1) * block_length
+        self.end_A = start_A + block_length
         lane_B = torch.arange(block_length, device=slot_A.device)
-        self.position_T = (block_A[:, None] * block_length + lane_B).flatten()
+        self.position_T = (start_A[:, None] + lane_B).flatten()
         self.slot_C = slot_A.repeat_interleave(block_length)
         self.token_C = torch.arange(len(self.slot_C), device=slot_A.device)
         self.last_token_C, self.last_slot_C = self.token_C[block_length - 1 :: block_length], slot_A
@@ -200,7 +200,7 @@ class PromptRows:
     """The full blocks of distinct prompts from position 0 on, of different lengths, one row each.
 
     Args:
-        lengths: of the prompts, multiples of the block length.
+        lengths: of the prompts, which end with a block; the first one may lack tokens.
         slots: those of each prompt; the first one's keys are read, the others receive the same.
         keys: of any layer of the cache they will read, (S, L, G, E).
     """
@@ -217,7 +217,8 @@ class PromptRows:
         self.last_token_C = torch.stack([tokens[row][-1] for row, _ in copies])
         self.last_slot_C = torch.tensor([slot for _, slot in copies], device=device)
         end_RW = torch.ones(len(lengths), max(lengths), dtype=torch.int64, device=device)
-        end_RW[self.place] = (self.position_T // block_length + 1) * block_length
+        lead_T = (-length_R % block_length)[self.place[0]]
+        end_RW[self.place] = ((self.position_T + lead_T) // block_length + 1) * block_length - lead_T
         self.mask_R1WL = _reads_up_to(end_RW, keys.dtype)
 
     def attend(self, query_THE: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

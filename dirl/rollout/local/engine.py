@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import stop_token_ids
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
@@ -76,8 +77,7 @@ class TorchEngine:
         seeds: Sequence[int],
         thresholds: Sequence[float] | None = None,
     ) -> list[Completion]:
-        block_length = self.model.scheme.block_length
-        touched = touched_tokens(prompts, seeds, sampling, block_length)
+        touched = touched_tokens(prompts, seeds, sampling, self.model.scheme)
         check_thresholds(thresholds, prompts, sampling)
         own = [None] * len(prompts) if thresholds is None else thresholds
         requests = [
@@ -141,7 +141,7 @@ class TorchEngine:
         length = max(r.end for r in queue)
         num_tokens = self._tokens_that_fit(length)
         num_slots = min(self.config.max_batch_size, len(queue), num_tokens // length)
-        num_blocks = max(_num_blocks(r, scheme.block_length) for r in queue)
+        num_blocks = max(_num_blocks(r, scheme) for r in queue)
         carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
         slots = Slots(num_slots, num_blocks, scheme, carried)
         cache = BlockCache(self.model, num_slots, length, self.autocast)
@@ -165,7 +165,7 @@ class TorchEngine:
             self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
                 index, completion = self._completion(*slots.release(slot))
-                yield index, in_windows(completion, sampling, scheme.block_length)
+                yield index, in_windows(completion, sampling, scheme)
 
     def _decode_canvases(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         """The same under full attention, in batches: what has ended leaves room that the next batch takes."""
@@ -190,7 +190,7 @@ class TorchEngine:
                 self.observer.stepped(partial(canvases.frames, step))
                 for written in canvases.finished(stop_ids):
                     index, completion = self._completion(*written)
-                    yield index, in_windows(completion, sampling, 0)
+                    yield index, in_windows(completion, sampling, self.model.scheme)
 
     def _precision(self) -> torch.autocast:
         device_type = next(self.model.parameters()).device.type
@@ -224,7 +224,7 @@ class TorchEngine:
                 break
             let_in.append(queue.popleft())
         length = max(cache.keys.shape[1], *(request.end for request in let_in), 0)
-        num_blocks = max(slots.num_blocks, *(_num_blocks(request, slots.block_length) for request in let_in), 0)
+        num_blocks = max(slots.num_blocks, *(_num_blocks(request, self.model.scheme) for request in let_in), 0)
         if len(let_in) > num_free or length > cache.keys.shape[1] or num_blocks > slots.num_blocks:
             cache.keep_slots(slots.compact())
             cache.resize(self.model, num_active + len(let_in), length)
@@ -236,21 +236,21 @@ class TorchEngine:
 
         What goes beyond a pass's budget is read at once.
         """
-        block_length = self.model.scheme.block_length
+        scheme = self.model.scheme
         slots_of: dict[tuple[int, ...], list[int]] = {}
         for slot, request in admitted.items():
-            full = len(request.prompt_ids) - len(request.prompt_ids) % block_length
+            full = len(request.prompt_ids) - scheme.tail(len(request.prompt_ids))
             slots_of.setdefault(tuple(request.prompt_ids[:full]), []).append(slot)
         slots_of.pop((), None)
         sections = [
             (
                 torch.tensor([token for prompt in prompts for token in prompt], device=cache.keys.device),
-                PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, block_length),
+                PromptRows([len(p) for p in prompts], [slots_of[p] for p in prompts], cache.keys, scheme.block_length),
             )
             for prompts in consecutive(slots_of, len, PREFILL_TOKENS)
         ]
         for token_ids_T, rows in sections[:-1]:
-            if self.model.scheme.shift:
+            if scheme.shift:
                 hidden_CD = self.forward(cache, token_ids_T, [rows], rows.last_token_C)
                 slots.last_hidden_SD[rows.last_slot_C] = hidden_CD.to(slots.last_hidden_SD.dtype)
             else:
@@ -267,9 +267,9 @@ class TorchEngine:
         slot_P = slot_A[slots.has_previous_S[slot_A]]
         sections = list(prompts)
         if len(slot_P):
-            committed = self._blocks(slot_P, slots.block_S[slot_P] - 1, cache)
+            committed = self._blocks(slot_P, slots.starts(slot_P) - slots.block_length, cache)
             sections.append((slots.previous_ids_SB[slot_P], committed))
-        sections.append((slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.block_S[slot_A], cache)))
+        sections.append((slots.token_ids_SB[slot_A], self._blocks(slot_A, slots.starts(slot_A), cache)))
         token_ids_T = torch.cat([token_ids.flatten() for token_ids, _ in sections])
         rows = [rows for _, rows in sections]
         if not self.model.scheme.shift:
@@ -301,8 +301,8 @@ class TorchEngine:
         hidden_MD[~is_kept_M] = hidden_ND[len(last_T) :].to(hidden_MD.dtype)
         return hidden_MD
 
-    def _blocks(self, slot_A: Tensor, block_A: Tensor, cache: BlockCache) -> BlockRows:
-        return BlockRows(slot_A, block_A, cache.keys, self.model.scheme.block_length)
+    def _blocks(self, slot_A: Tensor, start_A: Tensor, cache: BlockCache) -> BlockRows:
+        return BlockRows(slot_A, start_A, cache.keys, self.model.scheme.block_length)
 
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
@@ -313,12 +313,13 @@ class TorchEngine:
             step_map,
             logprobs,
             tokenizer=self.tokenizer,
-            block_length=self.model.scheme.block_length,
+            scheme=self.model.scheme,
             confidence_threshold=request.threshold,
         )
         return request.index, completion
 
 
-def _num_blocks(request: Request, block_length: int) -> int:
+def _num_blocks(request: Request, scheme: DiffusionScheme) -> int:
     """Blocks that its completion touches at most."""
-    return request.end // block_length - len(request.prompt_ids) // block_length
+    prompt_length = len(request.prompt_ids)
+    return (request.end - prompt_length + scheme.tail(prompt_length)) // scheme.block_length

@@ -34,7 +34,8 @@ class Slots:
 
     def __init__(self, num_slots: int, num_blocks: int, scheme: DiffusionScheme, last_hidden_SD: Tensor) -> None:
         block_length, device = scheme.block_length, last_hidden_SD.device
-        self.block_length, self.mask_token_id, self.device = block_length, scheme.mask_token_id, device
+        self.scheme, self.block_length, self.mask_token_id = scheme, block_length, scheme.mask_token_id
+        self.device = device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
@@ -43,6 +44,7 @@ class Slots:
         self.threshold_S = zeros(dtype=torch.float32)
         self.is_active_S = zeros(dtype=torch.bool)
         self.seed_S, self.first_block_S, self.block_S, self.end_block_S, self.step_S = (zeros() for _ in range(5))
+        self.lead_S = zeros()  # tokens that the first block of each lacks
         self.token_ids_SB, self.step_map_SB, self.previous_ids_SB = (zeros(block_length) for _ in range(3))
         self.masked_SB = zeros(block_length, dtype=torch.bool)
         self.logprob_SB = zeros(block_length, dtype=torch.float32)
@@ -76,15 +78,17 @@ class Slots:
         for slot, request in requests.items():
             self.requests[slot] = request
             lengths.append(len(request.prompt_ids))
-            tail = list(request.prompt_ids[lengths[-1] - lengths[-1] % block_length :])
+            tail = list(request.prompt_ids[lengths[-1] - self.scheme.tail(lengths[-1]) :])
             blocks.append(tail + [self.mask_token_id] * (block_length - len(tail)))
-        length_N = torch.tensor(lengths, device=self.device)
+        lead_N = torch.tensor([self.scheme.lead(length) for length in lengths], device=self.device)
+        counted_N = torch.tensor(lengths, device=self.device) + lead_N
+        end_N = torch.tensor([request.end for request in requests.values()], device=self.device)
         self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
         self.threshold_S[slot_N] = torch.tensor([r.threshold or 0.0 for r in requests.values()], device=self.device)
-        self.end_block_S[slot_N] = torch.tensor([r.end // block_length for r in requests.values()], device=self.device)
-        self.first_block_S[slot_N] = self.block_S[slot_N] = length_N // block_length
+        self.lead_S[slot_N], self.end_block_S[slot_N] = lead_N, (end_N + lead_N) // block_length
+        self.first_block_S[slot_N] = self.block_S[slot_N] = counted_N // block_length
         self.token_ids_SB[slot_N] = torch.tensor(blocks, device=self.device)
-        self.masked_SB[slot_N] = torch.arange(block_length, device=self.device) >= (length_N % block_length)[:, None]
+        self.masked_SB[slot_N] = torch.arange(block_length, device=self.device) >= (counted_N % block_length)[:, None]
         self.step_S[slot_N] = 0
         self.step_map_SB[slot_N] = 0
         self.has_previous_S[slot_N] = False
@@ -92,10 +96,13 @@ class Slots:
 
     def blocks(self, slot_A: Tensor, *, own_thresholds: bool = False) -> Blocks:
         """The current blocks of the active slots."""
-        lane_B = torch.arange(self.block_length, device=self.device)
-        position_AB = self.block_S[slot_A, None] * self.block_length + lane_B
+        position_AB = self.starts(slot_A)[:, None] + torch.arange(self.block_length, device=self.device)
         threshold_A = self.threshold_S[slot_A] if own_thresholds else None
         return Blocks(self.masked_SB[slot_A], position_AB, self.step_S[slot_A], self.seed_S[slot_A], threshold_A)
+
+    def starts(self, slot_A: Tensor) -> Tensor:
+        """Position at which the current block of each begins."""
+        return self.block_S[slot_A] * self.block_length - self.lead_S[slot_A]
 
     def apply(self, step: DenoisingStep, slot_A: Tensor) -> None:
         """Reveal tokens in the active slots."""
@@ -173,7 +180,7 @@ class Slots:
         request = self.requests[slot]
         assert request is not None
         num_blocks = int(self.block_S[slot] - self.first_block_S[slot])
-        return slice(len(request.prompt_ids) % self.block_length, num_blocks * self.block_length)
+        return slice(self.scheme.tail(len(request.prompt_ids)), num_blocks * self.block_length)
 
     def compact(self) -> Tensor:
         """Drop the empty slots; returns the old number of each slot. As few as can be change theirs."""

@@ -121,7 +121,7 @@ class ServerEngine:
         approximate_cache: ApproximateCache = "none",  # that the servers shall decode over
     ) -> None:
         self.servers, self.tokenizer = list(servers), tokenizer
-        self.block_length = model.scheme.block_length
+        self.scheme = model.scheme
         self.weights_version = 0
         self._pushes = pushes
         self._model: nn.Module = model  # what was pushed last, for a server that has to start again
@@ -139,7 +139,7 @@ class ServerEngine:
     ) -> list[Completion]:
         if self._is_stale:
             raise RolloutError("the last push of weights did not finish; call update_weights before generate")
-        touched_tokens(prompts, seeds, sampling, self.block_length)
+        touched_tokens(prompts, seeds, sampling, self.scheme)
         check_thresholds(thresholds, prompts, sampling)
         own = [None] * len(prompts) if thresholds is None else thresholds
         rows = [
@@ -164,12 +164,12 @@ class ServerEngine:
                 answers[i].step_map,
                 answers[i].logprobs,
                 tokenizer=self.tokenizer,
-                block_length=self.block_length,
+                scheme=self.scheme,
                 confidence_threshold=own[i],
             )
             for i, prompt in enumerate(prompts)
         ]
-        return [in_windows(completion, sampling, self.block_length) for completion in completions]
+        return [in_windows(completion, sampling, self.scheme) for completion in completions]
 
     def update_weights(self, model: nn.Module) -> None:
         self.weights_version += 1
@@ -295,6 +295,7 @@ def _check_same_model(
     scheme = model.scheme
     for name, ours in (
         ("block_length", scheme.block_length),
+        ("block_origin", scheme.block_origin),
         ("shift", scheme.shift),
         ("mask_token_id", scheme.mask_token_id),
         ("vocab_size", model.config.vocab_size),

@@ -66,6 +66,7 @@ class RolloutServer:
         return Health(
             weights_version=self.weights_version,
             block_length=scheme.block_length,
+            block_origin=scheme.block_origin,
             shift=scheme.shift,
             mask_token_id=scheme.mask_token_id,
             vocab_size=self.model.config.vocab_size,
@@ -92,7 +93,7 @@ class RolloutServer:
         for row in rows:
             self._check(row)
         prompts, seeds = [row.prompt_ids for row in rows], [row.seed for row in rows]
-        touched = touched_tokens(prompts, seeds, sampling, self.model.scheme.block_length)
+        touched = touched_tokens(prompts, seeds, sampling, self.model.scheme)
         thresholds = [row.threshold for row in rows if row.threshold is not None]
         check_thresholds(thresholds or None, prompts, sampling)
         kind = sampling

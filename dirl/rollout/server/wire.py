@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode
 
 from dirl.config import PATH, Config, bounded
+from dirl.diffusion.packing import BlockOrigin
 from dirl.model.checkpoint import ModelConfig
 from dirl.rollout.engine import ApproximateCache, EngineConfig, SamplingConfig
 
@@ -50,6 +51,7 @@ class Health:
 
     weights_version: int | None  # None: in the middle of a push, or never any
     block_length: int  # 0: full attention
+    block_origin: BlockOrigin
     shift: int
     mask_token_id: int
     vocab_size: int

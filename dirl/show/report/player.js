@@ -3,7 +3,7 @@
 
 // Denoising steps of all blocks in a row: for each token its block and its step counted over the whole completion.
 function timeline(sample) {
-  const tail = sample.prompt_length % sample.block_length, blocks = [], blockOf = [];
+  const tail = sample.tail, blocks = [], blockOf = [];
   sample.texts.forEach((text, index) => {
     const number = Math.floor((tail + index) / sample.block_length);
     (blocks[number] ??= []).push(index);

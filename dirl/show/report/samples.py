@@ -61,6 +61,7 @@ def play_data(row: Mapping[str, Any], *, label: str, decode: Decode | None, bloc
         "rewards": dict(row.get("rewards") or {}),
         "prompt_length": len(row["prompt_ids"]),
         "block_length": block_length,
+        "tail": row.get("tail", len(row["prompt_ids"]) % block_length),
         "completion_length": row["completion_length"],
         "texts": list(texts),
         "steps": list(row["step_map"]),
@@ -106,7 +107,7 @@ def _best_and_worst(groups: Iterator[tuple[int, list[dict[str, Any]]]]) -> Itera
 
 def _cut(sample: dict[str, Any], room: int) -> None:
     """Keep whole blocks of at most `room` tokens (one block at least)."""
-    block_length, tail = sample["block_length"], sample["prompt_length"] % sample["block_length"]
+    block_length, tail = sample["block_length"], sample["tail"]
     kept = max((room + tail) // block_length, 1) * block_length - tail
     if len(sample["texts"]) > kept:
         for name in ("texts", "steps", "confidence"):

@@ -51,7 +51,7 @@ def test_blocks_read_up_to_their_end(slots: list[int], uses_flash: bool, monkeyp
     blocks = [(7 * slot + 1) % (LENGTH // BLOCK) for slot in slots]
     query_THE = torch.randn(len(slots) * BLOCK, HEADS, HEAD_DIM)
     keys, values = cache()
-    rows = BlockRows(torch.tensor(slots), torch.tensor(blocks), keys, BLOCK)
+    rows = BlockRows(torch.tensor(slots), BLOCK * torch.tensor(blocks), keys, BLOCK)
     found_THE = rows.attend(query_THE, keys, values, SCALING)
     expected = [
         by_hand(query_THE[i * BLOCK + lane], keys, values, slot, (block + 1) * BLOCK)
@@ -81,7 +81,7 @@ def test_every_slot_of_a_prompt_receives_its_keys_and_moves_with_them() -> None:
     model, _ = tiny()
     ours = BlockCache(model, SLOTS, LENGTH)
     rows = PromptRows([4, 8], [[3], [0, 4]], ours.keys, BLOCK)
-    blocks = BlockRows(torch.tensor([1]), torch.tensor([2]), ours.keys, BLOCK)
+    blocks = BlockRows(torch.tensor([1]), torch.tensor([8]), ours.keys, BLOCK)
     shape = (len(rows.position_T) + BLOCK, *ours.keys.shape[2:])
     key_TGE, value_TGE = torch.randn(2, *shape).unbind(0)
     ours.layers[1].write(ours.entries([rows, blocks]), key_TGE, value_TGE)
@@ -105,7 +105,7 @@ def test_flash_decode_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     slots, blocks = torch.tensor([0, 2, 3], device="cuda"), torch.tensor([5, 0, 3], device="cuda")
     keys, values = (torch.randn(SLOTS, LENGTH, KEY_HEADS, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     query = torch.randn(3 * BLOCK, HEADS, 64, device="cuda", dtype=torch.bfloat16)
-    rows = BlockRows(slots, blocks, keys, BLOCK)
+    rows = BlockRows(slots, BLOCK * blocks, keys, BLOCK)
     found = rows.attend(query, keys, values, SCALING)
     monkeypatch.setattr(block_cache, "flash_decode", lambda device, dtype: None)
     torch.testing.assert_close(found, rows.attend(query, keys, values, SCALING), atol=2e-2, rtol=2e-2)

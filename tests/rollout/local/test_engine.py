@@ -286,7 +286,7 @@ def test_a_request_that_comes_late_gets_what_it_gets_alone(
     """Longer ones and more than there were slots for; they join what is in flight, or follow it on canvases."""
     model, tokenizer = sharp_tiny_model(block_length=block_length, shift=shift)
     prompts, seeds = random_prompts([3, 9, 2, 20, 8, 31]), range(6)
-    touched = touched_tokens(prompts, seeds, DYNAMIC, block_length)
+    touched = touched_tokens(prompts, seeds, DYNAMIC, model.scheme)
     alone = TorchEngine(model, tokenizer, EngineConfig(**bounds))
     expected = [alone.generate([prompt], DYNAMIC, [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
     rows = zip(prompts, seeds, touched, strict=True)
