@@ -51,8 +51,9 @@ TAIL = """\
 ## Models that are made into diffusion models
 
 dllm's config.json says neither the block length nor which of its two trainers it comes from. In a config.json of an A2D
-model, `block_size`, `block_origin`, `shift`, `full_attention` and `mask_token_id` may stand and count: write `"full_attention": true`
-into that of an `mdlm` checkpoint. Autoregressive checkpoints are converted first, with `dirl convert SRC OUT`:
+model, `block_size`, `block_origin`, `shift`, `full_attention` and `mask_token_id` may stand and count: write
+`"full_attention": true` into that of an `mdlm` checkpoint. Autoregressive checkpoints are converted first, with
+`dirl convert SRC OUT`:
 """
 
 

@@ -174,9 +174,7 @@ def test_sft_rl_and_evaluation_from_the_command_line(tmp_path: Path) -> None:
 
 def test_who_cannot_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(checkpoint("llada", tmp_path))
-    with pytest.raises(UserError, match="block_origin=prompt_end is of blocks, and the model of model.path has none"):
-        UserError, match=r"model.block_origin=prompt_end is of blocks, and the model of model.path has none"
-    ):
+    with pytest.raises(UserError, match=r"block_origin=prompt_end is of blocks, and the model of model.path has none"):
         load_model(ModelConfig(path=path, block_origin="prompt_end"), load(path)[1])
     model, _ = sharp_tiny_model(block_origin="prompt_end")
     with pytest.raises(UserError, match=r"rollout.engine=lmdeploy: it counts blocks from position 0"):
