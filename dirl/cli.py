@@ -16,7 +16,7 @@ from typing import Any
 
 from dirl import __version__
 from dirl.config import load_config, with_changes
-from dirl.errors import RunInterrupted, UserError
+from dirl.errors import RunInterrupted, UserError, visible
 from dirl.files import is_hub_id
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, handlers=[_log_handler()])
     # The Hugging Face client logs every request at INFO level; that is not what people want to read.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -232,14 +232,27 @@ def _is_main_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+class _Visible(logging.Formatter):
+    """Messages hold what rows, files and models say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _log_handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible())
+    return handler
+
+
 def _say(text: str) -> None:
     if _is_main_rank():
-        print(text, flush=True)
+        print(visible(text), flush=True)
 
 
 def _fail(text: str) -> int:
     if _is_main_rank():
-        print(f"dirl: error: {text}", file=sys.stderr)
+        print(f"dirl: error: {visible(text)}", file=sys.stderr)
     return 2
 
 

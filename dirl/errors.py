@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -20,6 +21,22 @@ class RunInterrupted(Exception):
         self.signal_number = signal_number
         name = signal.Signals(signal_number).name if signal_number else "a signal on another rank"
         super().__init__(f"stopped by {name} at step {step}, checkpoint written; the same command continues")
+
+
+def visible(text: str) -> str:
+    """Foreign text as it may be written to a terminal: what would command it, or turn the writing round, is seen.
+
+    Line breaks and tabs stay.
+    """
+    return text.translate(_PICTURES)
+
+
+def _escapes(codes: Iterable[int]) -> dict[int, str]:
+    return {code: chr(code).encode("unicode_escape").decode() for code in codes}
+
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}  # ESC as U+241B
+_PICTURES |= _escapes([0x7F, *range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ SHAPES = {
     "8b": (4096, 12288, 36, 32, 8, False),
 }
 MODEL_NAMES = ("tiny", *SHAPES)
+Name = TypeVar("Name")
 
 
 def build_model(name: str) -> BlockDiffusionModel:
@@ -93,12 +94,12 @@ class Timing:
         }
 
 
-def time_in_turn(works: Mapping[str, Callable[[], object]], *, repeats: int, warmups: int = 1) -> dict[str, Timing]:
+def time_in_turn(works: Mapping[Name, Callable[[], object]], *, repeats: int, warmups: int = 1) -> dict[Name, Timing]:
     """Each piece of work several times, taking turns: a machine that slows down slows all of them."""
     for _ in range(warmups):
         for work in works.values():
             work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    seconds: dict[Name, list[float]] = {name: [] for name in works}
     memory = dict.fromkeys(works, 0.0)
     for _ in range(repeats):
         for name, work in works.items():

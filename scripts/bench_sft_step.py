@@ -1,10 +1,13 @@
-"""Forward and backward of one SFT step in packed views, against DiRL's rows of [noisy | clean] padded to 2 L.
+"""Forward and backward of one SFT step in packed views, against the rows of [noisy | clean] that others train on.
 
     python scripts/bench_sft_step.py [--model tiny|1.7b|4b|8b] [--documents 32] [--data FILE --tokenizer DIR]
 
-Documents have the lengths of GSM8K's training set under SDAR's tokenizer (prompt: log-normal around 81 tokens, standard
-deviation of the logarithm 0.24; completion: around 94, 0.38), or those of a file. L is the longest of the batch, or
---max-length where a configured length is padded to. Both layouts see the same noise and must give the same loss.
+Documents have the lengths of GSM8K's training set under SDAR's tokenizer (prompt: log-normal around 81 tokens,
+standard deviation of the logarithm 0.24; completion: around 94, 0.38), or those of a file. Rows are padded (`own`:
+one a document, to the longest of the batch, or to --max-length where a configured length is padded to, as dllm's
+trainer; with attention over all pairs, `dense`, as there) or packed one after another under the same budget as packed
+views (`none`: as DiRL's example does; with attention over the tiles that are read, `tiles`). All see the same noise
+and must give the same loss.
 One JSON line a layout; `ratio` is its seconds over those of packed views in this run.
 """
 
@@ -15,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from bench_layouts import clean_and_noisy_row, score_row
+from bench_layouts import clean_and_noisy_row, joined, plan_of, score_row
 from bench_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
 from torch import Tensor
 
@@ -46,9 +49,8 @@ def draw_documents(count: int, vocabulary: int) -> list[Document]:
     return [Document(prompt, completion) for prompt, completion in zip(tokens[::2], tokens[1::2], strict=True)]
 
 
-def padded_rows(documents: Sequence[ViewedDocument], max_length: int) -> list[tuple[PackedViews, Tensor]]:
-    """DiRL's layout with the same noise: one row a document, and the weight of each scored token."""
-    longest = max_length or max(len(d.prompt_ids) + len(d.branches[0].completion_ids) for d in documents)
+def rows_of(documents: Sequence[ViewedDocument], width: int) -> list[tuple[PackedViews, Tensor]]:
+    """The same noise in one row a document, padded to `width`, and the weight of each scored token."""
     rows = []
     for document in documents:
         views = document.branches[0]
@@ -57,9 +59,16 @@ def padded_rows(documents: Sequence[ViewedDocument], max_length: int) -> list[tu
         position_VB = views.block_V[:, None] * BLOCK + torch.arange(BLOCK)
         noisy_ids[position_VB] = views.token_ids_VB
         scored = position_VB[views.revealed_VB]
-        row = clean_and_noisy_row(clean_ids, noisy_ids, scored, block_length=BLOCK, width=2 * longest)
+        row = clean_and_noisy_row(clean_ids, noisy_ids, scored, block_length=BLOCK, width=width)
         rows.append((row, views.weight_VB[views.revealed_VB]))
     return rows
+
+
+def packed_rows(documents: Sequence[ViewedDocument], budget: int) -> list[tuple[PackedViews, Tensor]]:
+    """The same, several in a row and no padding."""
+    rows = rows_of(documents, 0)
+    bins = split_by_budget([len(row) for row, _ in rows], budget)
+    return [(joined([rows[i][0] for i in b]), torch.cat([rows[i][1] for i in b])) for b in bins]
 
 
 class Bench:
@@ -82,14 +91,15 @@ class Bench:
             total += float(loss.detach())
         return total
 
-    def rows(self, rows: Sequence[tuple[PackedViews, Tensor]]) -> Callable[[], float]:
+    def rows(self, rows: Sequence[tuple[PackedViews, Tensor]], attention: str) -> Callable[[], float]:
         on_device = [(row.to(self.device), weight.to(self.device)) for row, weight in rows]
+        planned = [(row, plan_of(row, attention), weight_T) for row, weight_T in on_device]
 
         def run() -> float:
             self.model.zero_grad(set_to_none=True)
             total = 0.0
-            for row, weight_T in on_device:
-                loss = nelbo_loss(score_row(self.model, row, self.rule), weight_T, 1.0)
+            for row, plan, weight_T in planned:
+                loss = nelbo_loss(score_row(self.model, row, plan, self.rule), weight_T, 1.0)
                 loss.backward()
                 total += float(loss.detach())
             return total
@@ -123,29 +133,40 @@ def measure(arguments: argparse.Namespace) -> None:
         for i, (example, level_K) in enumerate(zip(examples, levels, strict=True))
     ]
     bench = Bench(model, documents, arguments.max_tokens_per_micro_batch)
-    rows = padded_rows(documents, arguments.max_length)
-    works = {"packed": bench.packed, "dirl": bench.rows(rows)}
-    losses = {name: work() for name, work in works.items()}
+    longest = arguments.max_length or max(len(d.prompt_ids) + len(d.branches[0].completion_ids) for d in documents)
+    peers = {
+        "own": rows_of(documents, 2 * longest),
+        "none": packed_rows(documents, arguments.max_tokens_per_micro_batch),
+    }
+    layouts = {("packed", "tiles", "none"): bench.packs}
+    works: dict[tuple[str, str, str], Callable[[], float]] = {("packed", "tiles", "none"): bench.packed}
+    for padding in arguments.padding:
+        for attention in arguments.attention:
+            layouts[("rows", attention, padding)] = [row for row, _ in peers[padding]]
+            works[("rows", attention, padding)] = bench.rows(peers[padding], attention)
+    losses = {kind: work() for kind, work in works.items()}
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    if abs(losses["dirl"] - losses["packed"]) > tolerance * abs(losses["packed"]):
+    if max(losses.values()) - min(losses.values()) > tolerance * abs(losses[("packed", "tiles", "none")]):
         sys.exit(f"the layouts disagree: loss {losses}")
     timings = time_in_turn(works, repeats=arguments.repeats)
-    layouts = {"packed": bench.packs, "dirl": [row for row, _ in rows]}
     lengths = [len(e.trajectory.prompt_ids) + len(e.trajectory.completion_ids) for e in examples]
     rate = matmul_tflops()
-    for name, timing in timings.items():
+    for kind, timing in timings.items():
+        name, attention, padding = kind
         print_line(
             "sft_step",
             layout=name,
+            attention=attention,
+            padding=padding,
             **model_fields(arguments.model, model),
             documents=len(documents),
             mean_length=round(sum(lengths) / len(lengths), 1),
-            row_length=len(rows[0][0]),
-            tokens=sum(map(len, layouts[name])),
+            row_length=2 * longest,
+            tokens=sum(map(len, layouts[kind])),
             **timing.as_fields(),
-            ratio=round(timing.best / timings["packed"].best, 2),
-            loss=round(losses[name], 4),
-            **rate_fields(model, layouts[name], timing.best, rate),
+            ratio=round(timing.best / timings[("packed", "tiles", "none")].best, 2),
+            loss=round(losses[kind], 4),
+            **rate_fields(model, layouts[kind], timing.best, rate),
         )
 
 
@@ -154,6 +175,10 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", choices=MODEL_NAMES, help="random weights of that shape")
     parser.add_argument("--documents", type=int, default=32, help="documents of a step")
     parser.add_argument("--max-length", type=int, default=0, help="length rows are padded to; 0: the longest document")
+    parser.add_argument(
+        "--attention", nargs="*", default=["tiles", "dense"], choices=["tiles", "dense"], help="of rows"
+    )
+    parser.add_argument("--padding", nargs="*", default=["own", "none"], choices=["own", "none"], help="of rows")
     parser.add_argument("--data", default="", help="SFT file whose lengths are used")
     parser.add_argument("--tokenizer", default="", help="tokenizer directory for --data")
     parser.add_argument("--max-tokens-per-micro-batch", type=int, default=8192, help="budget of a pack")

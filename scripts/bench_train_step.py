@@ -11,19 +11,23 @@ tokens a block and K steps in the longest block:
     tracerl  K rows a trajectory of [prompt, padded | clean completion | noisy completion, padded]
     dare     K rows a trajectory of [noisy | clean], not padded
 
-The comparison layouts are treated kindly: only scored positions go through lm_head, rows go one at a time so that they
-need little memory, and on a GPU they use FlexAttention with a block-sparse mask (TraceRL's and DARE's own code uses a
-dense one). On a CPU they use SDPA with a boolean mask, packed views SDPA over tiles.
+Each with attention over the tiles of 128 x 128 that are read (as DiRL's and DARE's own code, by FlexAttention; on a
+CPU by SDPA, tile row by tile row) and over all pairs (as TraceRL's own), padded as its code pads (`own`: DiRL and
+TraceRL to the configured widths; TraceRL at most, since it pads to the longest rollout of a step) and not at all
+(`none`). They are treated kindly: only scored positions go through lm_head, rows go one at a time so that they need
+little memory, masks are made beforehand, and the passes that their code makes for old log-probabilities are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from bench_layouts import clean_and_noisy_row, score_row
+from bench_layouts import clean_and_noisy_row, plan_of, score_row
 from bench_setup import MODEL_NAMES, build_model, matmul_tflops, model_fields, print_line, rate_fields, time_in_turn
 from torch import Tensor
 
@@ -75,6 +79,15 @@ def _dense_steps(step_map: Tensor, length: int) -> Tensor:
     return step_map
 
 
+class Kind(NamedTuple):
+    """A layout, how its attention is computed, and what it is padded to."""
+
+    name: str
+    attention: str
+    padding: str
+
+
+PACKED = Kind("packed", "tiles", "none")
 Layout = list[tuple[list[int], PackedViews]]  # which trajectories a pack or row holds, and the pack
 
 
@@ -105,8 +118,8 @@ def row_layout(
     return rows
 
 
-def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argparse.Namespace) -> dict[str, Layout]:
-    """The rows of every layout."""
+def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argparse.Namespace) -> dict[Kind, Layout]:
+    """The rows of every layout, with every attention and padding that was asked for."""
     most_steps = max(int(t.step_map.max()) for t in trajectories)
     lengths = {"prompt_width": 0, "completion_width": 0}
     limits = {"prompt_width": arguments.max_prompt, "completion_width": arguments.max_completion}
@@ -115,14 +128,19 @@ def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argp
         "tracerl": (most_steps, False, limits),
         "dare": (most_steps, True, lengths),
     }
-    layouts = {"packed": packed_layout(trajectories, mask, arguments.max_tokens_per_micro_batch)}
-    for name, (num_rows, doubles_prompt, widths) in kinds.items():
-        if name in arguments.layouts:
-            layouts[name] = [
+    layouts = {PACKED: packed_layout(trajectories, mask, arguments.max_tokens_per_micro_batch)}
+    for name in arguments.layouts:
+        num_rows, doubles_prompt, own = kinds[name]
+        for padding in arguments.padding:
+            if padding == "own" and own is lengths:
+                continue  # it pads nothing
+            widths = own if padding == "own" else lengths
+            rows = [
                 ([i], row)
                 for i, trajectory in enumerate(trajectories)
                 for row in row_layout(trajectory, mask, num_rows, doubles_prompt=doubles_prompt, **widths)
             ]
+            layouts |= {Kind(name, attention, padding): rows for attention in arguments.attention}
     return layouts
 
 
@@ -135,33 +153,36 @@ class Bench:
         self.rule = ScoringRule(TokenDistribution(), UnmaskingRule(), suppressed_by(model), wants_entropy=True)
         self.device = next(model.parameters()).device
 
-    def score(self, name: str, row: PackedViews) -> Tensor:
-        """Log-probabilities of the row's actions."""
-        if name == "packed":
-            return self.scorer(row, self.rule).logprob_T
-        return score_row(self.model, row, self.rule)
+    def scores(self, kind: Kind, layout: Layout) -> Iterator[Callable[[], Tensor]]:
+        """For each row what gives the log-probabilities of its actions; peers' masks are made here."""
+        for _, row in layout:
+            if kind == PACKED:
+                yield lambda row=row: self.scorer(row, self.rule).logprob_T  # type: ignore[misc]
+            else:
+                yield partial(score_row, self.model, row, plan_of(row, kind.attention), self.rule)
 
-    def step(self, name: str, layout: Layout) -> Callable[[], None]:
+    def step(self, kind: Kind, layout: Layout) -> Callable[[], None]:
         """Forward and backward over all rows, gradients accumulated, as a training step does."""
+        scores = list(self.scores(kind, layout))
 
         def run() -> None:
             self.model.zero_grad(set_to_none=True)
-            for _, row in layout:
-                self.score(name, row).sum().backward()
+            for score in scores:
+                score().sum().backward()
 
         return run
 
     @torch.no_grad()
-    def all_logprobs(self, name: str, layout: Layout, trajectories: Sequence[Trajectory]) -> list[Tensor]:
+    def all_logprobs(self, kind: Kind, layout: Layout, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """(R,) of each trajectory, in the order of its tokens."""
         found = [torch.full((len(t.completion_ids),), torch.nan) for t in trajectories]
-        for members, row in layout:
-            logprob_T = self.score(name, row).cpu()
+        for (members, row), score in zip(layout, self.scores(kind, layout), strict=True):
+            logprob_T = score().cpu()
             for branch, member in enumerate(members):
                 mine = (row.actions.branch_T == branch).cpu()
                 # A row of one trajectory counts from the start of its prompt.
                 index = row.actions.completion_index_T.cpu()[mine] - (
-                    0 if name == "packed" else len(trajectories[0].prompt_ids)
+                    0 if kind == PACKED else len(trajectories[0].prompt_ids)
                 )
                 found[member][index] = logprob_T[mine]
         return found
@@ -185,23 +206,25 @@ def measure(arguments: argparse.Namespace) -> None:
     vocabulary = min(250, model.config.vocab_size - 10)
     trajectories = draw_trajectories(arguments, vocabulary)
     layouts = {
-        name: [(i, row.to(bench.device)) for i, row in layout]
-        for name, layout in build_layouts(trajectories, model.config.mask_token_id, arguments).items()
+        kind: [(i, row.to(bench.device)) for i, row in layout]
+        for kind, layout in build_layouts(trajectories, model.config.mask_token_id, arguments).items()
     }
-    expected = torch.cat(bench.all_logprobs("packed", layouts["packed"], trajectories))
+    expected = torch.cat(bench.all_logprobs(PACKED, layouts[PACKED], trajectories))
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
     differences = {}
-    for name, layout in layouts.items():
-        found = torch.cat(bench.all_logprobs(name, layout, trajectories))
-        differences[name] = float((found - expected).abs().max())
-        if not differences[name] <= tolerance:
-            sys.exit(f"{name}: log-probabilities differ from packed views by {differences[name]:.2e} nats")
+    for kind, layout in layouts.items():
+        found = torch.cat(bench.all_logprobs(kind, layout, trajectories))
+        differences[kind] = float((found - expected).abs().max())
+        if not differences[kind] <= tolerance:
+            sys.exit(f"{kind}: log-probabilities differ from packed views by {differences[kind]:.2e} nats")
     timings = time_in_turn({n: bench.step(n, layout) for n, layout in layouts.items()}, repeats=arguments.repeats)
     rate = matmul_tflops()
-    for name, layout in layouts.items():
+    for kind, layout in layouts.items():
         print_line(
             "train_step",
-            layout=name,
+            layout=kind.name,
+            attention=kind.attention,
+            padding=kind.padding,
             **model_fields(arguments.model, model),
             prompt=arguments.prompt,
             completion=len(trajectories[0].completion_ids),
@@ -211,10 +234,10 @@ def measure(arguments: argparse.Namespace) -> None:
             rows=len(layout),
             tokens=sum(len(row) for _, row in layout),
             computed_tiles=round(share_of_tiles(layout), 4),
-            **timings[name].as_fields(),
-            ratio=round(timings[name].best / timings["packed"].best, 2),
-            **rate_fields(model, [row for _, row in layout], timings[name].best, rate),
-            largest_difference=differences[name],
+            **timings[kind].as_fields(),
+            ratio=round(timings[kind].best / timings[PACKED].best, 2),
+            **rate_fields(model, [row for _, row in layout], timings[kind].best, rate),
+            largest_difference=differences[kind],
         )
 
 
@@ -222,6 +245,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=MODEL_NAMES, help="random weights of that shape")
     parser.add_argument("--layouts", nargs="*", default=["dirl", "tracerl", "dare"], help="what to compare with")
+    parser.add_argument(
+        "--attention", nargs="*", default=["tiles"], choices=["tiles", "dense"], help="of these layouts"
+    )
+    parser.add_argument(
+        "--padding", nargs="*", default=["own", "none"], choices=["own", "none"], help="of these layouts"
+    )
     parser.add_argument("--prompt", type=int, default=200, help="tokens")
     parser.add_argument("--completion", type=int, default=1000, help="tokens")
     parser.add_argument("--tokens-per-step", type=float, default=2.2)

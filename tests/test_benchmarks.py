@@ -40,23 +40,36 @@ def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("prompt", "group"), [(10, 1), (13, 3)])
 def test_train_step_layouts_score_alike(prompt: int, group: int) -> None:
     sizes = ["--prompt", str(prompt), "--completion", "42", "--max-prompt", "32", "--max-completion", "64"]
-    lines = lines_of("bench_train_step.py", *sizes, "--group", str(group), "--repeats", "1")
-    assert [line["layout"] for line in lines] == ["packed", "dirl", "tracerl", "dare"]
+    options = ["--group", str(group), "--repeats", "1", "--attention", "tiles", "dense"]
+    lines = lines_of("bench_train_step.py", *sizes, *options)
+    kinds = [(line["layout"], line["padding"], line["attention"]) for line in lines]
+    paddings = {"packed": ["none"], "dirl": ["own", "none"], "tracerl": ["own", "none"], "dare": ["none"]}
+    assert kinds == [
+        (name, padding, attention)
+        for name, of_layout in paddings.items()
+        for padding in of_layout
+        for attention in (["tiles"] if name == "packed" else ["tiles", "dense"])
+    ]
     assert all(line["largest_difference"] < 1e-4 for line in lines)
     assert all(line["mfu"] * line["matmul_tflops"] == pytest.approx(line["tflops"], abs=2e-4) for line in lines)
     completion = lines[0]["completion"]
-    tokens = {line["layout"]: line["tokens"] for line in lines}
-    assert tokens["dirl"] == group * 4 * 2 * (32 + 64)
-    assert tokens["tracerl"] == group * 4 * (32 + 2 * 64)
-    assert tokens["dare"] == group * 4 * 2 * (prompt + completion)
-    assert tokens["packed"] < tokens["dare"]
+    tokens = {(line["layout"], line["padding"]): line["tokens"] for line in lines}
+    assert tokens["dirl", "own"] == group * 4 * 2 * (32 + 64)
+    assert tokens["tracerl", "own"] == group * 4 * (32 + 2 * 64)
+    assert tokens["dare", "none"] == tokens["dirl", "none"] == group * 4 * 2 * (prompt + completion)
+    assert tokens["packed", "none"] < tokens["tracerl", "none"] < tokens["dare", "none"]
 
 
 def test_sft_step_layouts_give_one_loss() -> None:
-    packed, rows = lines_of("bench_sft_step.py", "--documents", "3", "--repeats", "1")
-    assert packed["loss"] == pytest.approx(rows["loss"], rel=1e-4)
-    assert rows["tokens"] == 3 * rows["row_length"] > packed["tokens"]
-    assert packed.keys() == rows.keys() >= {"tflops", "matmul_tflops", "mfu"}
+    packed, *rows = lines_of("bench_sft_step.py", "--documents", "3", "--repeats", "1")
+    assert [(r["padding"], r["attention"]) for r in rows] == [
+        (p, a) for p in ("own", "none") for a in ("tiles", "dense")
+    ]
+    for row in rows:
+        assert packed["loss"] == pytest.approx(row["loss"], rel=1e-4)
+        assert packed.keys() == row.keys() >= {"tflops", "matmul_tflops", "mfu"}
+        assert packed["tokens"] < row["tokens"] <= 3 * row["row_length"]
+    assert rows[0]["tokens"] == 3 * rows[0]["row_length"] > rows[2]["tokens"]
 
 
 def test_rollout_decoders_give_the_same_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,8 @@ def render_messages(
     """Token ids of a conversation in the tokenizer's chat template.
 
     Raises:
-        DataError: the tokenizer has no chat template, or its template refuses the conversation.
+        DataError: the tokenizer has no chat template, its template refuses the conversation or leaves messages out, or
+            the mask token stands in it.
     """
     from jinja2 import TemplateError
 
@@ -155,6 +157,8 @@ def render_messages(
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; add one to it"
         )
+    for role in {str(message["role"]) for message in messages}:
+        _check_role(tokenizer, str(tokenizer.chat_template), role)
     try:
         # return_dict=False: transformers 5 returns a BatchEncoding otherwise
         ids = tokenizer.apply_chat_template(
@@ -165,12 +169,35 @@ def render_messages(
         )
     except TemplateError as error:
         raise DataError(f"the chat template refuses the conversation: {error}") from error
+    return check_unmasked(tokenizer, ids)
+
+
+@lru_cache(maxsize=256)
+def _check_role(tokenizer: PreTrainedTokenizerBase, template: str, role: str) -> None:
+    """Raises DataError where the chat template says nothing of messages of this role."""
+    from jinja2 import TemplateError
+
+    said = [{"role": "user", "content": "a"}, {"role": role, "content": "dirl asks"}]
+    try:
+        said = said if role != "system" else said[::-1]
+        text = str(tokenizer.apply_chat_template(said, chat_template=template, tokenize=False))
+    except TemplateError:  # of a conversation like this one; what it says of the real one is heard there
+        return
+    if "dirl asks" not in text:
+        raise DataError(f"the chat template leaves out messages of role {role!r}; name the role as the template does")
+
+
+def check_unmasked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The ids. Raises DataError where a text brought the mask token, which a model would be asked to fill in."""
+    mask = find_mask_token_id(tokenizer)
+    if mask is not None and mask in ids:
+        raise DataError(f"holds the mask token, {tokenizer.convert_ids_to_tokens(mask)}; write it otherwise")
     return list(ids)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text as it stands, with what the tokenizer itself puts before it; in no template."""
-    return list(tokenizer.encode(text))
+    return check_unmasked(tokenizer, tokenizer.encode(text))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

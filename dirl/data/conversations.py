@@ -46,7 +46,7 @@ class Document:
 
 def count_documents(row: Mapping[str, object]) -> int:
     """How many documents a row becomes: its assistant turns. Raises: ValueError saying what is wrong with its form."""
-    if "messages" in row:
+    if row.get("messages") is not None:
         messages = _checked_messages(row["messages"])
         return sum(message["role"] == "assistant" for message in messages)
     for key in _text_keys(row):
@@ -65,7 +65,7 @@ def document_of(
     Raises:
         ValueError: the chat template or the tokenizer makes something of the row that cannot be learned from.
     """
-    if "messages" in row:
+    if row.get("messages") is not None:
         messages = with_system_prompt(_checked_messages(row["messages"]), system_prompt=system_prompt)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         return _assistant_turn(messages[: turns[number] + 1], tokenizer)
@@ -79,10 +79,11 @@ def document_of(
 
 def _text_keys(row: Mapping[str, object]) -> tuple[str, ...]:
     """The columns of a row that is no conversation; the last one is learned."""
-    key = next((key for key in COMPLETION_KEYS if key in row), None)
-    if "prompt" in row and key is not None:
+    known = {key for key, value in row.items() if value is not None}  # a null hides no column beside it
+    key = next((key for key in COMPLETION_KEYS if key in known), None)
+    if "prompt" in known and key is not None:
         return ("prompt", key)
-    if "text" in row:
+    if "text" in known:
         return ("text",)
     raise UserError(
         f"has the columns {', '.join(map(str, row)) or '(none)'}; expected messages, or prompt and completion, "

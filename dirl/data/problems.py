@@ -30,16 +30,16 @@ class Problem:
 
 def problem_from_row(row: dict[str, object]) -> Problem:
     """Checks one row. Raises: ValueError saying what is wrong with it."""
-    for question_key, answer_key in COLUMN_PAIRS:
-        if question_key in row and answer_key in row:
-            break
-    else:
+    pairs = [pair for pair in COLUMN_PAIRS if row.keys() >= {*pair}]
+    if not pairs:
         if (converted := from_published(row)) is not None:
             return problem_from_row(converted)
         raise UserError(
             f"has the columns {', '.join(map(str, row)) or '(none)'}; "
             "expected question and ground_truth_answer, prompt and answer or solution, or question and test_method"
         )
+    # The first pair counts, and a null hides no columns beside it.
+    question_key, answer_key = min(pairs, key=lambda pair: any(row[key] is None for key in pair))
     question = row[question_key]
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"has {question_key}={shorten(question)}; expected a non-empty string")

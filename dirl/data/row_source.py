@@ -11,6 +11,7 @@ import codecs
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from dirl.files import expand, is_hub_id
 
 PIECE = 1 << 17  # bytes of a JSON array read at once
 BATCH_ROWS = 100  # of a parquet file, written and read together
+csv.field_size_limit(1 << 30)  # a cell may hold a book; the default of 128 KiB is none of ours
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
@@ -138,12 +140,18 @@ class _CsvFile(_TextFile):
                 begins.append(place)
                 yield line
 
-        reader = csv.DictReader(lines())
-        self._header = reader.fieldnames
-        begins.clear()
-        for number, row in enumerate(reader, start=1):
-            yield FoundRow(number, begins[0], row.get(None, row))  # under None: cells beyond the header, so a bad row
+        try:
+            reader = csv.DictReader(lines())
+            self._header = reader.fieldnames or []
+            for name, count in Counter(self._header).items():
+                if count > 1:
+                    raise DataError(f"{self.file}: {count} columns are named {name!r}; rename or remove all but one")
             begins.clear()
+            for number, row in enumerate(reader, start=1):
+                yield FoundRow(number, begins[0], row.get(None, row))  # under None: cells beyond the header: a bad row
+                begins.clear()
+        except csv.Error as error:  # a NUL byte, a cell without end
+            raise DataError(f"{self.file} is not readable as CSV: {error}") from error
 
     def read(self, place: int) -> object:
         row = next(csv.DictReader((line for _, line in self._lines(place)), self._header))

@@ -165,7 +165,10 @@ def _config_to_save(model: BlockDiffusionModel, written: dict[str, Any]) -> dict
         return family_with_config(model.config).publish(model.config, model.published_config, written["dtype"])
     written.pop("auto_map", None)  # it names code files of the source checkpoint, which are not copied
     # transformers 5 keeps the rotary base under rope_parameters only; older code would fall back to 10000.
-    written.setdefault("rope_theta", written["rope_parameters"]["rope_theta"])
+    rope = dict(written["rope_parameters"])
+    written.setdefault("rope_theta", rope.pop("rope_theta"))
+    if rope.get("rope_type", "default") != "default":  # nor does it know of a scale under that name
+        written.setdefault("rope_scaling", rope)
     return dict(sorted(written.items()))
 
 

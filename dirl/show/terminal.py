@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from dirl.errors import visible
 from dirl.show.metric import MetricTable
 from dirl.show.metric_table import TABLE
 
@@ -90,7 +91,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line for people, above the bars."""
         if self.speaks:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, total: int, headline: str) -> None:
         """An optimizer step is done."""
@@ -120,7 +121,7 @@ def draft_text(texts: Sequence[str], is_committed: Sequence[bool]) -> Text:
     """Committed tokens plain, drafts dim."""
     shown = Text()
     for text, done in zip(texts, is_committed, strict=True):
-        shown.append(text or (_MASKED if not done else ""), style="" if done else "dim")
+        shown.append(visible(text) or (_MASKED if not done else ""), style="" if done else "dim")
     return shown
 
 

@@ -10,6 +10,7 @@ import pytest
 from dirl.data.chat import (
     MASK_TOKENS,
     decode,
+    encode,
     find_mask_token_id,
     load_tokenizer,
     mask_token_id,
@@ -122,3 +123,23 @@ def test_a_character_of_several_tokens_stands_at_the_last() -> None:
     texts = token_texts(tokenizer, [ids])[0]
     assert texts == ["a", "", "é", "", "", "→", "b", "", "", "", "😀"]
     assert token_texts(tokenizer, [ids[:2]])[0] == ["a", "\ufffd"]
+
+
+def test_messages_that_the_template_leaves_out_are_named() -> None:
+    tokenizer = tiny_tokenizer()
+    known = "m.role in ['user', 'assistant', 'system']"
+    tokenizer.chat_template = "{% for m in messages if " + known + " %}{{ m.content }}{% endfor %}"
+    for role in ("user", "assistant", "system"):
+        render_messages(tokenizer, [{"role": role, "content": "x"}], add_generation_prompt=False)
+    with pytest.raises(DataError, match="leaves out messages of role 'human'; name the role as the template does"):
+        render_messages(tokenizer, [{"role": "human", "content": "x"}], add_generation_prompt=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    render_messages(tokenizer, [{"role": "human", "content": "x"}], add_generation_prompt=True)
+
+
+def test_a_text_never_brings_the_mask_token() -> None:
+    tokenizer = tiny_tokenizer()
+    for make in (render_prompt, encode):
+        assert make(tokenizer, "1+1=") and make(tokenizer, "<MASK>")
+        with pytest.raises(DataError, match=r"holds the mask token, <\|MASK\|>; write it otherwise"):
+            make(tokenizer, "1+<|MASK|>=")

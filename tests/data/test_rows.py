@@ -53,6 +53,7 @@ def test_every_format_gives_the_same_problems(suffix: str, tmp_path: Path) -> No
         ("a.jsonl", b'{"question": "q", "ground_truth_answer": "1"}\n\xff\n', "not UTF-8 text"),
         ("a.parquet", b"no parquet", "not a readable parquet file"),
         ("a.txt", b"x", "'.txt'; expected one of .json"),
+        ("a.csv", b"question,answer,question\n1,2,3\n", "2 columns are named 'question'; rename or remove all but one"),
     ],
 )
 def test_unusable_files_are_one_line_naming_the_file(name: str, content: bytes, words: str, tmp_path: Path) -> None:
@@ -178,3 +179,22 @@ def test_the_real_benchmarks(name: str, num: int) -> None:
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(path: str) -> None:
     with pytest.raises(DataError, match=f"data file {path} does not exist"):
         load_problems(path, split="train")
+
+
+def test_a_null_hides_no_column_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"question": "1+1?", "prompt": None, "ground_truth_answer": None, "answer": "2", "solution": None},
+        {"question": None, "prompt": "1+1?", "ground_truth_answer": "3", "answer": None, "solution": "2"},
+    ]
+    file.write_text("".join(json.dumps({**row, "level": i}) + "\n" for i, row in enumerate(rows)), encoding="utf-8")
+    with pytest.raises(DataError, match="row 1 has ground_truth_answer=None"):
+        load_problems(str(file))
+    file.write_text(json.dumps({**rows[0], "prompt": "1+1?"}) + "\n" + json.dumps(rows[1]) + "\n", encoding="utf-8")
+    assert [(problem.question, problem.answer) for problem in load_problems(str(file))] == [("1+1?", "2")] * 2
+
+
+def test_a_cell_may_hold_a_book(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"question,answer\n{'x' * 200_000},1\n", encoding="utf-8")
+    assert len(load_problems(str(file))[0].question) == 200_000

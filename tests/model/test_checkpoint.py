@@ -110,6 +110,27 @@ def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path, experts: bool) ->
     assert layer in names["saved"]
 
 
+def test_a_scaled_rotary_embedding_is_written_for_older_code(tmp_path: Path) -> None:
+    write_sdar_directory(tmp_path / "original")
+    file = tmp_path / "original" / "config.json"
+    scale = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_scaling": scale}))
+    model, tokenizer = load(str(tmp_path / "original"))
+    save_model(model, tokenizer, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["rope_scaling"].items() >= scale.items() and saved["rope_theta"] == ROPE_THETA
+    ids = torch.randint(0, 280, (1, 9))
+    assert torch.equal(logits(load(str(tmp_path / "saved"))[0], ids), logits(model, ids))
+
+
+def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    write_sdar_directory(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_sliding_window": True, "sliding_window": 8}))
+    with pytest.raises(UserError, match=r"config\.json says use_sliding_window=True; of SDAR only False is supported"):
+        load(str(tmp_path))
+
+
 def names_in(path: Path) -> set[str]:
     names: set[str] = set()
     for file in path.glob("*.safetensors"):

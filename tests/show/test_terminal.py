@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from dirl.errors import visible
 from dirl.show.terminal import Terminal, draft_text, live_text
 
 
@@ -96,3 +97,14 @@ def test_bars_can_be_opened_again_for_each_chunk() -> None:
         terminal._progress.refresh()
         terminal.stop()
     assert written(console).count("evaluation") >= 2
+
+
+def test_foreign_text_commands_no_terminal() -> None:
+    """Clear the screen, set the title, write the clipboard, overwrite the line, turn the direction of writing."""
+    hostile = "a\x1b[2J\x1b]0;t\x07\x9b31mb\rc\u202ed\x7f\te\n"
+    seen = "a\u241b[2J\u241b]0;t\u2407\\x9b31mb\u240dc\\u202ed\\x7f\te\n"
+    assert visible(hostile) == seen and visible(seen) == seen
+    console = screen(is_terminal=True)
+    Terminal(is_main=True, console=console).say(hostile)
+    assert written(console).split() == seen.split()
+    assert draft_text([hostile], [True]).plain == seen

@@ -82,7 +82,7 @@ class Family:
         Raises:
             UserError: it asks for something that the family's class does not compute.
         """
-        for key, value in self.expected.items():
+        for key, value in {**_EXPECTED, **self.expected}.items():
             if published.get(key, value) != value:
                 raise UserError(
                     f"model.path: config.json says {key}={published[key]!r}; of {self.name} only {value!r} is supported"
@@ -117,6 +117,7 @@ class Family:
         return written
 
 
+_EXPECTED = {"use_sliding_window": False}  # of every family: blocks read all before them
 # Of the file rather than of the model; model_type is our class's own.
 _NOT_OURS = ("auto_map", "architectures", "model_type", "transformers_version")
 
