@@ -15,7 +15,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -36,6 +36,16 @@ class Rates:
 
     def seconds_of_pass(self, in_flight: int) -> float:
         return self.pass_seconds * max(1.0, in_flight / self.knee)
+
+    def slowed(self, factor: float) -> Rates:
+        """All of it, so many times slower."""
+        return replace(
+            self,
+            pass_seconds=self.pass_seconds * factor,
+            train_tokens_per_s=self.train_tokens_per_s / factor,
+            train_seconds=self.train_seconds * factor,
+            push_seconds=self.push_seconds * factor,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
 
 The defaults are the paper's: SDAR-8B on H200s, 128 prompts of 32 completions. With --calibrate the rates and the
 completions are those of a run (its metrics.jsonl, run.json and completions/), and a GPU is a process like its own;
---predict puts each run's measured seconds a step beside what the model makes of that run's own rates and work, and of
-the calibrated run's. The model: rollout_model.py. Where phases do not share GPUs, the split is the fastest in eighths.
+--predict puts each run's measured seconds a step beside what the model makes of that run's own rates and work, of the
+calibrated run's, and of these slowed as the run's trainer was, where others used the machine. Where phases do not share
+GPUs, the split is the fastest in eighths. The model: rollout_model.py.
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ class RunRecord:
         """Decoding and scoring of the rounds that each step took."""
         prefix = "engine_s" if "engine_s/rollout" in self.rows[0] else "timing_s"
         return [row.get(f"{prefix}/rollout", 0.0) + row.get(f"{prefix}/reward", 0.0) for row in self.rows]
+
+    @property
+    def train_pace(self) -> float:
+        """Seconds of training a packed token: says how busy a shared machine was."""
+        rows = self.rows[FIRST_STEPS:]
+        return sum(row["timing_s/train"] for row in rows) / sum(row["num_tokens"] for row in rows)
 
     @property
     def workload(self) -> Workload:
@@ -137,13 +144,18 @@ def predicted(run: RunRecord, work: RunRecord, rates: Rates) -> Summary:
 def print_validation(calibrated: RunRecord, runs: Sequence[RunRecord]) -> None:
     rates = calibrate(calibrated)
     print(f"rates of {calibrated.path.name}: {words_of(rates)}\n")
-    print("| run | | measured s/step | predicted, its own rates | off | predicted, those rates | off |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| run | | measured s/step | predicted, its own rates | those rates | those, at its trainer's pace |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for run in runs:
         measured = fmean(row["timing_s/step"] for row in run.rows[FIRST_STEPS:])
-        guesses = [predicted(run, run, calibrate(run)).seconds, predicted(run, calibrated, rates).seconds]
-        cells = [f"{guess:.2f} | {guess / measured - 1:+.0%}" for guess in guesses]
-        print(f"| {run.path.name} | {run.arm.name} | {measured:.2f} | {cells[0]} | {cells[1]} |")
+        slower = run.train_pace / calibrated.train_pace
+        guesses = [
+            predicted(run, run, calibrate(run)).seconds,
+            predicted(run, calibrated, rates).seconds,
+            predicted(run, calibrated, rates.slowed(slower)).seconds,
+        ]
+        cells = " | ".join(f"{guess:.2f} ({guess / measured - 1:+.0%})" for guess in guesses)
+        print(f"| {run.path.name} | {run.arm.name} | {measured:.2f} | {cells}, {slower:.2f} times slower |")
 
 
 def words_of(rates: Rates) -> str:

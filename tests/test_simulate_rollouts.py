@@ -170,13 +170,16 @@ def test_rates_are_found_again_in_a_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert found.pass_seconds == pytest.approx(0.02, rel=0.1)
     assert (found.train_seconds, found.push_seconds) == pytest.approx((0.3, 0.05), rel=0.05)
     assert found.train_tokens_per_s == pytest.approx(3000, rel=0.02)
-    script.main(["--calibrate", str(in_turn), "--predict", str(ahead), "--gpus", "2", "--steps", "8"])
+    busy = write_run(tmp_path / "busy", model.Arm("", 1, 1, max_staleness=1), rates.slowed(2.0))
+    script.main(["--calibrate", str(in_turn), "--predict", f"{ahead},{busy}", "--gpus", "2", "--steps", "8"])
     rows = table(capsys.readouterr().out)
     assert [row[:2] for row in rows[:2]] == [["in_turn", "max_staleness=0"], ["ahead", "max_staleness=1"]]
-    for *_, own, _, other, off in rows[:2]:
-        assert abs(float(off.strip("%"))) < 10 and float(own) == pytest.approx(float(other), rel=0.1)
+    for row in rows[:2]:
+        assert all(abs(float(cell.split("(")[1].split("%")[0])) < 10 for cell in row[3:])
     assert float(rows[1][2]) < 0.9 * float(rows[0][2])  # the two arms differ by more than that
-    assert [row[1] for row in rows[3:]] == [  # after a heading
+    own, those, slowed = (float(cell.split()[0]) for cell in rows[2][3:])
+    assert (own, slowed) == pytest.approx([float(rows[2][2])] * 2, rel=0.1) and those == pytest.approx(own / 2, rel=0.1)
+    assert [row[1] for row in rows[4:]] == [  # after a heading
         "in turn", "in turn, partial", "in turn, apart", "ahead by 1", "ahead by 1, partial",
     ]  # fmt: skip
 
