@@ -206,7 +206,8 @@ class Simulation:
 
     def _collect(self, number: int) -> tuple[list[Group], list[Round]]:
         """The groups of a step and the rounds that they took."""
-        wanted, rounds = self.workload.prompts_per_step, []
+        wanted = self.workload.prompts_per_step
+        rounds: list[Round] = []
         share = self.workload.of_step(number).useful_share
         while len(self.waiting) < wanted and len(rounds) < self.workload.max_sampling_rounds:
             if not self.ahead and not self.ended:
