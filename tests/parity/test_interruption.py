@@ -179,7 +179,8 @@ def numbers(output_dir: Path) -> list[dict[str, float]]:
 
 
 KINDS = ("sft", "rl", "critic")
-BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("zero2", "zero3", "fsdp2"))]
+MATRIX = ("zero2", "zero3", "zero3_hpz", "fsdp2")
+BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.matrix) for name in MATRIX)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
