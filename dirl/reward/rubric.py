@@ -37,7 +37,7 @@ class RewardConfig(Config):
     combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward is scaled in its group before it is added
     answer_extraction: Literal["boxed", "text"] = "boxed"  # text: math-verify may look for an answer anywhere
     grader_workers: int = bounded(0, least=0)  # processes that check answers; 0: one per usable core, at most 4
-    grader_timeout_seconds: float = bounded(3.0, above=0)  # wall clock per answer; real ones take 0.01
+    grader_timeout_seconds: float = bounded(1.5, above=0)  # CPU time per answer; real ones take 0.01
     grader_memory_limit_mb: int = bounded(1024, least=1)  # address space per process
     max_answer_chars: int = bounded(2000, least=1)  # a longer boxed answer is wrong unread
 

@@ -261,6 +261,16 @@ def test_four_hanging_answers_do_not_hold_up_sixty_others() -> None:
     assert verdicts.count(RIGHT) == 60
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.getloadavg()[0] > 1, reason="a speed measured on a busy machine says nothing")
+def test_sixty_four_hanging_answers_take_a_minute_on_two_workers() -> None:
+    completions = [box(f"{number}^{{9^{{9^9}}}}") for number in range(2, 66)]
+    with MathGrader(num_workers=2) as grader:
+        start = time.monotonic()
+        assert set(grader.grade(["7.5"] * 64, completions)) == {Verdict.TIMEOUT}
+        assert time.monotonic() - start <= 60
+
+
 MARKER = Path(__file__).with_name("executed")
 INJECTIONS = [
     f"__import__('os').system('touch {MARKER}')",
