@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parents[1] / "dirl"
 # Imports run down only: to a smaller number. `dirl/__init__.py` is a face, like the CLI.
 FLOORS = {
     "errors": -1,
-    "files": 0,
+    **dict.fromkeys(("boxed", "files"), 0),
     "presets": 1,
     **dict.fromkeys(("config", "show"), 2),
     **dict.fromkeys(("data", "diffusion", "reward", "training"), 3),

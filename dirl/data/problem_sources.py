@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dirl.data import reasoning_tasks
-from dirl.data.problems import Problem, problem_from_row
+from dirl.data.problems import Problem, problem_from_row, with_all_columns
 from dirl.data.row_source import open_rows
 from dirl.data.rows import DataError, convert_rows
 from dirl.data.tasks import find_task
@@ -25,9 +25,8 @@ def load_problems(
     if path.startswith("task:"):
         return _task_problems(path, split=split, limit=limit, seed=seed)
     rows = open_rows(path, split=split).scan()
-    return [
-        problem for _, problem in convert_rows(path, rows, problem_from_row, limit=limit, skip_bad_rows=skip_bad_rows)
-    ]
+    found = convert_rows(path, rows, problem_from_row, limit=limit, skip_bad_rows=skip_bad_rows)
+    return with_all_columns([problem for _, problem in found])
 
 
 def _task_problems(path: str, *, split: str, limit: int, seed: int) -> list[Problem]:

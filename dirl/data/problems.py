@@ -1,16 +1,19 @@
 """Rows -> problems: a question, its gold answer as text, and the other columns, which travel to the reward functions.
 
 Two forms of row are read: {"question", "ground_truth_answer"} and {"prompt", "answer" | "solution"}. Of a worked
-`solution` the last \\boxed{} is the answer; without one the text stands as it is. A row with `test_method` asks for a
-program: its tests take the place of the answer. Rows of public benchmarks are read as they are published
-(`dirl.data.published`).
+solution what stands after `####`, or in the last \\boxed{}, is the answer; without either, the text as it is. A row
+with `test_method` asks for a program: its tests take the place of the answer. Rows of public benchmarks are read as
+they are published (`dirl.data.published`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
 
+from dirl.boxed import read_gold
 from dirl.data.published import from_published
 from dirl.data.rows import shorten
 from dirl.errors import UserError
@@ -45,33 +48,23 @@ def problem_from_row(row: dict[str, object]) -> Problem:
         raise UserError(f"has {question_key}={shorten(question)}; expected a non-empty string")
     if answer_key == TESTS:
         return Problem(question, "", {key: value for key, value in row.items() if key != question_key})
-    answer = _gold_text(answer_key, row[answer_key])
-    if answer_key == "solution":
-        answer = _last_boxed(answer) or answer
+    answer = read_gold(_gold_text(answer_key, row[answer_key]))
     columns = {key: value for key, value in row.items() if key not in (question_key, answer_key)}
     return Problem(question=question, answer=answer, columns=columns)
+
+
+def with_all_columns(problems: Sequence[Problem]) -> list[Problem]:
+    """Problems that all have the columns of each: None where a row has none, so that no batch lacks a column."""
+    names = dict.fromkeys(name for problem in problems for name in problem.columns)
+    return [replace(problem, columns=dict.fromkeys(names) | problem.columns) for problem in problems]
 
 
 def _gold_text(key: str, value: object) -> str:
     """The gold as text; a number is written out (18.0 as 18), anything else that is no text is refused."""
     if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else repr(value)
+        return str(int(value)) if value.is_integer() else f"{Decimal(repr(value)):f}"  # 0.0000001, not 1e-07
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
     raise UserError(f"has {key}={shorten(value)}; expected a non-empty string or a finite number")
-
-
-def _last_boxed(text: str) -> str:
-    """Content of the last balanced \\boxed{...}, "" without one (the reward's own extraction lives on this floor)."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return ""
-    start += len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end].strip()
-    return ""

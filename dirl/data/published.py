@@ -45,14 +45,6 @@ def _code_row(row: Mapping[str, object], question: str, *, prefix: str, tests: l
     return {"question": question, **columns, "task_id": row.get("task_id")}
 
 
-def _worked_answer(row: Mapping[str, object]) -> Row:
-    """GSM8K: the number stands after `####`, with commas; an answer without that is the answer."""
-    answer = row["answer"]
-    if isinstance(answer, str) and "####" in answer:
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
-    return _math_row(row, "question", answer)
-
-
 def _several_answers(row: Mapping[str, object]) -> Row:
     """OlympiadBench: a list of one text, which may itself hold several answers."""
     answers = _texts(row, "final_answer")
@@ -88,7 +80,7 @@ _FORMS: list[tuple[set[str], Callable[[Mapping[str, object]], Row]]] = [
     ({"test_list", "text"}, _mbpp),
     ({"test_list", "prompt", "code"}, _mbpp),
     ({"question", "final_answer"}, _several_answers),
-    ({"question", "answer"}, _worked_answer),
+    ({"question", "answer"}, lambda row: _math_row(row, "question", row["answer"])),
     ({"problem", "answer"}, lambda row: _math_row(row, "problem", row["answer"])),
     ({"Problem", "Answer"}, lambda row: _math_row(row, "Problem", row["Answer"])),
 ]

@@ -39,7 +39,7 @@ class Benchmark:
     @property
     def judge(self) -> Literal["code", "reasoning_gym"] | None:
         """The one reward that can judge its answers; None where the configuration chooses."""
-        if TESTS in self.problems[0].columns:
+        if self.problems[0].columns.get(TESTS):
             return "code"
         return "reasoning_gym" if self.name.startswith(reasoning_tasks.PREFIX) else None
 

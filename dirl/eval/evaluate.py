@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dirl.boxed import extract_boxed
 from dirl.config import PATH, Config, bounded, config_to_dict, save_config
-from dirl.data.chat import load_tokenizer, render_prompt
+from dirl.data.chat import load_tokenizer, prompt_text, render_prompt
 from dirl.data.problems import TESTS, Problem
 from dirl.errors import UserError
 from dirl.eval.benchmarks import Benchmark, load_benchmarks
@@ -36,7 +37,6 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.registry import published_decoder
 from dirl.presets import Presets
 from dirl.reward.code_execution import extract_code
-from dirl.reward.math_answer import extract_boxed
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, SamplingConfig
@@ -161,38 +161,44 @@ class Evaluator:
         mine = self.distributed.share(todo) if self.distributed else todo
         asked = [problems[problem] for problem, _ in mine]
         start = time.perf_counter()
-        completions = self._decode(asked, mode, mine)
+        prompts = self._render(asked)
+        completions = self._decode(prompts, mode, mine)
         seconds = time.perf_counter() - start
         if self.distributed:
             seconds = self.distributed.max(seconds)
-        is_right = self._grade(asked, completions, mode)
+        is_right = self._grade(asked, prompts, completions, mode)
         judged = [
             (_sample(which, problem, completion, is_right=right, seconds=seconds / len(todo)), completion)
             for which, problem, completion, right in zip(mine, asked, completions, is_right, strict=True)
         ]
         return self.distributed.gather(judged) if self.distributed else judged
 
-    def _decode(self, asked: Sequence[Problem], mode: Mode, todo: Sequence[Which]) -> list[Completion]:
-        """One completion for each; none on a process that has nothing to do."""
-        if not todo:
-            return []
+    def _render(self, asked: Sequence[Problem]) -> list[list[int]]:
         prompts = {
             question: render_prompt(self.tokenizer, question, system_prompt=self.system_prompt, suffix=self.suffix)
             for question in {problem.question for problem in asked}
         }
-        prompts_asked = [prompts[problem.question] for problem in asked]
+        return [prompts[problem.question] for problem in asked]
+
+    def _decode(self, prompts: Sequence[list[int]], mode: Mode, todo: Sequence[Which]) -> list[Completion]:
+        """One completion for each; none on a process that has nothing to do."""
+        if not todo:
+            return []
         return self.engine.generate(
-            prompts_asked,
+            list(prompts),
             mode.sampling,
             [stable_seed(self.seed, *which) for which in todo],
-            mode.thresholds_of(prompts_asked) if mode.thresholds_of else None,
+            mode.thresholds_of(prompts) if mode.thresholds_of else None,
         )
 
-    def _grade(self, asked: Sequence[Problem], completions: Sequence[Completion], mode: Mode) -> list[bool]:
+    def _grade(
+        self, asked: Sequence[Problem], prompts: Sequence[list[int]], completions: Sequence[Completion], mode: Mode
+    ) -> list[bool]:
         if not asked:
             return []
         limit = mode.sampling.max_completion_length
-        scores = score(self.rubric, asked, completions, max_completion_length=limit)
+        texts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
+        scores = score(self.rubric, asked, completions, prompts=texts, max_completion_length=limit)
         judges = [scores.parts[name] for name in JUDGES if name in scores.parts]
         if not judges:
             return [total > 0 for total in scores.total]
@@ -335,7 +341,7 @@ def _evaluate_resumably(
 
 
 def _sample(which: Which, problem: Problem, completion: Completion, *, is_right: bool, seconds: float) -> Sample:
-    extract = extract_code if TESTS in problem.columns else extract_boxed
+    extract = extract_code if problem.columns.get(TESTS) else extract_boxed
     return Sample(
         problem=which[0],
         sample=which[1],

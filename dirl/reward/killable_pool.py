@@ -1,9 +1,12 @@
 """Questions -> answers from child processes that may be killed: for functions that can hang or eat all memory.
 
-Each answer has a wall-clock limit, kept here by SIGKILL, and limits of CPU time and memory, kept by the kernel. A child
+Each answer has limits of CPU time and memory, kept by the kernel, and of wall-clock time, kept here by SIGKILL. A child
 is a plain `python -c` with two pipes: no thread, no pickle and no re-import of the caller's main module (all three of
 which multiprocessing needs). So a child does not load torch because the caller did; the pool may be used from threads,
 event loops, forked ranks and unguarded scripts; and a child ends by itself when its parent is gone.
+
+What answers is a fork of the child. Where a question ends it, the child says so and forks the next one, warm as it is
+itself: a question that hangs costs its own time and no start of an interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import contextlib
 import importlib
 import json
 import logging
-import math
 import os
 import resource
 import selectors
@@ -29,6 +31,7 @@ TIMEOUT, CRASH = "timeout", "crash"  # what a question gets instead of an answer
 
 Question = tuple[str, ...]
 
+WALL_PER_CPU = 4  # seconds a question may take for each of CPU time: other work must not fail it, nor may it sleep on
 START_SECONDS = 120  # imports take half a second, and a minute on a loaded network file system
 
 _BOOT = (
@@ -45,12 +48,16 @@ def serve(*, entry: str, timeout_seconds: float, memory_limit_mb: int) -> None:
     module, _, loader = entry.partition(":")
     answer = getattr(importlib.import_module(module), loader)()
     logging.disable()
+    os.write(answers, b"ready\n")
+    while (pid := os.fork()) != 0:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:  # end of file
+            return
+        os.write(answers, (TIMEOUT if -code in (signal.SIGPROF, signal.SIGXCPU) else CRASH).encode() + b"\n")
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_AS, memory_limit_mb * 2**20)
-    os.write(answers, b"ready\n")
     for line in sys.stdin:
-        # The kernel's limit holds even when nobody is left to kill this process.
-        _set_limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + timeout_seconds) + 1)
+        signal.setitimer(signal.ITIMER_PROF, timeout_seconds)  # of CPU time; without a handler SIGPROF ends even C code
         os.write(answers, answer(*json.loads(line)).encode() + b"\n")
 
 
@@ -66,7 +73,9 @@ class _Child:
     def __init__(self, *, entry: str, timeout_seconds: float, memory_limit_mb: int) -> None:
         options = {"entry": entry, "timeout_seconds": timeout_seconds, "memory_limit_mb": memory_limit_mb}
         command = [sys.executable, "-c", _BOOT, json.dumps({**options, "path": sys.path})]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
         assert self.process.stdin and self.process.stdout
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.entry = entry
@@ -81,7 +90,7 @@ class _Child:
 
     def ask(self, question: Question) -> None:
         self.question = question
-        self.deadline = time.monotonic() + self.timeout_seconds
+        self.deadline = time.monotonic() + WALL_PER_CPU * self.timeout_seconds
         with contextlib.suppress(BrokenPipeError):  # it died idle: its answer is then an end of file
             self.stdin.write(json.dumps(question).encode() + b"\n")
 
@@ -102,7 +111,9 @@ class _Child:
         return question, answer or (TIMEOUT if is_late else CRASH)
 
     def kill(self) -> None:
-        self.process.kill()
+        """And its fork."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.release()
 
@@ -119,7 +130,7 @@ class KillablePool:
         entry: `module:loader`; the loader is called once in the child and returns the function that turns the strings
             of a question into one line of text.
         num_workers: processes at most; 0 takes one per usable core, at most 4.
-        timeout_seconds: wall clock per question.
+        timeout_seconds: CPU time per question; of wall clock it may take WALL_PER_CPU times as much.
         memory_limit_mb: address space per process.
     """
 

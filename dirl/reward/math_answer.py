@@ -15,12 +15,21 @@ import enum
 import functools
 import logging
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+from dirl.boxed import extract_boxed, read_gold
+from dirl.reward.answer_text import (
+    decide_quickly,
+    drop_fonts,
+    drop_letter_unit,
+    is_rounded,
+    normalize_answer,
+    split_choice,
+    split_items,
+)
 from dirl.reward.killable_pool import KillablePool, Question
 
 logger = logging.getLogger(__name__)
@@ -49,90 +58,6 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:
     return {verdict.value: counts[verdict] for verdict in Verdict}
 
 
-# `\\` before `boxed` is a doubled escape, not a line break: data sets hold `\\boxed{7}` that went through JSON twice.
-_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\\\(?!boxed|fbox)|\\[{}]|(?P<open>\{)|(?P<close>\})")
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Content of the last closed \boxed{...} or \fbox{...} (the outermost, when nested); None without one."""
-    opened: list[tuple[bool, int]] = []  # (is a box, where its content starts)
-    content = None
-    for token in _BRACE.finditer(text):
-        if token.lastgroup == "close":
-            if opened:
-                is_box, start = opened.pop()
-                content = text[start : token.start()] if is_box else content
-        elif token.lastgroup:
-            opened.append((token.lastgroup == "box", token.end()))
-    return content
-
-
-# NFKC would make `x2` of a superscript, so these become LaTeX first; the others are signs that NFKC leaves alone.
-_SIGNS = {"\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u2044": "/"}
-_SIGNS |= {"\u221e": r"\infty ", "\u222a": r"\cup ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne "}
-_SIGNS |= {"\u03c0": r"\pi ", "\u00f7": r"\div ", "\u00b0": r"^\circ ", "\u2248": r"\approx ", "\u2261": r"\equiv "}
-_SCRIPTS = {"<super>": "^{{{}}}", "<sub>": "_{{{}}}"}
-
-_MATH_DELIMITERS = re.compile(r"\\?\$|(?<!\\)\\[()\[\]]|\\(?:boxed|fbox)(?=\s*\{)|\\!|^\s*(?:\\approx|=)(?![a-zA-Z])")
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)\s*(?=[0-9]{3}(?![0-9]))")
-_FRACTION_OF_PI = re.compile(r"(\\[dtc]?frac)\s*\\pi(?![a-zA-Z])")  # math-verify reads `\frac\pi2` as \frac{\}{p}i2
-
-
-def _fold_character(character: str) -> str:
-    """One character -> what it means in ASCII LaTeX, as far as Unicode says."""
-    if character in _SIGNS:
-        return _SIGNS[character]
-    kind, _, _ = unicodedata.decomposition(character).partition(" ")
-    folded = unicodedata.normalize("NFKC", character)
-    if kind in _SCRIPTS:
-        return _SCRIPTS[kind].format(folded)
-    if kind == "<fraction>" and not folded.endswith("\u2044"):
-        return r"\frac{{{}}}{{{}}}".format(*folded.split("\u2044"))
-    category = unicodedata.category(character)
-    if category == "Cf":  # zero-width and direction marks
-        return ""
-    if category == "Cc":  # NUL, tab, line feed
-        return " "
-    return str(unicodedata.decimal(character)) if category == "Nd" else folded
-
-
-def normalize_answer(answer: str) -> str:
-    """An answer without what does not change its meaning: Unicode variants, delimiters, spacing, a final full stop."""
-    folded = "".join(character if " " <= character <= "~" else _fold_character(character) for character in answer)
-    bare = _MATH_DELIMITERS.sub("", _THOUSANDS.sub("", folded))
-    braced = _FRACTION_OF_PI.sub(r"\1{\\pi}", bare)
-    return " ".join(braced.split()).lstrip(" ,;").rstrip(" .,;\\")
-
-
-_RATIONAL = re.compile(
-    r"(?P<whole>[-+]?[0-9]{1,300}|-?[1-9][0-9]{0,2}(?:,[0-9]{3}){1,99})"
-    r"|(?P<minus>-?)(?:\\[dtc]?frac\{(?P<top>-?[0-9]{1,300})\}\{(?P<bottom>-?[0-9]{1,300})\}"
-    r"|(?P<over>[0-9]{1,300})/(?P<under>[0-9]{1,300}))"
-)
-
-
-def _read_rational(answer: str) -> Fraction | None:
-    """The value of a whole number or of a plain fraction; None for anything else."""
-    match = _RATIONAL.fullmatch(answer)
-    if match is None:
-        return None
-    if match["whole"]:
-        return Fraction(match["whole"].replace(",", ""))
-    bottom = int(match["bottom"] or match["under"])
-    value = Fraction(int(match["top"] or match["over"]), bottom) if bottom else None
-    return -value if value and match["minus"] else value
-
-
-def decide_quickly(gold: str, answer: str) -> Verdict | None:
-    """The verdict on normalised texts where no algebra is needed, else None. Agrees with `judge` wherever it speaks."""
-    if gold == answer:
-        return Verdict.RIGHT
-    gold_value, answer_value = _read_rational(gold), _read_rational(answer)
-    if gold_value is None or answer_value is None:
-        return None
-    return Verdict.RIGHT if gold_value == answer_value else Verdict.WRONG
-
-
 _SMALL_PRINT = re.compile(r"_(?:\{[^{}]*\}|[a-zA-Z0-9])|(?<=[a-zA-Z])\s*\([^()=]*\)")  # subscripts, arguments
 _NAME = re.compile(r"\s*\\?[a-zA-Z]+(?:_\{[^{}]*\}|_[a-zA-Z0-9])?(?:\s*\([^()=]*\))?\s*")
 _TOKEN = re.compile(
@@ -140,12 +65,10 @@ _TOKEN = re.compile(
     r"|(?P<item>[,;](?![0-9]{3}(?![0-9]))|\\text\s*\{\s*(?:and|or)\s*\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z]))"
     r"|(?P<open>[(\[{])|(?P<close>[)\]}])"
 )
-_LONE_LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]$")  # `6m`, `a+b+c`: a variable, which math-verify takes for a unit
-_WORDS_INSIDE = re.compile(r"\\(?:text|mbox)\s*\{[^{}]*\}\s*[0-9\\]")  # math-verify drops all after them as a unit
 
 
 @functools.lru_cache(maxsize=512)  # a group of completions shares its gold; sides of chains recur
-def _parse_answer(answer: str, *, has_units: bool = True) -> list[Any]:
+def _parse_answer(answer: str) -> list[Any]:
     """SymPy objects (and the text itself, last) of one answer; only the text if it is no mathematics.
 
     Nothing but the answer as a whole is tried: by default math-verify would go on to look for any number inside it.
@@ -153,22 +76,27 @@ def _parse_answer(answer: str, *, has_units: bool = True) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     whole = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
-    normalization = dataclasses.replace(
-        whole.normalization_config, units=has_units and not _WORDS_INSIDE.search(answer)
-    )
-    whole = dataclasses.replace(whole, normalization_config=normalization)
+    without_units = dataclasses.replace(whole.normalization_config, units=False)  # `drop_units` is stricter
+    whole = dataclasses.replace(whole, normalization_config=without_units)
     parsed = parse(rf"\boxed{{{answer}}}", [whole], extraction_mode="first_match", parsing_timeout=None)
     name, equals, value = answer.rpartition("=")
     if _is_mathematics(parsed) or not equals or not _NAME.fullmatch(name):
         return parsed
-    return _parse_answer(value, has_units=has_units)  # `m_{\max}=n^2`: the name is what cannot be parsed
+    return _parse_answer(value)  # `m_{\max}=n^2`: the name is what cannot be parsed
 
 
-def _parse_text(text: str) -> list[Any]:
-    """SymPy objects of what math-verify takes for the answer in running text, and that text itself, last."""
+_BROKEN_FORMULA = re.compile(r"(?<![$\\])\$\s*\n[^$]*\$(?!\$)")  # no formula where single dollars must be on one line
+
+
+def _find_answer(text: str) -> str:
+    """What math-verify takes for the answer in running text; "" without one."""
     from math_verify import parse
+    from sympy import Number
 
-    return parse(text, parsing_timeout=None)
+    found = parse(drop_fonts(_BROKEN_FORMULA.sub(" ", text)), parsing_timeout=None)
+    if not found:
+        return ""
+    return str(found[0] if isinstance(found[0], Number) else found[-1])  # the last one is a text, of the first find
 
 
 def _is_mathematics(parsed: list[Any]) -> bool:
@@ -236,27 +164,91 @@ def _contradicts(side: str, last: str, *, is_gold_equation: bool) -> bool:
     return is_value and not _is_equal(value, parsed)
 
 
-def judge(gold: str, answer: str, extraction: Extraction) -> Verdict:
-    """The verdict on two normalised answers, or on two raw texts for `text`. May never return."""
-    if extraction == "boxed":
-        has_units = not _LONE_LETTER.search(gold)
-        parsed_gold, parsed_answer = (_parse_answer(text, has_units=has_units) for text in (gold, answer))
-    else:
-        parsed_gold, parsed_answer = _parse_text(gold), _parse_text(answer)
-    if not _is_equal(parsed_gold, parsed_answer):
-        return Verdict.WRONG if _is_mathematics(parsed_gold) else Verdict.UNPARSABLE_GOLD
-    if gold == answer:
+def _is_close(gold: Any, answer: Any) -> bool:
+    """Whether what math-verify calls equal has equal numbers, relative to their size: it rounds to six decimals.
+
+    Expressions are compared at one point, containers item by item; what has no value is left to math-verify.
+    """
+    from sympy import Expr, Float, MatrixBase, N, Rational, Set, Tuple
+
+    if isinstance(gold, Expr) and isinstance(answer, Expr):
+        point = {symbol: Rational(17 + len(str(symbol)), 13) for symbol in gold.free_symbols | answer.free_symbols}
+        first, second = (N(expression.subs(point), 30) for expression in (gold, answer))
+        if not (first.is_number and second.is_number and first.is_finite and second.is_finite):
+            return True
+        tolerance = 1e-6 if gold.has(Float) or answer.has(Float) else 1e-15
+        return bool(abs(first - second) <= tolerance * max(abs(first), abs(second)))
+    if type(gold) is not type(answer) or not isinstance(gold, MatrixBase | Set | Tuple):
+        return True
+    golds, answers = (list(item) if isinstance(item, MatrixBase) else list(item.args) for item in (gold, answer))
+    return len(golds) != len(answers) or all(_is_close(*pair) for pair in zip(golds, answers, strict=True))
+
+
+def _is_rounded(gold: str, answer: str) -> bool:
+    """Whether one is a decimal number and the other, which no decimal number equals, rounds to it."""
+    from sympy import Expr, Float, N
+
+    for decimal, other in ((answer, gold), (gold, answer)):
+        value = _parse_answer(other)[0]
+        if not isinstance(value, Expr) or value.free_symbols or value.has(Float):
+            continue
+        number = N(value, 30)
+        if number.is_Float and not _is_finite_decimal(value) and is_rounded(decimal, Fraction(str(number))):
+            return True
+    return False
+
+
+def _is_finite_decimal(value: Any) -> bool:
+    return bool(value.is_Rational) and 10**400 % int(value.q) == 0
+
+
+def judge(gold: str, answer: str) -> Verdict:
+    """The verdict on two normalised answers. May never return."""
+    quick = decide_quickly(gold, answer)
+    if quick is not None:
+        return Verdict.RIGHT if quick else Verdict.WRONG
+    (gold_letter, gold_text), (letter, text) = split_choice(gold), split_choice(answer)
+    if gold_letter and letter and not (gold_text and text and gold_letter == letter):
+        return Verdict.RIGHT if gold_letter == letter else Verdict.WRONG
+    if gold_text and text and (gold_letter or letter):
+        return judge(gold_text, text)
+    return judge_by_algebra(gold, drop_letter_unit(gold, answer))
+
+
+def judge_by_algebra(gold: str, answer: str) -> Verdict:
+    parsed_gold, parsed_answer = _parse_answer(gold), _parse_answer(answer)
+    is_mathematics = _is_mathematics(parsed_gold)
+    if _is_equal(parsed_gold, parsed_answer):
+        if is_mathematics and _is_mathematics(parsed_answer) and not _is_close(parsed_gold[0], parsed_answer[0]):
+            return Verdict.WRONG
+        return Verdict.WRONG if _has_false_chain(gold, answer) else Verdict.RIGHT
+    if is_mathematics and _is_mathematics(parsed_answer) and _is_rounded(gold, answer):
         return Verdict.RIGHT
-    if extraction == "text":
-        gold, answer = str(parsed_gold[-1]), str(parsed_answer[-1])
-    return Verdict.WRONG if _has_false_chain(gold, answer) else Verdict.RIGHT
+    golds, answers = split_items(gold), split_items(answer)
+    if golds and answers and golds[0] == answers[0] and len(golds[1]) == len(answers[1]):
+        pairs = zip(golds[1], answers[1], strict=True)
+        return Verdict.RIGHT if all(judge(*pair) for pair in pairs) else Verdict.WRONG
+    return Verdict.WRONG if is_mathematics else Verdict.UNPARSABLE_GOLD
+
+
+# A parser of many states learns them as it goes: these forms cover most.
+WARM_UP = (
+    r"f_{a}(\nu)=A \frac{R_{a}^{2}}{\sqrt{c}} \frac{2 \pi}{c^{2}} \nu^{2} \left(x\right) e^{\frac{-h \nu}{ k_{B} T}}",
+    *(r"\{1, 2\} \cup (0, \infty)", "x = 5"),
+)
 
 
 def load_judge() -> Callable[[str, str, Extraction], str]:
-    """What a worker process calls once: import SymPy and math-verify before its limits are set."""
-    import math_verify  # noqa: F401
+    """What a worker process calls once: import SymPy and math-verify, and make their parser and caches warm."""
+    for answer in WARM_UP:
+        judge_by_algebra(answer, answer + " + 0")
 
-    return lambda gold, answer, extraction: judge(gold, answer, extraction).value
+    def judge_text(gold: str, answer: str, extraction: Extraction) -> str:
+        if extraction == "text":
+            answer = normalize_answer(_find_answer(answer))
+        return judge(gold, answer).value if answer else Verdict.NO_ANSWER.value
+
+    return judge_text
 
 
 class MathGrader:
@@ -264,7 +256,7 @@ class MathGrader:
 
     Args:
         num_workers: processes; 0 takes one per usable core, at most 4. None starts before an answer needs algebra.
-        timeout_seconds: wall clock per answer; real ones take 0.01 s, the slowest of 10,000 took 0.2 s.
+        timeout_seconds: CPU time per answer; real ones take 0.01 s, the slowest of 10,000 took 0.2 s.
         memory_limit_mb: address space per process; an idle one has 60.
         max_answer_chars: a longer boxed answer is wrong unread; in `text` mode, the last so many are read.
         extraction: `boxed` takes the last box and nothing else; `text` lets math-verify look for an answer anywhere.
@@ -274,7 +266,7 @@ class MathGrader:
         self,
         *,
         num_workers: int = 0,
-        timeout_seconds: float = 3.0,
+        timeout_seconds: float = 1.5,
         memory_limit_mb: int = 1024,
         max_answer_chars: int = 2000,
         extraction: Extraction = "boxed",
@@ -318,18 +310,19 @@ class MathGrader:
 
     def _triage(self, gold: str, completion: str) -> Verdict | Question:
         """A verdict where no algebra is needed, else the question for a worker."""
+        gold = normalize_answer(read_gold(gold))
         if self.extraction == "text":
             return gold, completion[-self.max_answer_chars :], "text"
-        boxed_gold = extract_boxed(gold)
-        gold = normalize_answer(gold if boxed_gold is None else boxed_gold)
         boxed = extract_boxed(completion)
         if boxed is not None and len(boxed) > self.max_answer_chars:
             return Verdict.TOO_LONG
         answer = normalize_answer(boxed or "")
         if not answer:
             return Verdict.NO_ANSWER
-        verdict = decide_quickly(gold, answer)
-        return (gold, answer, "boxed") if verdict is None else verdict
+        is_right = decide_quickly(gold, answer)
+        if is_right is None:
+            return gold, answer, "boxed"
+        return Verdict.RIGHT if is_right else Verdict.WRONG
 
     def _report_golds(self, golds: Sequence[str], verdicts: Sequence[Verdict]) -> None:
         for row, (gold, verdict) in enumerate(zip(golds, verdicts, strict=True)):

@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from dirl.reward.math_answer import extract_boxed
+from dirl.boxed import extract_boxed
 
 # The library's default: equality with the one right answer.
 _EQUALITY = (
@@ -35,10 +35,11 @@ MAX_ANSWER_CHARS = 2000  # a longer boxed answer is wrong unread
 def reasoning_gym(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
     """1 for a boxed answer with the full score of its task's scorer, else 0; None for other rows. Range {0, 1}.
 
-    Reads the columns of the library's entries: `answer`, and `metadata` with `source_dataset`.
+    Reads the columns of the library's entries: `question`, `answer`, and `metadata` with `source_dataset`.
     """
     rewards: list[float | None] = []
-    rows = zip(prompts, completions, columns["answer"], columns.get("metadata", [None] * len(prompts)), strict=True)
+    tasks = columns.get("metadata", [None] * len(prompts))
+    rows = zip(columns.get("question", prompts), completions, columns["answer"], tasks, strict=True)
     for question, completion, answer, metadata in rows:
         name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
         if name is None:

@@ -9,39 +9,21 @@ completion.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-import inspect
 import math
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from pathlib import Path
 from statistics import fmean, pstdev
-from types import ModuleType
 from typing import Any, Literal
 
 from dirl.config import PATH, Config, bounded
-from dirl.errors import UserError, one_line
-from dirl.files import expand
-from dirl.reward.code_execution import code
+from dirl.errors import UserError
+from dirl.reward.functions import RewardError, call, check_parameters, resolve_all, wants_grades
 from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
-from dirl.reward.reasoning_tasks import reasoning_gym
-from dirl.reward.shaping import REWARD_FUNCTIONS, RewardFunction
 
 Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
 JUDGES = ("accuracy", "code", "reasoning_gym")  # functions whose full score, 1, says that an answer is right
-
-REWARD_FUNCTIONS["code"] = code  # it runs generated programs: never unless it is named
-REWARD_FUNCTIONS["reasoning_gym"] = reasoning_gym
-
-
-class RewardError(UserError):
-    """A reward that cannot be resolved, or that returned what is no reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +37,7 @@ class RewardConfig(Config):
     combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward is scaled in its group before it is added
     answer_extraction: Literal["boxed", "text"] = "boxed"  # text: math-verify may look for an answer anywhere
     grader_workers: int = bounded(0, least=0)  # processes that check answers; 0: one per usable core, at most 4
-    grader_timeout_seconds: float = bounded(3.0, above=0)  # wall clock per answer; real ones take 0.01
+    grader_timeout_seconds: float = bounded(1.5, above=0)  # CPU time per answer; real ones take 0.01
     grader_memory_limit_mb: int = bounded(1024, least=1)  # address space per process
     max_answer_chars: int = bounded(2000, least=1)  # a longer boxed answer is wrong unread
 
@@ -80,22 +62,6 @@ class Scores:
     by_step: list[list[float]] = field(default_factory=list)
 
 
-def reward_function(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator that makes a reward function known under `name`."""
-
-    def register(function: RewardFunction) -> RewardFunction:
-        known = REWARD_FUNCTIONS.get(name, function)
-        if (known.__module__, known.__qualname__) != (
-            function.__module__,
-            function.__qualname__,
-        ):  # not a cell run again
-            raise RewardError(f"reward function name {name!r} is taken by {known.__module__}.{known.__qualname__}")
-        REWARD_FUNCTIONS[name] = function
-        return function
-
-    return register
-
-
 class Rubric:
     """Scores completions by the functions of a config. Close it, or use it as a context manager.
 
@@ -104,12 +70,12 @@ class Rubric:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        self.functions = _resolve_all(config.functions)
+        self.functions = resolve_all(config.functions)
         self.weights = dict(zip(self.functions, config.weights or [1.0] * len(self.functions), strict=True))
         self.combine = config.combine
         self._parameters = {name: dict(config.parameters.get(name, {})) for name in self.functions}
-        _check_parameters(config.parameters, self.functions)
-        self._is_grading = any(map(_wants_grades, self.functions.values()))
+        check_parameters(config.parameters, self.functions)
+        self._is_grading = any(map(wants_grades, self.functions.values()))
         self.grader = MathGrader(
             num_workers=config.grader_workers,
             timeout_seconds=config.grader_timeout_seconds,
@@ -149,13 +115,11 @@ class Rubric:
         is_right = [bool(verdict) for verdict in verdicts]
         parts, steps = {}, {}
         for name, function in self.functions.items():
-            granted = {"is_right": is_right} if _wants_grades(function) else {}
-            rewards = _call(name, function, {**arguments, **granted, **self._parameters[name]})
-            rewards = _as_list(name, rewards, len(completions))
-            if any(isinstance(reward, list | tuple) for reward in rewards):
-                steps[name] = [_check_steps(name, row, reward) for row, reward in enumerate(rewards)]
-                rewards = [math.fsum(of_completion) for of_completion in steps[name]]
-            parts[name] = [_check_reward(name, row, reward) for row, reward in enumerate(rewards)]
+            granted = {"is_right": is_right} if wants_grades(function) else {}
+            rewards = call(name, function, arguments | granted, self._parameters[name])
+            parts[name] = rewards.totals
+            if rewards.steps:
+                steps[name] = rewards.steps
         total = combine_parts(parts, list(self.weights.values()), group_size=group_size, combine=self.combine)
         return Scores(total, parts, count_verdicts(verdicts) if verdicts else {}, self._added_steps(steps))
 
@@ -235,94 +199,3 @@ def _normalize_groups(rewards: list[float | None], group_size: int) -> list[floa
         mean = fmean(applicable) if applicable else 0.0
         normalized += [None if reward is None else (reward - mean) / spread for reward in group]
     return normalized
-
-
-def _resolve_all(references: Sequence[str]) -> dict[str, RewardFunction]:
-    functions: dict[str, RewardFunction] = {}
-    for reference in references:
-        name = reference.rpartition(":")[2]
-        if name in functions:
-            raise RewardError(f"reward.functions names {name!r} twice: {list(references)}")
-        functions[name] = _resolve(reference)
-    return functions
-
-
-def _resolve(reference: str) -> RewardFunction:
-    """The function behind a registered name, `pkg.mod:f` or `path/to/file.py:f`."""
-    source, colon, name = reference.rpartition(":")
-    if not colon:
-        if name not in REWARD_FUNCTIONS:
-            close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {sorted(REWARD_FUNCTIONS)}"
-            raise RewardError(f"unknown reward function {name!r}{hint} Your own: pkg.mod:f or path/to/file.py:f")
-        return REWARD_FUNCTIONS[name]
-    try:
-        module = _load_file(expand(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise RewardError(f"reward function {reference!r}: cannot load {source}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise RewardError(f"reward function {reference!r}: {source} has no function {name!r}")
-    return function  # type: ignore[no-any-return]
-
-
-def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader  # always there for a name that ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check_parameters(parameters: Mapping[str, Mapping[str, float]], functions: Mapping[str, RewardFunction]) -> None:
-    for name, values in parameters.items():
-        if name not in functions:
-            raise RewardError(f"reward.parameters.{name}: no such reward function; there are {list(functions)}")
-        signature = inspect.signature(functions[name]).parameters.values()
-        known = [parameter.name for parameter in signature if parameter.default is not parameter.empty]
-        for key in values:
-            if key not in known:
-                raise RewardError(f"reward.parameters.{name}.{key}: no such parameter; {name} has {known or 'none'}")
-
-
-def _wants_grades(function: RewardFunction) -> bool:
-    return "is_right" in inspect.signature(function).parameters
-
-
-def _call(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> object:
-    try:
-        return function(**arguments)
-    except Exception as error:  # whatever a user's function raises becomes one line that names it
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{where.filename}, line {where.lineno}"
-        raise RewardError(f"reward function {name!r} raised {one_line(error)} ({place})") from error
-
-
-def _as_list(name: str, rewards: object, num_completions: int) -> list[Any]:
-    """One entry a completion, or an error that names the function."""
-    if isinstance(rewards, str) or not hasattr(rewards, "__len__") or not hasattr(rewards, "__iter__"):
-        raise RewardError(f"reward function {name!r} must return a list, got {rewards!r}")
-    values = list(rewards)
-    if len(values) != num_completions:
-        raise RewardError(f"reward function {name!r} returned {len(values)} rewards for {num_completions} completions")
-    return values
-
-
-def _check_steps(name: str, row: int, values: object) -> list[float]:
-    """Rewards of a completion's denoising steps."""
-    if not isinstance(values, list | tuple):
-        raise RewardError(f"reward function {name!r}, row {row}: other rows have a list of steps, got {values!r}")
-    checked = [_check_reward(name, row, value) for value in values]
-    if None in checked:
-        raise RewardError(f"reward function {name!r}, row {row}: the reward of a step is a number, got None")
-    return [value for value in checked if value is not None]
-
-
-def _check_reward(name: str, row: int, value: object) -> float | None:
-    if value is None:
-        return None
-    # Scalars of numpy and torch are numbers, their arrays are not.
-    number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-    if not isinstance(number, Real) or not math.isfinite(number):
-        raise RewardError(f"reward function {name!r}, row {row}: a reward is a finite number or None, got {value!r}")
-    return float(number)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dirl.reward.math_answer import extract_boxed
+from dirl.boxed import extract_boxed
 
 Rewards = list[float]
 RewardFunction = Callable[..., Sequence[float | None]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dirl.data.chat import render_prompt
+from dirl.data.chat import prompt_text, render_prompt
 from dirl.data.problems import Problem
 from dirl.rollout.engine import Completion
 from dirl.training.balance import packed_cost, whole_cost
@@ -23,6 +23,7 @@ class Prompt:
 
     problem: Problem
     token_ids: list[int]
+    text: str = ""  # of these, as reward functions see it
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,10 @@ def render_prompts(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, *, system_prompt: str, suffix: str, max_length: int
 ) -> tuple[list[Prompt], int]:
     """Prompts of at most `max_length` tokens, and how many longer ones were left out (they are never cut)."""
-    prompts = [
-        Prompt(problem, render_prompt(tokenizer, problem.question, system_prompt=system_prompt, suffix=suffix))
+    rendered = [
+        (problem, render_prompt(tokenizer, problem.question, system_prompt=system_prompt, suffix=suffix))
         for problem in problems
     ]
+    prompts = [Prompt(problem, token_ids, prompt_text(tokenizer, token_ids)) for problem, token_ids in rendered]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_length]
     return kept, len(prompts) - len(kept)

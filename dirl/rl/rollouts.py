@@ -108,6 +108,7 @@ class Rollouts:
                 self.rubric,
                 [one.prompt.problem for one in taken for _ in range(size)],
                 completions,
+                prompts=[one.prompt.text for one in taken for _ in range(size)],
                 max_completion_length=self.config.max_completion_length,
                 group_size=size,
             )

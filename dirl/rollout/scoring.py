@@ -14,6 +14,7 @@ def score(
     problems: Sequence[Problem],
     completions: Sequence[Completion],
     *,
+    prompts: Sequence[str],
     max_completion_length: int,
     group_size: int = 1,
 ) -> Scores:
@@ -21,11 +22,12 @@ def score(
 
     Args:
         problems: the problem of each completion, repeated where it has several.
+        prompts: the texts that were put to the model, template and all; the bare question is a column.
         max_completion_length: tokens; what decoding was allowed.
         group_size: completions of one problem, which stand together.
     """
     return rubric.score(
-        [problem.question for problem in problems],
+        list(prompts),
         [completion.text for completion in completions],
         completion_ids=[completion.token_ids for completion in completions],
         step_maps=[completion.step_map for completion in completions],
@@ -39,7 +41,8 @@ def _reward_columns(
 ) -> dict[str, list[object]]:
     """The data set's own columns, and what decoding knows; one entry a completion."""
     names = sorted({name for problem in problems for name in problem.columns})
-    columns: dict[str, list[object]] = {name: [p.columns.get(name) for p in problems] for name in names}
+    columns: dict[str, list[object]] = {"question": [problem.question for problem in problems]}
+    columns |= {name: [problem.columns.get(name) for problem in problems] for name in names}
     return columns | {
         "answer": [problem.answer for problem in problems],
         "completion_length": [completion.completion_length for completion in completions],

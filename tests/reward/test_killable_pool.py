@@ -86,6 +86,20 @@ def test_a_bad_question_spoils_no_other(pool: KillablePool, act: str, outcome: s
     assert time.monotonic() - start < 10
 
 
+def test_questions_that_hang_cost_no_new_child() -> None:
+    """Only the child's fork ends, and the next one is as warm: no interpreter starts again."""
+    pool = KillablePool(
+        entry=f"{__name__}:load_obedient_child", num_workers=2, timeout_seconds=0.2, memory_limit_mb=512
+    )
+    pool.ask([say("a"), say("b")])
+    pids = [child.process.pid for child in pool._children]
+    questions = [("spin", str(number)) for number in range(8)]
+    assert pool.ask([*questions, say("c")]) == {**dict.fromkeys(questions, TIMEOUT), say("c"): "'c'"}
+    assert [child.process.pid for child in pool._children] == pids
+    pool.close()
+    assert wait_for_end(pids, seconds=3) == []
+
+
 def test_printing_is_not_answering(pool: KillablePool) -> None:
     assert pool.ask([("chat", "x"), say("y")]) == {("chat", "x"): "'x'", say("y"): "'y'"}
 

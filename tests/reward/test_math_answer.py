@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from dirl.reward import MathGrader, Verdict, extract_boxed
-from dirl.reward.math_answer import count_verdicts, decide_quickly, normalize_answer
+from dirl.reward.answer_text import decide_quickly, normalize_answer
+from dirl.reward.math_answer import count_verdicts, judge_by_algebra
 
 RIGHT, WRONG = Verdict.RIGHT, Verdict.WRONG
 
@@ -190,13 +191,12 @@ def value_of(number: str) -> Fraction:
     return Fraction(top.replace("--", "")) / Fraction(bottom.rstrip("}") or "1")
 
 
-def test_the_fast_path_says_what_the_value_and_the_slow_path_say(grader: MathGrader) -> None:
+def test_the_fast_path_says_what_the_value_and_the_slow_path_say() -> None:
     pairs = [(gold, answer) for gold, answer in product(NUMBERS, NUMBERS) if gold != answer]
-    slow = grader._pool.ask([(gold, answer, "boxed") for gold, answer in pairs])
     for gold, answer in pairs:
         fast = decide_quickly(gold, answer)
-        assert fast is (RIGHT if value_of(gold) == value_of(answer) else WRONG), (gold, answer)
-        assert slow[gold, answer, "boxed"] == fast, (gold, answer)
+        assert fast is (value_of(gold) == value_of(answer)), (gold, answer)
+        assert bool(judge_by_algebra(gold, answer)) is fast, (gold, answer)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,12 @@ def test_unequal_lengths_are_an_error() -> None:
 def test_text_extraction_needs_no_box() -> None:
     with MathGrader(num_workers=1, extraction="text") as grader:
         texts = ["The answer is $0.5$", "The answer is 3.", "nothing", r"\boxed{\frac{1}{2}}"]
-        assert grader.grade(["1/2"] * 4, texts) == [RIGHT, WRONG, WRONG, RIGHT]
+        assert grader.grade(["1/2"] * 4, texts) == [
+            RIGHT,
+            WRONG,
+            Verdict.NO_ANSWER,
+            RIGHT,
+        ]
 
 
 TOWERS = [r"9^{9^{9^9}}", r"(10^9)!", r"\binom{10^{12}}{10^{11}}", r"\prod_{k=1}^{99999999} k"]
@@ -254,6 +259,16 @@ def test_four_hanging_answers_do_not_hold_up_sixty_others() -> None:
         assert time.monotonic() - start < 15
     assert [row for row, verdict in enumerate(verdicts) if verdict is Verdict.TIMEOUT] == [0, 1, 33, 63]
     assert verdicts.count(RIGHT) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getloadavg()[0] > 1, reason="a speed measured on a busy machine says nothing")
+def test_sixty_four_hanging_answers_take_a_minute_on_two_workers() -> None:
+    completions = [box(f"{number}^{{9^{{9^9}}}}") for number in range(2, 66)]
+    with MathGrader(num_workers=2) as grader:
+        start = time.monotonic()
+        assert set(grader.grade(["7.5"] * 64, completions)) == {Verdict.TIMEOUT}
+        assert time.monotonic() - start <= 60
 
 
 MARKER = Path(__file__).with_name("executed")

@@ -17,18 +17,13 @@ DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data beside the repository")
 
-# Row of answer_equivalence.jsonl -> why its label is not ours.
+# Row of answer_equivalence.jsonl -> why its label is not ours: all are right by their label, and wrong here.
 DISPUTED = {
-    13: "a formula with line breaks between single dollars: LaTeX reads it, so do we",
-    67: "0.33 is not 1/3 to six decimals",
-    71: "2.6667 is not 8/3 to six decimals",
-    147: "p=5,q=2,p=7,q=2 as one set and as two tuples; math-verify does not equate them",
-    148: "a gold of three boxes in one sentence holds 1, 2 and 3, not 2 and 3",
-    150: "10, 4, -2 and 4, 10, -2: an unbraced list is a set here",
-    155: "0.1, 4, 2 and 4, .1, 2: likewise",
-    179: "a formula of physics with subscripts like \\odot that math-verify cannot parse",
-    182: "0.6054 for cos^10(pi/10) needs a tolerance of the item's own",
+    67: "0.33 is not 1/3: two digits are no rounding",
+    114: "W(n) and W(x): two names for the variable of one function",
+    143: "1 - 1/e is not 1 + 1/e",
     183: "7.1 for 7 (times 10^35) needs a tolerance of the item's own; row 184 says the opposite",
+    226: "a gold in words (`answer is 0.25 + 3`), and no set has that rule",
 }
 
 
@@ -48,11 +43,15 @@ def grade_rows(rows: list[dict[str, Any]], grader: MathGrader) -> list[Verdict]:
     return grader.grade([row["gold"] for row in rows], preds)
 
 
-def test_labelled_pairs(grader: MathGrader) -> None:
+def test_labelled_pairs() -> None:
     lines = (DATA / "answer_equivalence.jsonl").read_text().splitlines()
     rows = [{**json.loads(line), "number": number} for number, line in enumerate(lines)]
     disagreements = []
-    with MathGrader(num_workers=2, extraction="text", max_answer_chars=20_000) as text_grader:
+    limits = {"timeout_seconds": 10, "max_answer_chars": 20_000}  # a busy machine is no verdict
+    with (
+        MathGrader(num_workers=2, extraction="text", **limits) as text_grader,
+        MathGrader(num_workers=2, **limits) as grader,
+    ):
         for form, judge in (("answer", grader), ("text", text_grader)):
             of_form = [row for row in rows if row["form"] == form]
             verdicts = grade_rows(of_form, judge)
@@ -63,7 +62,8 @@ def test_labelled_pairs(grader: MathGrader) -> None:
             ]
     assert len(rows) == 301
     assert sorted(disagreements) == sorted(DISPUTED)
-    assert len(rows) - len(disagreements) >= 291
+    assert [row for row in disagreements if not int(rows[row]["expected"])] == []  # no false positive
+    assert len(rows) - len(disagreements) >= 296
 
 
 # Neighbours that happen to have equal answers, where units, per cent and degrees may be left out as in the data.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -101,7 +104,7 @@ def test_functions_from_files_and_modules(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("acuracy", "unknown reward function 'acuracy'; did you mean 'accuracy'"),
         ("xyz", r"unknown reward function 'xyz'; there are \['accuracy', "),
-        ("no_such_module:f", "cannot load no_such_module: No module named"),
+        ("no_such_module:f", "cannot load no_such_module: ModuleNotFoundError: No module named"),
         ("/no/such/file.py:f", "cannot load /no/such/file.py: .*No such file"),
         ("math:no_such_name", "math has no function 'no_such_name'"),
         ("math:pi", "math has no function 'pi'"),
@@ -114,7 +117,7 @@ def test_what_cannot_be_resolved_is_an_error(reference: str, message: str) -> No
 
 def test_a_file_with_a_syntax_error_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def f(:\n")
-    with pytest.raises(RewardError, match=r"cannot load .*bad.py: invalid syntax"):
+    with pytest.raises(RewardError, match=r"cannot load .*bad.py: SyntaxError: invalid syntax"):
         Rubric(RewardConfig(functions=[f"{tmp_path}/bad.py:f"]))
 
 
@@ -162,10 +165,22 @@ def test_an_unknown_parameter_is_an_error(parameters: dict[str, dict[str, float]
         ([[1.0], [math.nan]], r"'mine', row 1: .* got nan"),
         ([[1.0], [None]], r"'mine', row 1: the reward of a step is a number, got None"),
         ([1.0, 1j], "'mine', row 1: .* got 1j"),
-        (np.array([[1.0], [2.0]]), r"'mine', row 0: .* got array\(\[1.\]\)"),
-        ("ab", "'mine' must return a list, got 'ab'"),
-        (None, "'mine' must return a list, got None"),
-        (3.0, "'mine' must return a list, got 3.0"),
+        (np.array([[1.0], [2.0]]), r"'mine' must return a list, or an array or tensor of one dimension; got array\("),
+        (torch.tensor(1.0), r"'mine' must return a list, .*; got tensor\(1"),
+        ({"a": 1.0, "b": 2.0}, r"'mine' must return a list, .*; got \{'a'"),
+        ({1.0, 2.0}, r"'mine' must return a list, .*; got \{1.0"),
+        (b"ab", r"'mine' must return a list, .*; got b'ab'"),
+        (range(2), r"'mine' must return a list, .*; got range\(0, 2\)"),
+        (iter([1.0, 2.0]), r"'mine' must return a list, .*; got <list_iterator"),
+        ([1.0, {1: 2}], r"'mine', row 1: .* got \{1: 2\}"),
+        ([1.0, Decimal(1)], r"'mine', row 1: .* got Decimal\('1'\)"),
+        (np.array(["1", "2"]), r"'mine', row 0: .* got '1'"),
+        ([1.0, 10**400], r"'mine', row 1: .* a number from -1e\+09 to 1e\+09, got 1000"),
+        ([1.0, 1e300], r"'mine', row 1: .* a number from -1e\+09 to 1e\+09, got 1e\+300"),
+        ([[1e9, 1e9], [0.0]], r"'mine', row 0: .* got 2000000000.0"),
+        ("ab", "'mine' must return a list, .*; got 'ab'"),
+        (None, "'mine' must return a list, .*; got None"),
+        (3.0, "'mine' must return a list, .*; got 3.0"),
         ([None, 1.0], r"row 0: every reward function returned None: \['mine'\]"),
     ],
 )
@@ -183,12 +198,105 @@ def test_an_exception_names_the_function() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[1, 0], [True, False], np.array([1.0, 0.0], dtype=np.float32), [np.int64(1), np.bool_(False)], (1.0, 0.0)],
+    [
+        *([1, 0], [True, False], np.array([1.0, 0.0], dtype=np.float32), [np.int64(1), np.bool_(False)], (1.0, 0.0)),
+        *(torch.tensor([1.0, 0.0], dtype=torch.bfloat16), torch.tensor([1.0, 0.0], requires_grad=True)),
+        [torch.tensor(1), torch.tensor(False)],
+    ],
 )
 def test_numbers_of_any_kind_are_rewards(values: object) -> None:
     total = score_values(values).total
     assert total == [1.0, 0.0]
     assert {type(reward) for reward in total} == {float}
+
+
+def test_rewards_get_copies() -> None:
+    """What one does to its arguments reaches neither the caller's lists nor the next function."""
+    seen: dict[str, Any] = {}
+
+    @reward_function("vandal")
+    def vandal(prompts, completions, *, completion_ids, step_maps, is_right, level, metadata, **columns):  # type: ignore[no-untyped-def]
+        completion_ids[0][0] = step_maps[0][0] = 40
+        metadata[0]["deep"].append(1)
+        for values in (prompts, completions, completion_ids, is_right, level):
+            values.clear()
+        return [1.0, 1.0]
+
+    @reward_function("witness")
+    def witness(prompts, completions, **columns):  # type: ignore[no-untyped-def]
+        seen.update(columns, completions=completions)
+        return [1.0, 1.0]
+
+    texts, ids, metadata = [r"\boxed{1}", "b"], [[1, 2], [3]], [{"deep": []}, None]
+    with Rubric(RewardConfig(functions=["vandal", "witness", "accuracy"])) as rubric:
+        columns = {"answer": ["1", "1"], "level": [4, 5], "metadata": metadata}
+        scores = rubric.score(["p", "p"], texts, completion_ids=ids, step_maps=ids, columns=columns)
+    assert scores.parts["accuracy"] == [1.0, 0.0]
+    assert (texts, ids, metadata, columns["level"]) == (
+        [r"\boxed{1}", "b"],
+        [[1, 2], [3]],
+        [{"deep": []}, None],
+        [4, 5],
+    )
+    assert seen == {"completions": texts, "completion_ids": ids, "step_maps": ids, **columns}
+
+
+def test_leaving_the_interpreter_is_an_error() -> None:
+    @reward_function("leaver")
+    def leaver(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        sys.exit(0)
+
+    with pytest.raises(RewardError, match=r"'leaver' raised SystemExit: 0 \(.*test_rubric.py, line \d+\)"):
+        score(RewardConfig(functions=["leaver"]), ["x"])
+
+
+REWARD_FILE = """
+from __future__ import annotations
+import multiprocessing
+from dataclasses import dataclass
+from neighbour_of_rewards import SCALE
+
+@dataclass
+class Weight:
+    value: float
+
+def times(text):
+    return SCALE * len(text)
+
+def pooled(prompts, completions, **columns):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return [Weight(number).value for number in pool.map(times, completions)]
+"""
+
+
+def test_a_reward_file_is_a_module_like_any_other(tmp_path: Path) -> None:
+    """Postponed annotations of dataclasses, neighbours, and pools of workers that import it anew."""
+    (tmp_path / "neighbour_of_rewards.py").write_text("SCALE = 2.0\n")
+    (tmp_path / "rewards_with_a_pool.py").write_text(REWARD_FILE)
+    config = RewardConfig(functions=[f"{tmp_path}/rewards_with_a_pool.py:pooled"])
+    assert score(config, ["abc", ""]).total == [6.0, 0.0]
+
+
+def test_reward_files_may_share_their_name_with_a_module(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        code = (
+            f"def {folder}(prompts, completions, **columns):\n    return [float({ord(folder)}) for _ in completions]\n"
+        )
+        (tmp_path / folder / "statistics.py").write_text(code)
+    config = RewardConfig(functions=[f"{tmp_path}/{folder}/statistics.py:{folder}" for folder in ("a", "b")])
+    assert score(config, [""]).parts == {"a": [97.0], "b": [98.0]}
+    assert statistics.mean([1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("import sys; sys.exit(0)", "SystemExit: 0"), ("1 / 0", "ZeroDivisionError: division by zero")],
+)
+def test_a_file_that_fails_is_named(tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "failing_rewards.py").write_text(body)
+    with pytest.raises(RewardError, match=f"cannot load .*failing_rewards.py: {message}"):
+        Rubric(RewardConfig(functions=[f"{tmp_path}/failing_rewards.py:f"]))
 
 
 def test_none_leaves_a_reward_out_of_the_sum() -> None:
