@@ -14,7 +14,7 @@ import torch
 
 from dirl.config import save_config
 from dirl.errors import RunInterrupted, UserError, one_line
-from dirl.files import write_json
+from dirl.files import force_to_disk, write_json
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
 from dirl.training.interruption import PhaseClock, SignalWatch
@@ -63,6 +63,7 @@ class Run:
         self.signals, self.timings, self.terminal = signals, timings, terminal
         self.max_steps, self.distributed = self.learner.config.max_steps, self.learner.distributed
         self.step = self._previous_step = 0
+        self.owes_evaluation = False  # the newest step's; set by the loop, kept by checkpoints
         self._saved_step = self._reported_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
         self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, timings.standing)
@@ -76,6 +77,7 @@ class Run:
             resume_id=tracker_id,
         )
         self.metrics.truncate_after(self.step)
+        self._recall(self.distributed.from_main(self.metrics.line_of(self.step)))
         if self.distributed.is_main:
             write_run_json(config.output_dir, settings)
             save_config(config, Path(config.output_dir, "config.yaml"))
@@ -105,12 +107,15 @@ class Run:
     def log(self, metrics: Mapping[str, float], headline: str) -> None:
         """Record the numbers of the step that just ended; `headline` is for people."""
         self.terminal.step(self.step, self.max_steps, headline)
-        if not self.is_due(self.config.logging_steps) and not self.is_finished:
+        if not (self.is_due(self.config.logging_steps) or self.is_finished or self.owes_evaluation):
             return
         self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
         self.terminal.report(self.step, self.max_steps, metrics, headline)
-        if self._saved_step == self.step:
-            self._report()
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """More numbers of the step whose line is written, into that line; nowhere if it has none."""
+        self.metrics.add(metrics, self.step)
+        self._reported_step = -1
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
@@ -137,15 +142,21 @@ class Run:
         raise RunInterrupted(self.signals.received, self.step)
 
     def save_if_due(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`."""
-        is_best = self._is_new_best(metrics or {})
-        if self._saved_step != self.step and (is_best or self.is_due(self.config.save_steps) or self.is_finished):
+        """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`.
+
+        And before a run's first evaluation: one that cannot work fails there.
+        """
+        is_due = self._is_new_best(metrics or {}) or self.is_due(self.config.save_steps) or self.is_finished
+        if self._saved_step != self.step and (is_due or (self.owes_evaluation and self._saved_step < 0)):
             with self.timings.phase("save"):
                 self.save()
+            self._report()
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self._saved_step = self.step
+        if self.metrics.path.is_file():
+            force_to_disk(self.metrics.path)  # no checkpoint is without the lines of its steps
         return save_checkpoint(
             self.config.output_dir,
             self.step,
@@ -172,6 +183,7 @@ class Run:
             "learner": self.learner.state_dict(),
             "beside": {name: learner.state_dict() for name, learner in self.beside.items()},
             "best": self._best,
+            "owes_evaluation": self.owes_evaluation,
             "identity": self._identity(),
         }
         try:
@@ -192,6 +204,12 @@ class Run:
         if is_best:
             self._best = (self.step, float(value))
         return is_best
+
+    def _recall(self, line: Mapping[str, float]) -> None:
+        """What came into the line of the step that is resumed after its checkpoint was written: the evaluation."""
+        if any(name.startswith("eval/") for name in line):
+            self.owes_evaluation = False
+            self._is_new_best({name: value for name, value in line.items() if value is not None})
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -221,6 +239,7 @@ class Run:
             learner.load_state_dict(state["beside"][name])
         self.step = self._previous_step = self._saved_step = state["step"]
         self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
+        self.owes_evaluation = state.get("owes_evaluation", False)
         logger.info("resumed from %s at step %d", checkpoint, self.step)
         return state["tracker_id"]
 
