@@ -24,6 +24,7 @@ from dirl.training.interruption import SignalWatch, StopAsked
 from dirl.training.metrics import Timings
 from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.run import Resumable, Run, logger
+from dirl.training.run_lock import check_free, hold
 from dirl.training.run_state import RunConfig
 from dirl.training.stages import RunStage, StagedConfig, stages_of
 
@@ -56,6 +57,8 @@ class Trainer(ABC):
         self.now = self.stages[0]  # the stage of `stages` that holds
         self.config = config  # of that stage
         self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
+        # Before anything is loaded.
+        check_free(config.output_dir, self.distributed, foreign=("samples.jsonl", "results.json"))
         self.timings = Timings()
         self.signals = SignalWatch(self.distributed.max)
         self.terminal = Terminal(is_main=self.distributed.is_main)
@@ -118,9 +121,11 @@ class Trainer(ABC):
     def train(self) -> Path:
         """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
         config = self.stages[0].config
-        with self._run(config) as run:
+        with hold(config.output_dir, self.distributed), self._run(config) as run:
             self.steps_done = run.step
             self.begin()
+            if run.is_finished:
+                run.say(f"all {run.step} steps are done; raise max_steps, or name another output_dir for another run")
             while not run.is_finished:
                 run.stop_if_asked()
                 self._evaluate_if_owed(run)
@@ -160,10 +165,11 @@ class Trainer(ABC):
         try:
             with self.timings.phase("eval"):
                 evaluation = self.evaluate()
-        except Exception:  # goes on its way: only the words are ours
+        except UserError as error:
             saved = Path(self.config.output_dir, "final" if run.is_finished else "checkpoints")
-            logger.error("the evaluation after step %d failed; what is trained is in %s", run.step, saved)
-            raise
+            raise UserError(
+                f"the evaluation after step {run.step} failed, what is trained is in {saved}: {error}"
+            ) from error
         run.owes_evaluation = False
         run.add(evaluation | self.timings.drain())
         run.save_if_due(evaluation)

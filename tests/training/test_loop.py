@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from torch import nn
 
 from dirl.data.prompt_stream import PromptStream
 from dirl.errors import RunInterrupted, UserError
+from dirl.show.terminal import Terminal
 from dirl.training import run_state
 from dirl.training.interruption import StopAsked
 from dirl.training.loop import NothingToLearn, Trainer, TrainingConfig
@@ -89,7 +91,7 @@ class Toy(Trainer):
 
 
 def config(output_dir: Path, **changes: Any) -> TrainingConfig:
-    return TrainingConfig(output_dir=str(output_dir), learning_rate=1e-2, **{"max_steps": 4, **changes})
+    return TrainingConfig(output_dir=str(output_dir), **{"learning_rate": 1e-2, "max_steps": 4, **changes})
 
 
 def logged(output_dir: Path) -> list[dict[str, Any]]:
@@ -184,7 +186,7 @@ def test_every_finished_step_has_its_line_whenever_a_kill_comes(
 
 @pytest.mark.parametrize("failing_call", [1, 2])
 def test_an_evaluation_that_fails_costs_no_training(
-    failing_call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failing_call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy, count = Toy(config(tmp_path, eval_steps=2)), 0
     evaluate = toy.evaluate
@@ -197,10 +199,10 @@ def test_an_evaluation_that_fails_costs_no_training(
         return evaluate()
 
     monkeypatch.setattr(toy, "evaluate", fail)
-    with pytest.raises(UserError, match="lacks the column level"):
-        toy.train()
     step, saved = (2, "checkpoints") if failing_call == 1 else (4, "final")
-    assert f"the evaluation after step {step} failed; what is trained is in {tmp_path / saved}" in caplog.text
+    message = f"the evaluation after step {step} failed, what is trained is in {tmp_path / saved}: a held-out row lacks"
+    with pytest.raises(UserError, match=re.escape(message)):
+        toy.train()
     assert (tmp_path / saved).is_dir() and logged(tmp_path)[-1]["step"] == step
     again = Toy(config(tmp_path, eval_steps=2))
     again.train()
@@ -211,6 +213,43 @@ def test_an_evaluation_that_fails_costs_no_training(
 def test_an_evaluation_between_two_logged_steps_is_written(tmp_path: Path) -> None:
     Toy(config(tmp_path, eval_steps=3, logging_steps=2)).train()
     assert [(row["step"], "eval/loss" in row) for row in logged(tmp_path)] == [(2, False), (3, True), (4, True)]
+
+
+def test_a_finished_run_and_a_best_that_was_never_measured_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Terminal, "say", lambda _, text: said.append(text))
+    settings = config(tmp_path, max_steps=1, metric_for_best_model="eval/accuracy")
+    Toy(settings).train()
+    assert said == []
+    assert "metric_for_best_model=eval/accuracy was never logged" in caplog.text
+    Toy(replace(settings, learning_rate=5e-2)).train()
+    assert said == [
+        "other settings than before step 1: learning_rate 0.01 -> 0.05",
+        "all 1 steps are done; raise max_steps, or name another output_dir for another run",
+    ]
+
+
+def test_a_run_that_goes_on_longer_has_the_learning_rates_of_the_longer_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Terminal, "say", lambda _, text: said.append(text))
+    longer = {"max_steps": 6, "weight_decay": 0.5, "adam_beta2": 0.9}
+    Toy(config(tmp_path / "whole", **longer)).train()
+    Toy(config(tmp_path / "parts", max_steps=3, learning_rate=3e-2)).train()
+    assert said == []
+    more = Toy(config(tmp_path / "parts", **longer))
+    more.train()
+    whole, parts = ([row["learning_rate"] for row in logged(tmp_path / name)] for name in ("whole", "parts"))
+    assert parts[3:] == whole[3:] and min(parts[3:]) > 0
+    (group,) = more.learner.optimizer.param_groups[:1]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.9))
+    assert said == [
+        "other settings than before step 3: max_steps 3 -> 6, learning_rate 0.03 -> 0.01, weight_decay 0.0 -> 0.5, "
+        "adam_beta2 0.999 -> 0.9"
+    ]
 
 
 def test_nothing_to_learn_in_the_first_step_is_an_error(tmp_path: Path) -> None:
