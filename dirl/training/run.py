@@ -6,21 +6,22 @@ import json
 import logging
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
-from dirl.config import save_config
+from dirl.config import save_config, settings_of
 from dirl.errors import RunInterrupted, UserError, one_line
 from dirl.files import force_to_disk, write_json
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
 from dirl.training.interruption import PhaseClock, SignalWatch
-from dirl.training.metrics import MetricsLogger, Timings
+from dirl.training.metrics import MetricsLogger, Timings, Value
 from dirl.training.optimizer import Learner
-from dirl.training.run_state import RunConfig, resolve_resume, save_checkpoint, write_run_json
+from dirl.training.run_state import RunConfig, hide_secrets, resolve_resume, save_checkpoint, write_run_json
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,11 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._phases.__exit__()  # first: a tracker that takes long to finish is no rank that is stuck
         self.terminal.stop()
+        if self.config.metric_for_best_model and self._best is None and self.is_finished:
+            logger.warning(
+                "metric_for_best_model=%s was never logged: no checkpoint is the best",
+                self.config.metric_for_best_model,
+            )
         self.metrics.close()
         self._report()
         self.signals.__exit__()
@@ -185,15 +191,20 @@ class Run:
             "best": self._best,
             "owes_evaluation": self.owes_evaluation,
             "identity": self._identity(),
+            "settings": self._settings(),
         }
         try:
             self.distributed.save_state(directory)
             if self.distributed.is_main:
                 write_json(directory / LOOP_STATE, state)
-        except Exception as caught:  # re-raised below
-            error = caught
+        except (OSError, RuntimeError, SafetensorError) as caught:  # how libraries say that a disk is full
+            final = directory.with_suffix("")
+            error = UserError(
+                f"{final} cannot be written: {one_line(caught, 200)}; make room, or lower save_total_limit, and the "
+                "same command continues from the checkpoint before"
+            )
         if self.distributed.min(float(error is None)) == 0:
-            raise error or RuntimeError("another rank could not write its part of the checkpoint")
+            raise error or UserError("another rank could not write its part of the checkpoint")
 
     def _is_new_best(self, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(self.config.metric_for_best_model)
@@ -205,7 +216,7 @@ class Run:
             self._best = (self.step, float(value))
         return is_best
 
-    def _recall(self, line: Mapping[str, float]) -> None:
+    def _recall(self, line: Mapping[str, Value]) -> None:
         """What came into the line of the step that is resumed after its checkpoint was written: the evaluation."""
         if any(name.startswith("eval/") for name in line):
             self.owes_evaluation = False
@@ -219,12 +230,17 @@ class Run:
             "world_size": self.distributed.world_size,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads(json.dumps(hide_secrets(settings_of(self.config))))
+        return settings
+
     def _restore(self) -> str | None:
         """Continue from the checkpoint the configuration asks for; returns the tracker's run id."""
         checkpoint = self.distributed.from_main(resolve_resume(self.config))
         if checkpoint is None:
             return None
         state = json.loads((checkpoint / LOOP_STATE).read_text(encoding="utf-8"))
+        changes = changed_settings(checkpoint, state.get("settings", {}), self._settings(), self.config.FIXED)
         check_identity(checkpoint, state["identity"], self._identity())
         try:
             self.source.load_state_dict(state["source"])  # first: it refuses other data
@@ -241,7 +257,31 @@ class Run:
         self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
         self.owes_evaluation = state.get("owes_evaluation", False)
         logger.info("resumed from %s at step %d", checkpoint, self.step)
+        if changes:
+            self.say(f"other settings than before step {self.step}: {', '.join(changes)}")
         return state["tracker_id"]
+
+
+def changed_settings(
+    checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], fixed: Sequence[str]
+) -> list[str]:
+    """What this run is told that the run of the checkpoint was not, such as "learning_rate 1e-05 -> 2e-05".
+
+    Args:
+        saved: values by dotted key; a key that only one of the two has is of another version, and no change.
+        fixed: keys and sections that may not differ.
+    Raises:
+        UserError: one of them does.
+    """
+    changed = {key: (saved[key], value) for key, value in ours.items() if key in saved and saved[key] != value}
+    for key, (before, now) in changed.items():
+        if any(key == name or key.startswith(f"{name}.") for name in fixed):
+            raise UserError(
+                f"{checkpoint} was written with {key}={before}, this run has {now}: it cannot change when a run goes "
+                f"on; resume with {before}, or set resume_from_checkpoint=none to start afresh"
+            )
+    told = ("output_dir", "resume_from_checkpoint")  # by whoever resumes
+    return [f"{key} {before} -> {now}" for key, (before, now) in changed.items() if key not in told]
 
 
 def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -259,6 +299,11 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
             f"{checkpoint} holds another model: {saved['num_parameters']} parameters, {saved['num_trained_tensors']} "
             f"trained tensors; this run's has {ours['num_parameters']} and {ours['num_trained_tensors']}: resume with "
             f"the model.path and adapters it was started with, {remedy}"
+        )
+    if saved.get("started_from", ours.get("started_from")) != ours.get("started_from"):
+        raise UserError(
+            f"{checkpoint} is of a run that started from other weights than those of this run's model.path: resume "
+            f"with the model it was started with, {remedy}"
         )
     form = {"plain": "ddp"}
     if form.get(saved["backend"], saved["backend"]) != form.get(ours["backend"], ours["backend"]):
@@ -281,7 +326,7 @@ def _check_beside(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str,
             raise UserError(
                 f"{has} has a {name}, {has_not} has none: resume with the objective it was started with, {remedy}"
             )
-        if saved[name] != ours[name]:
+        if any(saved[name][key] != ours[name][key] for key in saved[name]):
             raise UserError(
                 f"{checkpoint} holds another {name}: {saved[name]['num_parameters']} parameters, this run's has "
                 f"{ours[name]['num_parameters']}: resume with the configuration it was started with, {remedy}"
