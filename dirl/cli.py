@@ -6,10 +6,14 @@ Errors of the user end in one line and exit code 2; nothing is imported before i
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,27 +21,24 @@ from typing import Any
 from dirl import __version__
 from dirl.config import load_config, with_changes
 from dirl.errors import RunInterrupted, UserError, visible
-from dirl.files import is_hub_id
+from dirl.files import expand, is_hub_id
+
+_BLANK = " \0"  # no argument of a program can hold the zero
+# What people must put right, and no code can.
+_OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.EMFILE, errno.EIO),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    parser = _parser()
-    # argparse reads no positional argument after an option that follows the first ones.
-    options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
-    logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, handlers=[_log_handler()])
-    # The Hugging Face client logs every request at INFO level; that is not what people want to read.
-    for name in ("httpx", "httpx2", "accelerate"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, on purpose
-    if not sys.stderr.isatty():
-        # A bar of transformers' in a log file is a line of control characters; read when transformers is imported.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("dirl").setLevel(logging.WARNING if getattr(options, "quiet", False) else logging.NOTSET)
+    if _world_size() > 1:
+        from dirl.training.interruption import end_with_launcher
+
+        end_with_launcher()  # first of all: before this rank waits for the others
+    options = _read(sys.argv[1:] if arguments is None else arguments)
+    _quieten(is_quiet=getattr(options, "quiet", False))
     try:
         return options.run(options) or 0
     except UserError as error:
@@ -48,6 +49,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunInterrupted as stop:
         _say(f"dirl: {stop}")
         return 130 if stop.signal_number == signal.SIGINT else 0
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            return _fail(f"{error.strerror}: {error.filename or 'while writing'}", code=1)
+        if _world_size() == 1:  # a bug, whose traceback is wanted: once
+            raise
+        return _fail("".join(traceback.format_exception(error)).rstrip(), code=1)
+
+
+def _read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; a word that begins with one minus is a value, as in `dirl generate MODEL "-5+3="`."""
+    parser = _parser()
+    # argparse takes what begins with a minus for an option, unless it has a blank.
+    is_value = re.compile(r"-(?!-|h$|[0-9.]+$).")
+    marked = [f"{argument}{_BLANK}" if is_value.match(argument) else argument for argument in arguments]
+    # argparse reads no positional argument after an option that follows the first ones.
+    options, rest = parser.parse_known_args(marked)
+    if rest and (not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    for name, value in list(vars(options).items()):
+        if isinstance(value, str):
+            setattr(options, name, value.removesuffix(_BLANK))
+        elif isinstance(value, list):
+            setattr(options, name, [item.removesuffix(_BLANK) for item in value])
+    return options
+
+
+def _quieten(*, is_quiet: bool) -> None:
+    """What is logged, by which ranks; and a terminal that cannot show a character shows another."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, handlers=[_log_handler()])
+    # The Hugging Face client logs every request at INFO level; that is not what people want to read.
+    for name in ("httpx", "httpx2", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, on purpose
+    if not sys.stderr.isatty():
+        # A bar of transformers' in a log file is a line of control characters; read when transformers is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("dirl").setLevel(logging.WARNING if is_quiet else logging.NOTSET)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, (run, help_text) in runs.items():
         command = commands.add_parser(name, help=help_text)
         words = "; or a model's directory or hub id, to serve it as it is" if name == "serve" else ""
-        command.add_argument("config", metavar="CONFIG", help=f"YAML file, such as configs/tiny/{name}.yaml{words}")
+        command.add_argument(
+            "config", metavar="CONFIG", type=_path, help=f"YAML file, such as configs/tiny/{name}.yaml{words}"
+        )
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
         command.add_argument("--quiet", action="store_true", help="print only warnings and the result")
         command.set_defaults(run=run)
@@ -77,23 +122,30 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
     doctor.set_defaults(run=_run_doctor)
     convert = commands.add_parser("convert", help="make a block-diffusion model of an autoregressive one")
-    convert.add_argument("source", metavar="SRC", help="Hugging Face directory, hub id, or .gguf file")
-    convert.add_argument("output", metavar="OUT", help="directory to write")
+    convert.add_argument("source", metavar="SRC", type=_path, help="Hugging Face directory, hub id, or .gguf file")
+    convert.add_argument("output", metavar="OUT", type=_path, help="directory to write")
     convert.add_argument(
         "overrides", metavar="key=value", nargs="*", help="block_length=4 shift=1 full_attention=false"
     )
     convert.set_defaults(run=_run_convert)
     tiny = commands.add_parser("tiny-model", help="write the embedded default model, untrained")
-    tiny.add_argument("directory", metavar="DIR")
+    tiny.add_argument("directory", metavar="DIR", type=_path)
     tiny.set_defaults(run=_run_tiny_model)
     return parser
+
+
+def _path(text: str) -> str:
+    """An argument that names a file or directory: what a shell has left of `~` is written out."""
+    return str(expand(text)) if text.startswith("~") else text
 
 
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="write the page of a run, or of several side by side")
     words = "output_dir of an sft or rl run; or: compare DIR DIR, the output directories of two evaluations"
-    report.add_argument("runs", metavar="RUN_DIR", nargs="+", help=words)
-    report.add_argument("--output", metavar="FILE", help="where to; default: report.html in the run's directory")
+    report.add_argument("runs", metavar="RUN_DIR", type=_path, nargs="+", help=words)
+    report.add_argument(
+        "--output", metavar="FILE", type=_path, help="where to; default: report.html in the run's directory"
+    )
     report.set_defaults(run=_run_report)
 
 
@@ -101,7 +153,7 @@ def _add_talk(commands: Any) -> None:
     talks = {"generate": (_run_generate, "answer one question"), "chat": (_run_chat, "talk to a model")}
     for name, (run, help_text) in talks.items():
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id")
+        command.add_argument("model", metavar="MODEL", type=_path, help="Hugging Face directory or hub id")
         if name == "generate":
             command.add_argument("prompt", metavar="PROMPT")
             command.add_argument("--quiet", action="store_true", help="print the answer only")
@@ -225,7 +277,10 @@ def _run_convert(options: argparse.Namespace) -> None:
 def _run_tiny_model(options: argparse.Namespace) -> None:
     from dirl.model.tiny import save_tiny_model
 
-    save_tiny_model(Path(options.directory))
+    directory = Path(options.directory)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"{directory} holds something already; name a new directory for the model")
+    save_tiny_model(directory)
 
 
 def _is_main_rank() -> bool:
@@ -250,10 +305,20 @@ def _say(text: str) -> None:
         print(visible(text), flush=True)
 
 
-def _fail(text: str) -> int:
-    if _is_main_rank():
-        print(f"dirl: error: {visible(text)}", file=sys.stderr)
-    return 2
+def _fail(text: str, code: int = 2) -> int:
+    """Print an error, of several ranks that of the first to fail; returns the exit code."""
+    speaker: str | None = ""
+    if _world_size() > 1:
+        from dirl.training.distributed import first_to_fail
+
+        speaker = first_to_fail()
+    if speaker is not None:
+        print(f"dirl: error: {speaker}{visible(text)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """YAML and dotted overrides -> frozen, typed dataclasses, or one line that says what is wrong.
 
-Precedence: dataclass default < YAML (with `${oc.env:NAME,default}`) < `key=value` on the command line. Configuration
-stands beside what it configures, in subclasses of `Config`; this file only checks, reads and writes it. omegaconf is
-imported where files are read and written: who builds a model in Python needs none of it.
+Precedence: dataclass default < YAML (with `${oc.env:NAME,default}`) < `key=value` on the command line, where text is
+taken as it is written. Configuration stands beside what it configures, in subclasses of `Config`; this file only
+checks, reads and writes it. omegaconf is imported where files are read and written: Python needs none of it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequen
 
     source, presets = _Source(path, overrides, _aliases(schema)), getattr(schema, "PRESETS", {})
     in_file = _read_yaml(Path(path)) if path is not None else {}
-    in_overrides = [_read_override(preset_in_full(override, presets)) for override in overrides]
+    in_overrides = [_read_override(preset_in_full(override, presets), schema, source) for override in overrides]
     try:
         # The command line is one layer: what it says under an old name still beats the file's new one.
         layers = [
@@ -142,12 +142,12 @@ class _Source:
 
     def of(self, key: str) -> str:
         for override in reversed(self.overrides):
-            named = self._today(override.partition("=")[0].strip())
+            named = self.today(override.partition("=")[0].strip())
             if named and (key == named or key.startswith((f"{named}.", f"{named}[")) or named.startswith(f"{key}.")):
                 return f"override {override!r}"
         return str(self.path) if self.path is not None else "configuration"
 
-    def _today(self, named: str) -> str:
+    def today(self, named: str) -> str:
         for old, new in self.aliases.items():
             if named == old or named.startswith(f"{old}."):
                 return new + named.removeprefix(old)
@@ -164,6 +164,15 @@ def with_changes(config: Schema, changes: Mapping[str, Any], where: str) -> Sche
     for key, value in changes.items():
         put(values, key.split("."), value)
     return _build(type(config), values, "", _Source(where, (), _aliases(type(config))), config)
+
+
+def settings_of(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Every key, dotted, with its value."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        found |= settings_of(value, f"{key}.") if isinstance(value, Config) else {key: value}
+    return found
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -197,7 +206,8 @@ def _read_yaml(path: Path) -> Any:
     return loaded
 
 
-def _read_override(override: str) -> Any:
+def _read_override(override: str, schema: type[Any], source: _Source) -> Any:
+    """One `key=value`: text as it is written where the key is text, else the value that YAML reads in it."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -205,8 +215,15 @@ def _read_override(override: str) -> Any:
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r} must be key=value, such as learning_rate=1e-5 or model.path=DIR")
+    hint: Any = schema
+    for name in source.today(key.strip()).split("."):
+        hint = typing.get_type_hints(hint).get(name) if _is_section(hint) else None
+    if hint is str or all(isinstance(choice, str) for choice in typing.get_args(hint) or [0]) or not value:
+        layer: dict[str, Any] = {}
+        put(layer, key.strip().split("."), _escape(value))
+        return layer
     try:
-        return OmegaConf.from_dotlist([override if value else f'{key}=""'])
+        return OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {override!r} cannot be read: {one_line(error, 200)}") from error
 

@@ -179,5 +179,38 @@ launch() { # -m dirl.cli ROLE CONFIG key=value ...
     cd "$ROOT"
     # Schedulers send SIGUSR1 to every process: the launcher lives on while the ranks write their checkpoint.
     trap '' USR1
-    exec "${LAUNCHER[@]}" "$@"
+    [[ ${LAUNCHER[-1]} != python3 ]] || exec "${LAUNCHER[@]}" "$@"
+    launch_ranks "$@"
+}
+
+# A launcher that is told to stop gives its ranks 30 s and ends in a traceback. So the ranks are told, as often and as long
+# as they need for their checkpoint, and the launcher waits for them. A second Ctrl-C ends them at once.
+launch_ranks() { # -m dirl.cli ROLE CONFIG key=value ...
+    local launcher code is_signalled first=TERM
+    (
+        trap '' TERM INT
+        export PET_SIGNALS_TO_HANDLE=SIGQUIT
+        exec "${LAUNCHER[@]}" "$@"
+    ) &
+    launcher=$!
+    trap 'is_signalled=1; signal_children TERM "$launcher"' TERM
+    trap 'is_signalled=1; signal_children "$first" "$launcher"; first=KILL' INT
+    while true; do
+        is_signalled=0 code=0
+        wait "$launcher" || code=$?
+        ((is_signalled)) || break
+    done
+    [[ $first == TERM ]] || code=130
+    exit "$code"
+}
+
+signal_children() { # SIGNAL PID
+    local children
+    children=$(cat /proc/"$2"/task/*/children 2>/dev/null)
+    if [[ -n $children ]]; then
+        # shellcheck disable=SC2086 # several numbers
+        kill -"$1" $children 2>/dev/null || true
+    else
+        kill -KILL "$2" 2>/dev/null || true # it has not begun
+    fi
 }

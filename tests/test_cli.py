@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import signal
 import subprocess
@@ -53,6 +55,8 @@ class StandIn:
         if self.config.act == "misuse":
             model, tokenizer = tiny()
             TorchEngine(model, tokenizer).generate([[1]], SamplingConfig(), seeds=[])
+        if self.config.act == "fill the disk":
+            raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
         if self.config.act == "break":
             json.loads("{")  # a ValueError of a library: a bug of ours, not of the user
         return f"result of {self.config.path}"
@@ -110,15 +114,17 @@ def test_a_missing_configuration_file(command: str, tmp_path: Path, capsys: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_main_rank_speaks(
+def test_only_the_main_rank_tells_results_and_the_first_of_a_machine_what_all_refuse(
     command: str, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "0")  # the first process of the second machine
-    assert main([command, config_file, "pth=x"]) == 2
-    assert main([command, config_file]) == 0
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, local_rank, speaks in (("1", "1", False), ("2", "0", True)):  # the latter: of the second machine
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main([command, config_file]) == 0
+        assert main([command, config_file, "pth=x"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("dirl: error: ") == speaks
 
 
 def test_interruption(command: str, config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +151,22 @@ def test_a_bug_keeps_its_traceback(command: str, config_file: str) -> None:
         main([command, config_file, "act=misuse"])
 
 
+def test_what_the_machine_refuses_is_one_line(
+    command: str, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, config_file, "act=fill the disk"]) == 1
+    assert capsys.readouterr().err == "dirl: error: No space left on device: run/metrics.jsonl\n"
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_another(
+    command: str, config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main([command, config_file, "path=\u00fc"]) == 0
+    assert b"result of ?" in shown.getvalue()
+
+
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code, words in (
         (["--version"], 0, f"dirl {__version__}"),
@@ -162,9 +184,32 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert caught.value.code == code and words in captured.out + captured.err
 
 
+def test_what_begins_with_a_minus_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("dirl.console.talk.generate", lambda model, prompt, *_, **__: asked.append(f"{model}|{prompt}"))
+    monkeypatch.setattr("dirl.console.talk.chat", lambda model, *_, system_prompt, **__: asked.append(system_prompt))
+    for prompt in ("-5+3=", "-5 + 3 =", "-x", "-", "-- no -- "):
+        assert main(["generate", "--quiet", "M", prompt, "temperature=0"]) == 0
+        assert main(["generate", "M", prompt, "--seed", "3"]) == 0
+    assert main(["chat", "M", "--system-prompt", "-be brief"]) == 0
+    assert asked == [f"M|{p}" for p in ("-5+3=", "-5 + 3 =", "-x", "-", "-- no -- ") for _ in range(2)] + ["-be brief"]
+
+
 def test_tiny_model(tmp_path: Path) -> None:
     assert main(["tiny-model", str(tmp_path / "tiny")]) == 0
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "tiny").iterdir()}
+    names = {path.name for path in (tmp_path / "tiny").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+
+
+def test_a_model_that_is_there_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/model.safetensors").write_text("weeks of work")
+    assert main(["tiny-model", "~/trained"]) == 2  # the home, and no folder that is called ~
+    assert "trained holds something already; name a new directory" in capsys.readouterr().err
+    assert (tmp_path / "trained/model.safetensors").read_text() == "weeks of work"
 
 
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     source = str(path) if is_on_hub else str(directory)
     try:
         return _load_without_code(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # libraries fail in many ways on damaged files; it stays the cause
         raise DataError(f"cannot load a tokenizer from {path}: {one_line(error, 200)}") from error
 
 
@@ -167,7 +167,7 @@ def render_messages(
             add_generation_prompt=add_generation_prompt,
             return_dict=False,
         )
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, TypeError) as error:  # the latter two: of what is computed in it
         raise DataError(f"the chat template refuses the conversation: {error}") from error
     return check_unmasked(tokenizer, ids)
 

@@ -7,8 +7,10 @@ document is drawn, so that nothing is tokenised that is not trained on; every ra
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +31,31 @@ class Fit:
         max_length: tokens of the longest.
         multiple: texts are cut at multiples of so many tokens: what comes before the cut ends at a block border, and
             needs no fill.
+        budget: packed tokens that there is room for; 0: any number.
+        packed_tokens: tokens of a prompt and of its completion -> those they take with all views.
     """
 
     max_length: int
     multiple: int
+    budget: int = 0
+    packed_tokens: Callable[[int, int], int] = operator.add
+
+    def excess(self, prompt_length: int, completion_length: int) -> str:
+        """What such a document is too long for, in words; empty: it fits."""
+        if prompt_length + completion_length > self.max_length:
+            return f"longer than data.max_length={self.max_length}"
+        packed = self.packed_tokens(prompt_length, completion_length)
+        return (
+            f"with its views {packed}, over max_tokens_per_micro_batch={self.budget}"
+            if 0 < self.budget < packed
+            else ""
+        )
+
+    @functools.cached_property
+    def window(self) -> int:
+        """Tokens of a text up to where it is cut; 0: not even a block fits."""
+        longest = self.max_length - self.max_length % self.multiple
+        return next((length for length in range(longest, 0, -self.multiple) if not self.excess(0, length)), 0)
 
     def first_piece(self, document: Document, start: int = 0) -> tuple[Document | None, int]:
         """What there is of a document from a token on, and where the rest begins, 0 where there is none.
@@ -40,16 +63,13 @@ class Fit:
         None: the document is too long, and has a prompt, without which its completion means nothing.
         """
         if document.prompt_ids:
-            return (document if len(document) <= self.max_length else None), 0
+            return (None if self.excess(len(document.prompt_ids), len(document.completion_ids)) else document), 0
         rest = document.completion_ids[start:]
-        if len(rest) <= self.max_length:
+        if not self.excess(0, len(rest)):
             return Document([], rest), 0
-        window = self.max_length - self.max_length % self.multiple
-        if window == 0:
-            raise UserError(
-                f"data.max_length={self.max_length} is less than a block of {self.multiple} tokens; raise it"
-            )
-        return Document([], rest[:window]), start + window
+        if self.window == 0:
+            raise UserError(f"a block of {self.multiple} tokens is {self.excess(0, self.multiple)}; raise it")
+        return Document([], rest[: self.window]), start + self.window
 
     def pieces(self, document: Document) -> Iterator[Document]:
         """All that there is of a document; nothing where it is too long."""
@@ -135,14 +155,14 @@ class DocumentStream:
         if document is not None and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s: left out a document of %d tokens, longer than data.max_length=%d; the metric documents/too_long "
-                "counts such",
-                *(self._source.name, len(document), fit.max_length),
+                "%s: left out a document of %d tokens, %s; the metric documents/too_long counts such",
+                *(self._source.name, len(document), fit.excess(len(document.prompt_ids), len(document.completion_ids))),
             )
 
 
 def none_fits(name: str, count: int, fit: Fit) -> DataError:
     """No document of so many can be used."""
     return DataError(
-        f"{name}: all {count} documents are longer than data.max_length={fit.max_length} (or bad rows); raise it"
+        f"{name}: all {count} documents are longer than data.max_length={fit.max_length}, or their views than "
+        f"max_tokens_per_micro_batch={fit.budget} (or bad rows); raise it"
     )

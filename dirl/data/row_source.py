@@ -129,6 +129,9 @@ class _JsonLines(_TextFile):
         return _from_json(line)
 
 
+csv.field_size_limit(2**31 - 1)  # else a cell of more than 131,072 characters is an error
+
+
 class _CsvFile(_TextFile):
     """A header, and one row a record, which may go over several lines."""
 

@@ -43,6 +43,7 @@ from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, Samplin
 from dirl.rollout.scoring import score
 from dirl.rollout.watch import EvaluationProgress
 from dirl.training.distributed import Distributed
+from dirl.training.run_lock import check_free, hold
 from dirl.training.run_state import write_run_json
 from dirl.training.seeds import stable_seed
 
@@ -208,16 +209,18 @@ class Evaluator:
 def run_evaluation(config: EvalConfig) -> Path:
     """Evaluate every data set in every mode; returns the report's path."""
     distributed = Distributed()
+    check_free(config.output_dir, distributed, foreign=("metrics.jsonl", "checkpoints"))
     directory = Path(config.output_dir)
     data = config.data
     benchmarks = load_benchmarks(data.datasets, limit=data.limit, seed=data.seed, skip_bad_rows=data.skip_bad_rows)
     tokenizer = load_tokenizer(config.model.path)
     model = load_model(config.model, tokenizer)
-    store = _open_store(config, model, tokenizer, benchmarks, distributed)
-    model.to(distributed.device)  # type: ignore[arg-type]
     chunk_size = config.chunk_size * distributed.world_size
     results = []
     with ExitStack() as stack:
+        stack.enter_context(hold(config.output_dir, distributed))
+        store = _open_store(config, model, tokenizer, benchmarks, distributed)
+        model.to(distributed.device)  # type: ignore[arg-type]
         progress = EvaluationProgress() if distributed.is_main else None
         engine = stack.enter_context(closing(build_engine(model, tokenizer, config.engine, observer=progress)))
         for benchmark in benchmarks:

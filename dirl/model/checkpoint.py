@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -59,12 +59,20 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise UserError(f"model.path: the weights in {config.path!r} lack {missing[:3]}; get or save them again")
+    check_finite(model, config.path)
     if family.keeps_published_config:
         model.published_config = published
     use_fused_kernels(model, config.kernels)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def check_finite(model: torch.nn.Module, path: str) -> None:
+    """Raises UserError, naming the tensor: a weight is NaN or infinite."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.numel() and not math.isfinite(sum(map(float, torch.aminmax(weight)))):
+            raise UserError(f"model.path: {name} in {path!r} holds NaN or infinities; get or save the weights again")
 
 
 def random_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
@@ -125,7 +133,7 @@ def damage_named(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of whatever class; it stays the cause
         raise UserError(f"model.path: cannot load {path!r}, get or save it again: {one_line(error, 200)}") from error
 
 

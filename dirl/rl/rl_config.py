@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from dirl.config import CONFIGS, PATH, Config, bounded
@@ -18,6 +18,7 @@ from dirl.reward.rubric import RewardConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.update import UpdateConfig
 from dirl.rollout.build import chosen_engine, engine_load
+from dirl.rollout.engine import SamplingConfig
 from dirl.training.loop import TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES
 from dirl.training.stages import stages_of
@@ -64,6 +65,13 @@ class RLConfig(TrainingConfig, UpdateConfig):
         *("rollout.max_completion_length", "rollout.temperature", "rollout.top_k", "rollout.top_p"),
         *("rollout.confidence_threshold", "rollout.denoising_steps", "rollout.entropy_bound"),
         *("rollout.prompts_per_step", "rollout.num_generations", "rollout.max_sampling_rounds", "rollout.oversampling"),
+    )
+
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("seed", "model.dtype", "model.block_length", "lora", "objective", "critic.backbone"),
+        *("data.limit", "data.max_prompt_length", "data.system_prompt", "data.suffix"),
+        *(f"rollout.{f.name}" for f in fields(SamplingConfig)),
+        *("reward.functions", "reward.weights", "reward.parameters", "reward.combine", "reward.answer_extraction"),
     )
 
     output_dir: str = "outputs/rl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -61,7 +62,17 @@ def make_completion(
     scheme: DiffusionScheme,
     confidence_threshold: float | None = None,
 ) -> Completion:
-    """A completion from its tokens and steps; lengths, reasons and text follow from them."""
+    """A completion from its tokens and steps; lengths, reasons and text follow from them.
+
+    Raises:
+        UserError: a log-probability is not a number, because the logits it comes from were not finite.
+    """
+    if logprobs is not None and not all(map(math.isfinite, logprobs)):
+        first = next(i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob))
+        raise UserError(
+            f"the model's logits at token {first} of a completion are not finite: its weights are damaged, or training "
+            "has diverged; look at loss and grad_norm, and go back to a checkpoint before"
+        )
     stop_ids = stop_token_ids(tokenizer)
     stops = [i for i, token in enumerate(token_ids) if token in stop_ids]
     num_steps = max(step_map)

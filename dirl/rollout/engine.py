@@ -26,7 +26,10 @@ SleepLevel = Literal[0, 1, 2]
 ApproximateCache = Literal["none", "prefix", "dual"]
 
 
-class RolloutError(RuntimeError):
+LEAST_TEMPERATURE = 1e-3
+
+
+class RolloutError(UserError):
     """An engine could not return one completion per prompt."""
 
 
@@ -51,6 +54,13 @@ class SamplingConfig(Config):
     generation_window: int = bounded(32, least=0)
     # blocks: tokens of a block that are all revealed before any right of them (Fast-dLLM v2); 0: the whole block
     sub_block_length: int = bounded(0, least=0)
+
+    def check(self) -> None:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE}, below which logits overflow, got "
+                f"{self.temperature}"
+            )
 
     def rules(self, scheme: DiffusionScheme) -> tuple[TokenDistribution, UnmaskingRule]:
         """How a model's logits become tokens, and which of them a step reveals.

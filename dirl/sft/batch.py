@@ -55,6 +55,18 @@ def make_example(
     return Example(trajectory, scored_KB)
 
 
+def packed_tokens(prompt_length: int, completion_length: int, *, block_length: int, num_views: int, window: int) -> int:
+    """Tokens that a document takes in a pack: its clean ones, and `num_views` noisy copies of each completion block.
+
+    Under full attention (block_length 0) the copies are of the whole document, and there is no clean one.
+    """
+    length = prompt_length + completion_length
+    if not block_length:
+        return num_views * (length + -completion_length % window)
+    filled = length + -length % block_length
+    return filled + num_views * (filled - prompt_length // block_length * block_length)
+
+
 def batch_noise_levels(examples: Sequence[Example], noise: NoiseConfig, seed: int) -> list[Tensor]:
     """Noise levels of every block of a global batch, spread evenly over it; one (K,) tensor an example."""
     generator = torch.Generator().manual_seed(seed)

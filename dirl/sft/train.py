@@ -36,7 +36,7 @@ from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload
 from dirl.presets import Presets
-from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, view_document
+from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, packed_tokens, view_document
 from dirl.sft.block_starts import count_block_starts, next_token_loss, with_noisy_starts
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget, whole_cost
@@ -72,6 +72,11 @@ class SFTConfig(TrainingConfig):
         "autoregressive_weight",
     )
     PRESETS: ClassVar[Mapping[str, Presets]] = {"noise": published_noise}
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("seed", "model.dtype", "model.block_length", "lora", "noise", "autoregressive_weight"),
+        *("data.limit", "data.num_heldout", "data.max_length", "data.system_prompt", "data.score_fill"),
+        "data.fill_window",
+    )
 
     output_dir: str = "outputs/sft"
     global_batch_size: int = bounded(64, least=1)  # documents per optimizer step, over all ranks
@@ -246,7 +251,10 @@ class SFTTrainer(Trainer):
 
     @property
     def _fit(self) -> Fit:
-        return Fit(self.config.data.max_length, self.model.scheme.block_length or 1)
+        config, block_length = self.config, self.model.scheme.block_length
+        num_views = 2 if config.noise.complementary else 1
+        size = partial(packed_tokens, block_length=block_length, num_views=num_views, window=config.data.fill_window)
+        return Fit(config.data.max_length, block_length or 1, config.max_tokens_per_micro_batch, size)
 
     def _open(self) -> DocumentSource:
         data = self.config.data

@@ -293,6 +293,22 @@ class Distributed:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
 
 
+def first_to_fail() -> str | None:
+    """What the message of an error begins with: the rank's name, if it is one of several; None: it is not wanted.
+
+    What ranks meet after the first has failed is that this one is gone. Before they know each other they fail alike:
+    then the first of each machine speaks for all.
+    """
+    if not torch.distributed.is_initialized():
+        return "" if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        has_spoken = store.add("dirl/failed ranks", 1) > 1
+    except (RuntimeError, ValueError):  # who kept count is gone
+        has_spoken = False
+    return None if has_spoken else f"rank {torch.distributed.get_rank()}: "
+
+
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 

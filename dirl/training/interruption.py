@@ -2,7 +2,7 @@
 
 SIGTERM, SIGUSR1 and the first SIGINT are only noted; the loop asks between its acts, all ranks agree, and one
 checkpoint is written. A second SIGINT ends the process at once. A rank that waits too long in one phase says where, and
-ends.
+ends; one whose launcher is gone is told SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -60,6 +61,23 @@ class SignalWatch:
             os.kill(os.getpid(), signal.SIGINT)
         self.received = self.received or number
         logger.warning("%s: stopping after a checkpoint", signal.Signals(number).name)
+
+
+def end_with_launcher() -> None:
+    """Send SIGTERM to this process once its parent is gone: a rank left alone would train on, or wait for the others.
+
+    For ranks only: a single process may well outlive the shell that started it.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # as scripts/launch.sh has it for the launcher
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
 
 
 class PhaseClock:

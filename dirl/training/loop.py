@@ -1,7 +1,8 @@
-"""A stage of training -> a finished run: step, evaluate when due, save, log, finish. The one loop of the package.
+"""A stage of training -> a finished run: step, log, save, evaluate when due, finish. The one loop of the package.
 
-SFT, RL and whatever comes are subclasses of `Trainer` that say what a step and an evaluation are; when they happen,
-what survives a stop, what is written and shown is decided here.
+A step ends with its line, then its checkpoint, then its evaluation: a kill in between takes nothing that a run which
+goes on does not make again. SFT, RL and whatever comes are subclasses of `Trainer` that say what a step and an
+evaluation are; when they happen, what survives a stop, what is written and shown is decided here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dirl.training.interruption import SignalWatch, StopAsked
 from dirl.training.metrics import Timings
 from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.run import Resumable, Run, logger
+from dirl.training.run_lock import check_free, hold
 from dirl.training.run_state import RunConfig
 from dirl.training.stages import RunStage, StagedConfig, stages_of
 
@@ -55,6 +57,8 @@ class Trainer(ABC):
         self.now = self.stages[0]  # the stage of `stages` that holds
         self.config = config  # of that stage
         self.distributed = Distributed(bf16=config.bf16, timeout_seconds=2 * config.phase_timeout)
+        # Before anything is loaded.
+        check_free(config.output_dir, self.distributed, foreign=("samples.jsonl", "results.json"))
         self.timings = Timings()
         self.signals = SignalWatch(self.distributed.max)
         self.terminal = Terminal(is_main=self.distributed.is_main)
@@ -117,11 +121,14 @@ class Trainer(ABC):
     def train(self) -> Path:
         """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
         config = self.stages[0].config
-        with self._run(config) as run:
+        with hold(config.output_dir, self.distributed), self._run(config) as run:
             self.steps_done = run.step
             self.begin()
+            if run.is_finished:
+                run.say(f"all {run.step} steps are done; raise max_steps, or name another output_dir for another run")
             while not run.is_finished:
                 run.stop_if_asked()
+                self._evaluate_if_owed(run)
                 try:
                     with self.timings.phase("step"):
                         metrics = self.step()
@@ -137,17 +144,38 @@ class Trainer(ABC):
                     metrics["stage"] = float(self.now.number)
                 run.advance(self.steps_done)
                 self.record(run)
-                if self.heldout and (run.is_due(config.eval_steps) or run.is_finished):
-                    with self.timings.phase("eval"):
-                        metrics |= self.evaluate()
-                run.save_if_due(metrics)
+                run.owes_evaluation = bool(self.heldout) and (run.is_due(config.eval_steps) or run.is_finished)
                 metrics |= self.timings.drain()
                 metrics |= self.throughput(metrics)
                 run.log(metrics, self.headline(metrics))
-        return self._finish()
+                run.save_if_due(metrics)
+                run.add(self.timings.drain())
+            final = self.write_final()
+            self._evaluate_if_owed(run)
+        return self._finish(final)
 
-    def _finish(self) -> Path:
-        final, output_dir = self.write_final(), Path(self.config.output_dir)
+    def _evaluate_if_owed(self, run: Run) -> None:
+        """Evaluate the step that ended last, into its line; it is saved already, so that a failure costs no training.
+
+        A run that was killed before that owes it still when it goes on.
+        """
+        if not (run.owes_evaluation and self.heldout):
+            return
+        run.stop_if_asked()
+        try:
+            with self.timings.phase("eval"):
+                evaluation = self.evaluate()
+        except UserError as error:
+            saved = Path(self.config.output_dir, "final" if run.is_finished else "checkpoints")
+            raise UserError(
+                f"the evaluation after step {run.step} failed, what is trained is in {saved}: {error}"
+            ) from error
+        run.owes_evaluation = False
+        run.add(evaluation | self.timings.drain())
+        run.save_if_due(evaluation)
+
+    def _finish(self, final: Path) -> Path:
+        output_dir = Path(self.config.output_dir)
         if self.distributed.is_main:
             finish_model(final, output_dir, self.stage, self.tags, self.config.push_to_hub)
             plot_run(output_dir)

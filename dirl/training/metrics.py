@@ -143,24 +143,43 @@ class MetricsLogger:
             return
         line: dict[str, Value] = {"step": step, **{name: finite_or_none(value) for name, value in metrics.items()}}
         append_json_lines(self.path, [line])
+        self._show(line, step)
+
+    def add(self, metrics: Mapping[str, float], step: int) -> None:
+        """More numbers of a step, into its line, which is the last; nothing where it has none."""
+        lines = self._lines() if metrics else []
+        if lines and lines[-1]["step"] == step:
+            more = {name: finite_or_none(value) for name, value in metrics.items()}
+            self._replace([*lines[:-1], lines[-1] | more])
+            self._show(more, step)
+
+    def line_of(self, step: int) -> dict[str, Value]:
+        """The last line, if it is that of this step; empty on all but the main rank."""
+        lines = self._lines()
+        return lines[-1] if lines and lines[-1]["step"] == step else {}
+
+    def _show(self, line: Mapping[str, Value], step: int) -> None:
         finite = {name: value for name, value in line.items() if value is not None and name != "step"}
         for name, tracker in list(self._trackers.items()):
             self._guard(name, "log", partial(tracker.log, finite, step))
 
     def truncate_after(self, step: float) -> None:
         """Drop the lines of later steps, which a run resumed at `step` writes again, and a line cut short by a kill."""
-        if not self._is_main or not self.path.exists():
-            return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        if text != self.path.read_text(encoding="utf-8"):
-            write_whole(self.path, text)
+        self._replace([line for line in self._lines() if line["step"] <= step])
 
     def close(self) -> None:
         """Finish the trackers; the file needs no closing."""
         for name, tracker in list(self._trackers.items()):
             self._guard(name, "close", tracker.close)
         self._trackers.clear()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path) if self._is_main and self.path.exists() else []
+
+    def _replace(self, lines: Sequence[Mapping[str, Value]]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if self._is_main and self.path.exists() and text != self.path.read_text(encoding="utf-8"):
+            write_whole(self.path, text)
 
     def _start(self, name: str, run_name: str, config: Mapping[str, Any], resume_id: str | None) -> None:
         self._trackers[name] = TRACKERS[name](self.path.parent, run_name, config, resume_id)

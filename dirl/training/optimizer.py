@@ -8,14 +8,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
 
 from dirl.config import Config, bounded
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.training.distributed import Distributed
 
 
@@ -40,21 +42,46 @@ class OptimizerConfig(Config):
     max_tokens_per_micro_batch: int = bounded(8192, least=1)
 
     def check(self) -> None:
-        check_schedule(self.lr_scheduler_type)
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
 
 
-def check_schedule(name: str) -> None:
-    """Whether transformers has such a schedule; raises UserError."""
-    schedules = [kind.value for kind in SchedulerType]
-    if name not in schedules:
-        raise UserError(f"lr_scheduler_type must be one of {', '.join(schedules)}, got {name!r}")
+def check_schedule(name: str, arguments: Mapping[str, float] = MappingProxyType({})) -> None:
+    """Whether transformers has such a schedule that is a function of the step, and with these arguments.
+
+    Raises:
+        UserError: it has not.
+    """
+    # One waits for a loss that stops falling, the other looks for it itself.
+    names = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
+    if name not in names:
+        raise UserError(f"lr_scheduler_type must be one of {', '.join(names)}, got {name!r}")
+    parameter = nn.Parameter(torch.zeros(1))
+    try:
+        build_schedule(torch.optim.SGD([parameter], lr=1.0), name, arguments, warmup_steps=1, max_steps=2)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"lr_scheduler_kwargs={dict(arguments)} do not suit lr_scheduler_type={name}: {one_line(error)}"
+        ) from error
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, name: str, arguments: Mapping[str, float], *, warmup_steps: int, max_steps: int
+) -> LambdaLR:
+    """The learning rate of each step, as a schedule of transformers gives it."""
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=max_steps,
+        scheduler_specific_kwargs=dict(arguments) or None,
+    )
 
 
 # Bytes of AdamW's two moments per trained parameter.
 OPTIMIZER_BYTES: Mapping[str, float] = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0}
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
     """Three optimizer steps in a row had no finite gradient."""
 
 
@@ -137,19 +164,22 @@ class Learner:
         on_skip: Callable[[], None] = _never,
     ) -> None:
         optimizer = build_optimizer(module, config)
-        scheduler = get_scheduler(
-            config.lr_scheduler_type,
+        schedule = build_schedule(
             optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs) or None,
+            config.lr_scheduler_type,
+            config.lr_scheduler_kwargs,
+            warmup_steps=config.warmup_steps,
+            max_steps=config.max_steps,
         )
+        self._schedule = schedule
+        self._started_from = digest_of_start(module)
+        self._settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         self.config, self.distributed = config, distributed
         self._plain_optimizer = optimizer  # the schedule's; prepared ones share its groups
         self.module, self.optimizer, self.scheduler = distributed.prepare(
             module,
             optimizer,
-            scheduler,
+            schedule,
             max_grad_norm=config.max_grad_norm,
             offload_optimizer=config.offload_optimizer,
         )
@@ -182,7 +212,8 @@ class Learner:
         totals = _Totals()
         self._on_micro_batch(0, num_micro_batches, 0)
         for index, compute_loss in enumerate(padded):
-            with self.distributed.accumulation(self.module, is_last=index == len(padded) - 1):
+            accumulation = self.distributed.accumulation(self.module, is_last=index == len(padded) - 1)
+            with accumulation, torch.enable_grad():  # whatever a reward function left behind
                 loss = compute_loss()
                 # A loss that is not finite spoils the whole gradient, so that every backend and rank skips the step.
                 spoil = torch.where(loss.value.detach().isfinite(), 1.0, math.nan)
@@ -208,10 +239,14 @@ class Learner:
         return {"schedule": self.scheduler.state_dict(), "skipped_in_a_row": self._skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state["schedule"])
+        """The place in the schedule; the schedule itself, like all the optimizer is told, is this run's."""
         self._skipped_in_a_row = state["skipped_in_a_row"]
-        for group, learning_rate in zip(self._plain_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
+        self._schedule.load_state_dict({**state["schedule"], "base_lrs": self._schedule.base_lrs})
+        factors = [factor(self._schedule.last_epoch) for factor in self._schedule.lr_lambdas]
+        rates = [base * factor for base, factor in zip(self._schedule.base_lrs, factors, strict=True)]
+        self._schedule._last_lr = rates
+        for group, settings, rate in zip(self._plain_optimizer.param_groups, self._settings, rates, strict=True):
+            group.update(settings, lr=rate)
 
     def identity(self) -> dict[str, Any]:
         """What weights and optimizer states in a checkpoint belong to."""
@@ -224,6 +259,7 @@ class Learner:
             "num_parameters": num_parameters,
             "num_trained_tensors": trained,
             "parameters_digest": hashlib.sha256(listed.encode()).hexdigest()[:16],
+            "started_from": self._started_from,
         }
 
     def _advance_schedule(self) -> None:
@@ -261,6 +297,16 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     except ImportError as error:
         raise UserError("optim=adamw_bnb_8bit needs the bitsandbytes package: pip install bitsandbytes") from error
     return bitsandbytes.optim.AdamW8bit(groups, **settings)
+
+
+def digest_of_start(module: nn.Module) -> str:
+    """Some values of each parameter, evenly spaced: other weights of the same shapes have another digest."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()
+        digest.update(name.encode())
+        digest.update(values[:: max(values.numel() // 1024, 1)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> Iterable[dict[str, object]]:

@@ -6,21 +6,22 @@ import json
 import logging
 import math
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
-from dirl.config import save_config
+from dirl.config import save_config, settings_of
 from dirl.errors import RunInterrupted, UserError, one_line
-from dirl.files import write_json
+from dirl.files import force_to_disk, write_json
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
 from dirl.training.interruption import PhaseClock, SignalWatch
-from dirl.training.metrics import MetricsLogger, Timings
+from dirl.training.metrics import MetricsLogger, Timings, Value
 from dirl.training.optimizer import Learner
-from dirl.training.run_state import RunConfig, resolve_resume, save_checkpoint, write_run_json
+from dirl.training.run_state import RunConfig, hide_secrets, resolve_resume, save_checkpoint, write_run_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Run:
         self.signals, self.timings, self.terminal = signals, timings, terminal
         self.max_steps, self.distributed = self.learner.config.max_steps, self.learner.distributed
         self.step = self._previous_step = 0
+        self.owes_evaluation = False  # the newest step's; set by the loop, kept by checkpoints
         self._saved_step = self._reported_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
         self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, timings.standing)
@@ -76,6 +78,7 @@ class Run:
             resume_id=tracker_id,
         )
         self.metrics.truncate_after(self.step)
+        self._recall(self.distributed.from_main(self.metrics.line_of(self.step)))
         if self.distributed.is_main:
             write_run_json(config.output_dir, settings)
             save_config(config, Path(config.output_dir, "config.yaml"))
@@ -90,6 +93,11 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self._phases.__exit__()  # first: a tracker that takes long to finish is no rank that is stuck
         self.terminal.stop()
+        if self.config.metric_for_best_model and self._best is None and self.is_finished:
+            logger.warning(
+                "metric_for_best_model=%s was never logged: no checkpoint is the best",
+                self.config.metric_for_best_model,
+            )
         self.metrics.close()
         self._report()
         self.signals.__exit__()
@@ -105,12 +113,15 @@ class Run:
     def log(self, metrics: Mapping[str, float], headline: str) -> None:
         """Record the numbers of the step that just ended; `headline` is for people."""
         self.terminal.step(self.step, self.max_steps, headline)
-        if not self.is_due(self.config.logging_steps) and not self.is_finished:
+        if not (self.is_due(self.config.logging_steps) or self.is_finished or self.owes_evaluation):
             return
         self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
         self.terminal.report(self.step, self.max_steps, metrics, headline)
-        if self._saved_step == self.step:
-            self._report()
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """More numbers of the step whose line is written, into that line; nowhere if it has none."""
+        self.metrics.add(metrics, self.step)
+        self._reported_step = -1
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
@@ -137,15 +148,21 @@ class Run:
         raise RunInterrupted(self.signals.received, self.step)
 
     def save_if_due(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`."""
-        is_best = self._is_new_best(metrics or {})
-        if self._saved_step != self.step and (is_best or self.is_due(self.config.save_steps) or self.is_finished):
+        """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`.
+
+        And before a run's first evaluation: one that cannot work fails there.
+        """
+        is_due = self._is_new_best(metrics or {}) or self.is_due(self.config.save_steps) or self.is_finished
+        if self._saved_step != self.step and (is_due or (self.owes_evaluation and self._saved_step < 0)):
             with self.timings.phase("save"):
                 self.save()
+            self._report()
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self._saved_step = self.step
+        if self.metrics.path.is_file():
+            force_to_disk(self.metrics.path)  # no checkpoint is without the lines of its steps
         return save_checkpoint(
             self.config.output_dir,
             self.step,
@@ -172,16 +189,22 @@ class Run:
             "learner": self.learner.state_dict(),
             "beside": {name: learner.state_dict() for name, learner in self.beside.items()},
             "best": self._best,
+            "owes_evaluation": self.owes_evaluation,
             "identity": self._identity(),
+            "settings": self._settings(),
         }
         try:
             self.distributed.save_state(directory)
             if self.distributed.is_main:
                 write_json(directory / LOOP_STATE, state)
-        except Exception as caught:  # re-raised below
-            error = caught
+        except (OSError, RuntimeError, SafetensorError) as caught:  # how libraries say that a disk is full
+            final = directory.with_suffix("")
+            error = UserError(
+                f"{final} cannot be written: {one_line(caught, 200)}; make room, or lower save_total_limit, and the "
+                "same command continues from the checkpoint before"
+            )
         if self.distributed.min(float(error is None)) == 0:
-            raise error or RuntimeError("another rank could not write its part of the checkpoint")
+            raise error or UserError("another rank could not write its part of the checkpoint")
 
     def _is_new_best(self, metrics: Mapping[str, float]) -> bool:
         value = metrics.get(self.config.metric_for_best_model)
@@ -193,6 +216,12 @@ class Run:
             self._best = (self.step, float(value))
         return is_best
 
+    def _recall(self, line: Mapping[str, Value]) -> None:
+        """What came into the line of the step that is resumed after its checkpoint was written: the evaluation."""
+        if any(name.startswith("eval/") for name in line):
+            self.owes_evaluation = False
+            self._is_new_best({name: value for name, value in line.items() if value is not None})
+
     def _identity(self) -> dict[str, Any]:
         return {
             **self.learner.identity(),
@@ -201,12 +230,17 @@ class Run:
             "world_size": self.distributed.world_size,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads(json.dumps(hide_secrets(settings_of(self.config))))
+        return settings
+
     def _restore(self) -> str | None:
         """Continue from the checkpoint the configuration asks for; returns the tracker's run id."""
         checkpoint = self.distributed.from_main(resolve_resume(self.config))
         if checkpoint is None:
             return None
         state = json.loads((checkpoint / LOOP_STATE).read_text(encoding="utf-8"))
+        changes = changed_settings(checkpoint, state.get("settings", {}), self._settings(), self.config.FIXED)
         check_identity(checkpoint, state["identity"], self._identity())
         try:
             self.source.load_state_dict(state["source"])  # first: it refuses other data
@@ -221,8 +255,33 @@ class Run:
             learner.load_state_dict(state["beside"][name])
         self.step = self._previous_step = self._saved_step = state["step"]
         self._best = tuple(state["best"]) if state["best"] else None  # type: ignore[assignment]
+        self.owes_evaluation = state.get("owes_evaluation", False)
         logger.info("resumed from %s at step %d", checkpoint, self.step)
+        if changes:
+            self.say(f"other settings than before step {self.step}: {', '.join(changes)}")
         return state["tracker_id"]
+
+
+def changed_settings(
+    checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], fixed: Sequence[str]
+) -> list[str]:
+    """What this run is told that the run of the checkpoint was not, such as "learning_rate 1e-05 -> 2e-05".
+
+    Args:
+        saved: values by dotted key; a key that only one of the two has is of another version, and no change.
+        fixed: keys and sections that may not differ.
+    Raises:
+        UserError: one of them does.
+    """
+    changed = {key: (saved[key], value) for key, value in ours.items() if key in saved and saved[key] != value}
+    for key, (before, now) in changed.items():
+        if any(key == name or key.startswith(f"{name}.") for name in fixed):
+            raise UserError(
+                f"{checkpoint} was written with {key}={before}, this run has {now}: it cannot change when a run goes "
+                f"on; resume with {before}, or set resume_from_checkpoint=none to start afresh"
+            )
+    told = ("output_dir", "resume_from_checkpoint")  # by whoever resumes
+    return [f"{key} {before} -> {now}" for key, (before, now) in changed.items() if key not in told]
 
 
 def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -240,6 +299,11 @@ def check_identity(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str
             f"{checkpoint} holds another model: {saved['num_parameters']} parameters, {saved['num_trained_tensors']} "
             f"trained tensors; this run's has {ours['num_parameters']} and {ours['num_trained_tensors']}: resume with "
             f"the model.path and adapters it was started with, {remedy}"
+        )
+    if saved.get("started_from", ours.get("started_from")) != ours.get("started_from"):
+        raise UserError(
+            f"{checkpoint} is of a run that started from other weights than those of this run's model.path: resume "
+            f"with the model it was started with, {remedy}"
         )
     form = {"plain": "ddp"}
     if form.get(saved["backend"], saved["backend"]) != form.get(ours["backend"], ours["backend"]):
@@ -262,7 +326,7 @@ def _check_beside(checkpoint: Path, saved: Mapping[str, Any], ours: Mapping[str,
             raise UserError(
                 f"{has} has a {name}, {has_not} has none: resume with the objective it was started with, {remedy}"
             )
-        if saved[name] != ours[name]:
+        if any(saved[name][key] != ours[name][key] for key in saved[name]):
             raise UserError(
                 f"{checkpoint} holds another {name}: {saved[name]['num_parameters']} parameters, this run's has "
                 f"{ours[name]['num_parameters']}: resume with the configuration it was started with, {remedy}"

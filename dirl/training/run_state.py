@@ -1,7 +1,8 @@
 """What a run is and where it stands -> checkpoint directories that are complete or invisible, and run.json.
 
-A checkpoint is written beside its final name, described by a manifest (files and sizes), forced to disk, and renamed;
-a kill or a full disk at any moment leaves the previous checkpoint as it was. Resuming takes the newest complete one.
+A checkpoint is written beside its final name, described by a manifest (files, sizes, digests), forced to disk, and
+renamed; a kill or a full disk at any moment leaves the previous checkpoint as it was. Resuming takes the newest that is
+whole.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from dirl.config import PATH, Config, bounded
 from dirl.errors import UserError
 from dirl.files import force_to_disk, write_json, write_whole
+from dirl.show.metric_table import TABLE
 from dirl.training.metrics import check_tracker_names
 
 logger = logging.getLogger(__name__)
@@ -41,6 +45,8 @@ SECRET_VALUE = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s@]+(?=@)"
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
     """Where a run writes and how it can be repeated and continued."""
+
+    FIXED: ClassVar[tuple[str, ...]] = ("seed",)  # keys and sections with one value from a run's first step to its last
 
     output_dir: str = field(metadata=PATH)
     seed: int = bounded(0, least=0, below=2**32)  # of all that is drawn; the range is numpy's
@@ -65,6 +71,9 @@ class RunConfig(Config):
         if not self.resume_from_checkpoint:
             raise UserError("resume_from_checkpoint must be 'auto', 'none' or a checkpoint directory, got ''")
         check_tracker_names(self.report_to)
+        if self.metric_for_best_model and TABLE.row(self.metric_for_best_model) is None:
+            known = ", ".join(row.name for row in TABLE.rows if row.name.startswith("eval/"))
+            raise UserError(f"metric_for_best_model={self.metric_for_best_model} is no metric; of evaluations: {known}")
         if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
             raise ValueError(f"push_to_hub must be a hub id such as owner/name, got {self.push_to_hub!r}")
 
@@ -111,11 +120,26 @@ def save_checkpoint(
 def seal(directory: Path, step: int) -> None:
     """Describe the directory's files in a manifest and force all of it to disk."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-    write_json(directory / MANIFEST, {"step": step, "files": sizes})
+    names = [path.relative_to(directory).as_posix() for path in files]
+    described = {name: [(directory / name).stat().st_size, digest] for name, digest in digests_of(directory, names)}
+    write_json(directory / MANIFEST, {"step": step, "files": described})
     folders = [path for path in directory.rglob("*") if path.is_dir()]
     for path in [*files, *folders, directory]:
         force_to_disk(path)
+
+
+def digests_of(directory: Path, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and the CRC-32 of each file, about a second per GB and thread: it tells damage, not malice."""
+
+    def digest(name: str) -> str:
+        value = 0
+        with (directory / name).open("rb") as file:
+            while piece := file.read(1 << 22):
+                value = zlib.crc32(piece, value)
+        return f"{value:08x}"
+
+    with ThreadPoolExecutor(max_workers=8) as pool:  # zlib lets go of the interpreter
+        return list(zip(names, pool.map(digest, names), strict=True))
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -135,7 +159,7 @@ def prune(newest: Path, limit: int, best_step: int | None = None) -> None:
     A later step than the one just saved belongs to a run that was given up; "auto" would resume from it.
     """
     reached = checkpoint_step(newest)
-    complete = {step: path for step, path in checkpoints_by_step(newest.parent).items() if is_complete(path)}
+    complete = {step: path for step, path in checkpoints_by_step(newest.parent).items() if not missing_in(path)}
     kept = [complete[step] for step in sorted(complete) if step <= reached][-limit if limit else 0 :]
     if best_step in complete and best_step <= reached:
         kept.append(complete[best_step])
@@ -158,28 +182,49 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the manifest is there and every file it lists has its size."""
+def missing_in(checkpoint: Path) -> str:
+    """What a checkpoint lacks, in words: its manifest, or a file of the size it lists; empty: nothing."""
     try:
-        files: Mapping[str, int] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        for name, (size, _) in described_in(checkpoint).items():
+            if (checkpoint / name).stat().st_size != size:
+                return f"{name} is cut short"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return ""
+
+
+def described_in(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Size and digest (empty where an older version wrote it) of each file of a checkpoint."""
+    files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {name: (entry, "") if isinstance(entry, int) else (entry[0], entry[1]) for name, entry in files.items()}
+
+
+def damage_of(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, in words; empty: it is what was written. Reads all of it."""
+    if missing := missing_in(checkpoint):
+        return missing
+    written = {name: digest for name, (_, digest) in described_in(checkpoint).items() if digest}
+    return next(
+        (f"{name} is damaged" for name, found in digests_of(checkpoint, [*written]) if found != written[name]), ""
+    )
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the latest step; None when there is none. Warns once about what it passed over."""
+    """The whole checkpoint of the latest step; None when there is none. Warns once about what it passed over."""
     folder = Path(output_dir) / "checkpoints"
     steps = checkpoints_by_step(folder)
-    passed_over = [path.name for path in sorted(folder.glob("step_*.tmp"))]
+    passed_over = [f"{path.name} (never finished)" for path in sorted(folder.glob("step_*.tmp"))]
     found = None
     for step in sorted(steps, reverse=True):
-        if is_complete(steps[step]):
+        damage = damage_of(steps[step])
+        if not damage:
             found = steps[step]
             break
-        passed_over.append(steps[step].name)
+        passed_over.append(f"{steps[step].name} ({damage})")
     if passed_over:
-        logger.warning("%s: ignoring incomplete checkpoints: %s", folder, ", ".join(passed_over))
+        logger.warning("%s: passing over %s", folder, ", ".join(passed_over))
     return found
 
 
@@ -190,11 +235,8 @@ def resolve_resume(config: RunConfig) -> Path | None:
         return None
     if choice == "auto":
         return newest_checkpoint(config.output_dir)
-    if not is_complete(Path(choice)):
-        raise UserError(
-            f"resume_from_checkpoint={choice}: not a complete checkpoint (no {MANIFEST}, or files missing or "
-            "cut short): name another, or use auto or none"
-        )
+    if damage := damage_of(Path(choice)):
+        raise UserError(f"resume_from_checkpoint={choice}: not a whole checkpoint: {damage}; name another, or use auto")
     checkpoint_step(Path(choice))
     return Path(choice)
 

@@ -48,8 +48,18 @@ def test_a_text_is_cut_at_block_borders_and_nothing_is_lost() -> None:
     assert [len(piece) for piece in FIT.pieces(Document([], list(range(18))))] == [8, 10]
     assert [len(piece) for piece in FIT.pieces(Document([5], [1] * 9))] == [10]
     assert list(FIT.pieces(Document([5], [1] * 10))) == []
-    with pytest.raises(UserError, match=r"data\.max_length=3 is less than a block of 4"):
+    with pytest.raises(UserError, match=r"a block of 4 tokens is longer than data\.max_length=3; raise it"):
         list(Fit(3, 4).pieces(Document([], [1] * 4)))
+
+
+def test_views_need_room_too(caplog: pytest.LogCaptureFixture) -> None:
+    fit = Fit(10, 4, budget=13, packed_tokens=lambda prompt, completion: prompt + 2 * completion)
+    assert [len(piece) for piece in fit.pieces(Document([], list(range(15))))] == [4, 4, 4, 3]
+    documents = [Document([1], [2] * 6), Document([1], [2] * 7)]
+    with caplog.at_level(logging.WARNING):
+        drawn = DocumentStream(ListedDocuments(documents), [0, 1], seed=0).take(3, fit)
+    assert drawn.indices == [0, 0, 0] and drawn.num_too_long > 0
+    assert "left out a document of 8 tokens, with its views 15, over max_tokens_per_micro_batch=13" in caplog.text
 
 
 def test_an_epoch_has_every_token_of_every_text() -> None:

@@ -180,6 +180,13 @@ def test_a_directory_without_a_config_is_named(tmp_path: Path) -> None:
     [
         ("config.json", lambda content: b"{}", "architectures"),
         ("config.json", lambda content: content.replace(b'"hidden_size": 128', b'"hidden_size": 64'), "RuntimeError"),
+        (
+            "config.json",
+            lambda content: content.replace(b'"hidden_size": 128', b'"hidden_size": "big"'),
+            "expected int",
+        ),
+        ("config.json", lambda content: content.replace(b'"num_attention_heads": 4', b'"num_attention_heads": 0'), ""),
+        ("config.json", lambda content: b"[]", "no JSON object"),
         ("model.safetensors", lambda content: content[:1000], "SafetensorError"),
         ("model.safetensors", None, "model.safetensors"),
     ],
@@ -194,7 +201,21 @@ def test_damaged_files_are_named(name: str, damage: Callable[[bytes], bytes] | N
         assert file.read_bytes() != content
     with pytest.raises(UserError) as error:
         load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
-    assert_one_line(error, "model.path", str(tmp_path), word)
+    assert_one_line(error, "model.path", word)
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path))
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"garbage", b"[1, 2]", b'{"metadata": {}, "weight_map": {}}'])
+def test_other_forms_of_weights_that_are_damaged_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
+    assert_one_line(error, "model.path", str(tmp_path))
 
 
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
@@ -205,6 +226,17 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_model(ModelConfig(path=str(tmp_path)), TOKENIZER)
     assert_one_line(error, "lack ['model.layers.2.mlp.up_proj.weight']")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(number: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    weights = {name: weight.to(dtype) for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    weights["model.norm.weight"][3] = number
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.path: model\.norm\.weight in .* holds NaN or infinities"):
+        load(str(tmp_path))
 
 
 def test_another_kind_of_model_is_named(tmp_path: Path) -> None:

@@ -23,13 +23,15 @@ import torch
 
 from dirl.data.conversations import Document
 from dirl.data.problems import Problem
+from dirl.diffusion.noising import NoiseConfig
 from dirl.errors import RunInterrupted, UserError
 from dirl.model.checkpoint import load
+from dirl.model.lora import LoraConfig
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.critic import CriticConfig
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.rl_config import RLConfig
+from dirl.rl.rl_config import RLConfig, RLDataConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
@@ -39,6 +41,7 @@ from dirl.training.run import check_identity
 from tests.launching import launch_script
 
 STEPS: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "max_tokens_per_micro_batch": 128}
+DOCUMENTS = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
 
 
 def prefers_even(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
@@ -48,10 +51,9 @@ def prefers_even(prompts: list[str], completions: list[str], **_: object) -> lis
 def sft_trainer(output_dir: Path, **changes: Any) -> SFTTrainer:
     model, tokenizer = tiny()
     config = SFTConfig(
-        output_dir=str(output_dir), global_batch_size=5, data=SFTDataConfig(num_heldout=2), **{**STEPS, **changes}
+        output_dir=str(output_dir), global_batch_size=5, **{"data": SFTDataConfig(num_heldout=2), **STEPS, **changes}
     )
-    documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
-    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents)
+    return SFTTrainer(config, model=model, tokenizer=tokenizer, documents=DOCUMENTS)
 
 
 def critic_trainer(output_dir: Path, **changes: Any) -> RLTrainer:
@@ -65,11 +67,15 @@ def rl_trainer(output_dir: Path, **changes: Any) -> RLTrainer:
     model, tokenizer = tiny()
     config = RLConfig(
         output_dir=str(output_dir),
-        rollout=RolloutConfig(
-            prompts_per_step=3, num_generations=4, max_completion_length=12, max_sampling_rounds=3, oversampling=1.5
-        ),
-        reward=RewardConfig(functions=[f"{__file__}:prefers_even"]),
-        **{"objective": ObjectiveConfig(likelihood="trajectory"), **STEPS, **changes},
+        **{
+            "rollout": RolloutConfig(
+                prompts_per_step=3, num_generations=4, max_completion_length=12, max_sampling_rounds=3, oversampling=1.5
+            ),
+            "reward": RewardConfig(functions=[f"{__file__}:prefers_even"]),
+            "objective": ObjectiveConfig(likelihood="trajectory"),
+            **STEPS,
+            **changes,
+        },
     )
     return RLTrainer(
         config,
@@ -225,9 +231,50 @@ def test_another_model_is_an_error_that_says_so(tmp_path: Path) -> None:
     model, tokenizer = tiny()
     model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=True)
     config = SFTConfig(output_dir=str(tmp_path), data=SFTDataConfig(num_heldout=2), **STEPS)
-    documents = [Document([1, 2, 3], list(range(40, 40 + length))) for length in range(9, 22)]
     with pytest.raises(UserError, match=r"step_000001 holds another model: .* resume with the model.path"):
-        SFTTrainer(config, model=model, tokenizer=tokenizer, documents=documents).train()
+        SFTTrainer(config, model=model, tokenizer=tokenizer, documents=DOCUMENTS).train()
+
+
+def test_other_weights_of_the_same_shape_are_another_model(tmp_path: Path) -> None:
+    sft_trainer(tmp_path, max_steps=1).train()
+    trainer = sft_trainer(tmp_path)
+    model, tokenizer = tiny(seed=1)
+    other = SFTTrainer(trainer.config, model=model, tokenizer=tokenizer, documents=DOCUMENTS)
+    with pytest.raises(UserError, match=r"step_000001 is of a run that started from other weights"):
+        other.train()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("noise.weight", {"noise": NoiseConfig(weight="even")}),
+        ("seed", {"seed": 1}),
+        ("lora.r", {"lora": LoraConfig(r=2)}),
+        ("data.max_length", {"data": SFTDataConfig(num_heldout=2, max_length=500)}),
+    ],
+)
+def test_what_sft_is_may_not_change(key: str, change: dict[str, Any], tmp_path: Path) -> None:
+    sft_trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(UserError, match=rf"step_000001 was written with {re.escape(key)}=.*, this run has"):
+        sft_trainer(tmp_path, **change).train()
+
+
+def test_what_rl_is_may_not_change(tmp_path: Path) -> None:
+    trainer = rl_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    rollout, kept = trainer.config.rollout, trainer.config.reward
+    for key, change in {
+        "reward.functions": {"reward": RewardConfig(functions=["tokens_per_step"])},
+        "reward.weights": {"reward": replace(kept, weights=[2.0])},
+        "objective.epsilon": {"objective": ObjectiveConfig(likelihood="trajectory", epsilon=0.1)},
+        "rollout.temperature": {"rollout": replace(rollout, temperature=0.5)},
+        "data.suffix": {"data": RLDataConfig(suffix="!")},
+    }.items():
+        with pytest.raises(UserError, match=rf"step_000001 was written with {re.escape(key)}=.*, this run has"):
+            rl_trainer(tmp_path, **change).train()
+    more = rl_trainer(tmp_path, max_steps=2, rollout=replace(rollout, num_generations=2))  # a choice of the way there
+    more.train()
+    assert more.steps_done == 2
 
 
 def test_another_number_of_processes_or_backend() -> None:

@@ -21,7 +21,7 @@ OVERRIDES = [
     *("num_iterations=2", "max_steps=4", "save_steps=2", "learning_rate=1e-3", "max_tokens_per_micro_batch=160"),
     *("rollout.prompts_per_step=2", "rollout.num_generations=3", "rollout.max_completion_length=16"),
     *("rollout.oversampling=1.5", "rollout.needs_right=false", "rollout.min_spread.tokens_per_step=0"),
-    *(f"reward.functions=[{__file__}:even_length,tokens_per_step]", 'eval.path=""', "lora.r=2"),
+    *(f"reward.functions=[{__file__}:even_length,tokens_per_step]", "eval.path=", "lora.r=2"),
 ]
 
 

@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors import torch as safetensors_torch
 
+from dirl.errors import UserError
 from dirl.model.checkpoint import load
+from dirl.training.run_state import newest_checkpoint
 from tests.parity.test_interruption import numbers, rl_trainer, sft_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -111,15 +113,22 @@ def test_a_full_disk_and_a_truncated_file(tmp_path: Path, monkeypatch: pytest.Mo
         save_state(directory)
 
     monkeypatch.setattr(trainer.distributed, "save_state", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"step_000004 cannot be written: .*No space left"):
         trainer.train()
     assert [path.name for path in (tmp_path / "full/checkpoints").iterdir()] == ["step_000002"]
     train(tmp_path / "full", "sft")
     assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
 
     newest = tmp_path / "full/checkpoints/step_000004"
-    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    for file in [path for path in newest.rglob("*") if path.is_file()]:  # weights, optimizer, RNG, loop, manifest
+        data = file.read_bytes()
+        middle = len(data) // 2
+        for damaged in (data[:middle], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]):
+            file.write_bytes(damaged)
+            assert newest_checkpoint(tmp_path / "full") == newest.with_name("step_000002"), file
+        file.write_bytes(data)
+    assert newest_checkpoint(tmp_path / "full") == newest
+    (newest / "model.safetensors").write_bytes(b"damaged")
     train(tmp_path / "full", "sft")  # from step 2 again
     assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
     expected = load(str(tmp_path / "whole/final"))[0].state_dict()

@@ -6,10 +6,12 @@ import time
 from dataclasses import fields
 
 import pytest
+import torch
 
 import dirl
 from dirl.data.chat import render_prompt
 from dirl.diffusion.packing import DiffusionScheme
+from dirl.errors import UserError
 from dirl.model.tiny import tiny
 from dirl.rollout.engine import Completion, SamplingConfig
 from dirl.rollout.generate import Completions, with_texts
@@ -72,3 +74,19 @@ def test_tables(completions: Completions) -> None:
     assert list(table["text"]) == [completion.text for completion in completions]
     assert table["tokens_per_step"].iloc[1] == completions[1].tokens_per_step
     assert list(completions[0].to_pandas()["text"]) == completions[0].token_texts
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("block_length", [4, 0])
+def test_logits_that_are_not_finite_become_no_tokens(temperature: float, block_length: int) -> None:
+    model, tokenizer = sharp_tiny_model(block_length=block_length)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="logits at token 0 of a completion are not finite"):
+        dirl.generate(model, tokenizer, ["1+1="], max_completion_length=8, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-4, float("inf"), float("nan")])
+def test_temperatures_under_which_logits_overflow_are_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"^temperature must be"):
+        SamplingConfig(temperature=temperature)

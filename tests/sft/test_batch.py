@@ -10,7 +10,7 @@ import torch
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig
 from dirl.diffusion.packing import DiffusionScheme
-from dirl.sft.batch import batch_noise_levels, make_example, pack_micro_batches, view_document
+from dirl.sft.batch import batch_noise_levels, make_example, pack_micro_batches, packed_tokens, view_document
 
 MASK, FILL, BLOCK = 99, 98, 4
 SCHEME = DiffusionScheme(block_length=BLOCK, mask_token_id=MASK)
@@ -69,3 +69,19 @@ def test_noise_levels_depend_on_the_seed_and_spread_over_the_batch(noise_level: 
     # One level in each of as many equal intervals as there are levels.
     gaps = drawn.sort().values.diff() * len(drawn)
     torch.testing.assert_close(gaps, torch.full_like(gaps, 1 - noise.min_noise), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("block_length", [0, 4, 8])
+def test_what_a_document_takes_in_a_pack_is_known_before(block_length: int, complementary: bool) -> None:
+    noise = NoiseConfig(complementary=complementary)
+    for prompt_length in (0, 1, 4, 9):
+        for length in (1, 4, 7, 20):
+            document = Document([1] * prompt_length, [2] * length)
+            example = make_example(document, block_length, 0, score_fill=True, window=6)
+            levels_K = batch_noise_levels([example], noise, seed=0)[0]
+            viewed = view_document(example, levels_K, 3, noise=noise, seed=0)
+            known = packed_tokens(
+                prompt_length, length, block_length=block_length, num_views=1 + complementary, window=6
+            )
+            assert known == viewed.packed_length(block_length)

@@ -96,6 +96,15 @@ def test_texts_are_learned_whole_in_pieces_that_fit() -> None:
     assert first.position_L[clean].tolist() == list(range(12)) and len(first) == 24
 
 
+def test_a_document_without_room_in_a_micro_batch_is_left_out_wherever_it_is_met() -> None:
+    long = [Document([1, 2, 3], list(range(40, 40 + length))) for length in (60, 200, 61, 300, 62, 301)]
+    config = replace(CONFIG, max_tokens_per_micro_batch=100, data=SFTDataConfig(num_heldout=6))
+    trained = trainer(config, [*DOCUMENTS[:8], *long])
+    assert 0 < len(trained.heldout) < 6
+    assert sum(trained.step()["documents/too_long"] for _ in range(4)) > 0
+    trained.evaluate()
+
+
 def test_heldout_documents_that_are_all_too_long_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"list of documents, held out: all 4 documents are longer .*max_length=5"):
         trainer(replace(CONFIG, data=SFTDataConfig(num_heldout=4, max_length=5)))

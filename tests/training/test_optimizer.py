@@ -155,3 +155,19 @@ def test_an_interrupted_step_leaves_nothing_behind() -> None:
         metrics = learner.update([loss], loss).metrics
         ends.append((metrics["grad_norm"], module.weight.tolist()))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", ["cosine_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau"])
+def test_schedules_that_want_more_are_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^lr_scheduler_(type|kwargs).*{name}"):
+        OptimizerConfig(lr_scheduler_type=name)
+    with pytest.raises(UserError, match=r"^lr_scheduler_kwargs"):
+        OptimizerConfig(lr_scheduler_type="linear", lr_scheduler_kwargs={"min_lr": 0.1})
+    OptimizerConfig(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
+
+
+def test_gradients_that_somebody_turned_off_are_turned_on() -> None:
+    trained = learner()
+    with torch.no_grad():
+        outcome = trained.update(losses(trained, 1.0), partial(nothing, trained))
+    assert outcome.metrics["grad_norm"] > 0

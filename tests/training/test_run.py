@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from dirl.data.prompt_stream import PromptStream
@@ -23,6 +24,7 @@ from dirl.training.run_state import RunConfig
 
 
 def new_run(config: RunConfig, *, num_items: int = 10) -> Run:
+    torch.manual_seed(0)  # the same model at every start
     learner = Learner(nn.Linear(2, 2), OptimizerConfig(max_steps=7), Distributed())
     return Run(
         config,
@@ -41,8 +43,8 @@ def go(run: Run, until: int) -> list[int]:
         while run.step < until:
             taken += run.source.take(3)  # type: ignore[attr-defined]
             run.advance(run.step + 1)
-            run.save_if_due()
             run.log({"number": float(run.step)}, "")
+            run.save_if_due()
     return taken
 
 
@@ -66,8 +68,8 @@ def test_several_optimizer_steps_at_a_time_pass_no_multiple_unseen(tmp_path: Pat
     with new_run(config) as run:
         for step in (2, 4, 5, 7):
             run.advance(step)
-            run.save_if_due()
             run.log({}, "")
+            run.save_if_due()
     assert saved_steps(tmp_path) == ["step_000004", "step_000007"]
     assert logged_steps(tmp_path) == [4, 7]
     resumed = new_run(config)
@@ -105,8 +107,8 @@ def test_the_report_is_written_at_saves_and_at_the_end(tmp_path: Path) -> None:
     with new_run(config) as run:
         for step in range(1, 4):
             run.advance(step)
-            run.save_if_due()
             run.log({"loss": step / 8}, "")
+            run.save_if_due()
             seen.append(report.is_file())
             report.unlink(missing_ok=True)
     assert seen == [False, True, False]

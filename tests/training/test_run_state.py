@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def test_checkpoint_lists_its_files_with_their_sizes(tmp_path: Path) -> None:
     assert path == tmp_path / "checkpoints/step_000010"
     assert checkpoint_step(path) == 10
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest == {"step": 10, "files": {"model/weights": 200, "state": 2}}
+    files = {"model/weights": [200, f"{zlib.crc32(b'10' * 100):08x}"], "state": [2, f"{zlib.crc32(b'10'):08x}"]}
+    assert manifest == {"step": 10, "files": files}
     assert newest_checkpoint(tmp_path) == path
 
 
@@ -172,7 +174,21 @@ def test_kill_at_any_moment_leaves_a_complete_checkpoint(
     assert names(tmp_path) == ["step_000030"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "manifest cut short", "manifest of a list"])
+def flip_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_taken(tmp_path: Path) -> None:
+    manifest = save(tmp_path, 10) / "manifest.json"
+    manifest.write_text(json.dumps({"step": 10, "files": {"model/weights": 200, "state": 2}}))
+    assert newest_checkpoint(tmp_path) == manifest.parent
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "missing", "no manifest", "manifest cut short", "manifest of a list"]
+)
 def test_damaged_checkpoint_is_passed_over_with_one_warning(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,6 +197,8 @@ def test_damaged_checkpoint_is_passed_over_with_one_warning(
     manifest = bad / "manifest.json"
     if damage == "truncated":
         os.truncate(bad / "model/weights", 100)
+    elif damage == "flipped":
+        flip_bit(bad / "model/weights")
     elif damage == "missing":
         (bad / "state").unlink()
     elif damage == "no manifest":
@@ -220,7 +238,10 @@ def test_ranks_write_between_the_same_barriers(tmp_path: Path) -> None:
         thread.join()
     path = tmp_path / "checkpoints/step_000005"
     assert seen == {0: path, 1: path}
-    assert json.loads((path / "manifest.json").read_text())["files"] == {"rank0": 0, "rank1": 1}
+    assert json.loads((path / "manifest.json").read_text())["files"] == {
+        "rank0": [0, "00000000"],
+        "rank1": [1, f"{zlib.crc32(b'x'):08x}"],
+    }
 
 
 def test_resolve_resume(tmp_path: Path) -> None:
@@ -232,8 +253,8 @@ def test_resolve_resume(tmp_path: Path) -> None:
     assert resolve_resume(config("auto")) == second
     assert resolve_resume(config("none")) is None
     assert resolve_resume(config(str(first))) == first
-    (first / "state").unlink()
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*step_000001: not a complete checkpoint"):
+    flip_bit(first / "state")
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*step_000001: not a whole .*: state is damaged"):
         resolve_resume(config(str(first)))
     moved = second.rename(tmp_path / "copy")
     with pytest.raises(ValueError, match="step_<number>"):
@@ -251,6 +272,7 @@ def test_resolve_resume(tmp_path: Path) -> None:
         ("logging_steps", 0),
         ("resume_from_checkpoint", ""),
         ("report_to", ["mlflow"]),
+        ("metric_for_best_model", "eval_loss"),
     ],
 )
 def test_config_names_the_bad_key(key: str, value: Any) -> None:
