@@ -93,6 +93,7 @@ class EngineConfig(Config):
     sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
     server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
     server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
+    server_wait_seconds: float = bounded(120.0, least=0)  # server: how long one may be away before the run ends
 
     def check(self) -> None:
         if self.mode == "colocate" and (self.server_urls or self.server_devices):

@@ -171,7 +171,7 @@ class Distributed:
 
     def from_main(self, item: Item) -> Item:
         """The main rank's object, on every rank."""
-        return broadcast_object_list([item])[0]
+        return from_main(item)
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -291,6 +291,11 @@ class Distributed:
 
     def _numbers(self, *values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+
+def from_main(item: Item) -> Item:
+    """The main rank's object, on every rank of the run that this process is in, if it is in one."""
+    return broadcast_object_list([item])[0] if torch.distributed.is_initialized() else item
 
 
 def _is_set(name: str) -> bool:

@@ -1,0 +1,142 @@
+"""A trainer's module -> the modules of its servers: weights under names, and the servers held for this trainer."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from dirl.rollout.engine import RolloutError
+from dirl.rollout.server.client import LostWeights, Server
+from dirl.rollout.server.wire import LEASE_SECONDS, PUSH, Push, PushedPart, to_json
+from dirl.rollout.weights import buckets, kinds_of
+from dirl.training.full_parameters import is_sharded, named_full_parameters
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3  # a server that is started again in the middle of a push begins anew
+
+
+class Pusher:
+    """Pushes to servers under names of its trainer's, which no other trainer's weights have.
+
+    Args:
+        trainer: the same for all ranks of a run; empty: a new one.
+        is_main: False: another rank pushes what is new, this one only to servers that have lost it.
+    """
+
+    def __init__(self, servers: Sequence[Server], *, trainer: str = "", is_main: bool = True) -> None:
+        self.servers, self.weights = list(servers), ""
+        self._trainer, self._is_main = trainer or new_trainer(), is_main
+        self._process, self._number = secrets.token_hex(8), -1
+        self._model: nn.Module | None = None
+        self._sums: list[float] = []
+        self.release = lambda: None
+        if is_main:
+            has_gone = threading.Event()
+            thread = threading.Thread(target=_hold, args=(self.servers, self._trainer, has_gone), daemon=True)
+            thread.start()
+            self.release = weakref.finalize(self, _release, thread, has_gone)
+
+    def push(self, model: nn.Module) -> None:
+        """To all servers, under a name that was never used: one that failed may be half there.
+
+        Raises:
+            RolloutError: a server refuses, was away for too long, or cannot be sent what it has lost.
+        """
+        self._number += 1
+        self.weights = f"{self._trainer}.{self._number}"
+        if self._is_main:
+            self._send(self.servers, model)
+        else:
+            for _ in named_full_parameters(model):  # sharded parameters are gathered by all ranks together
+                pass
+        self._model, self._sums = model, _sums(model)
+
+    def restore(self, server: Server, lost: LostWeights) -> None:
+        """Push the same once more, to a server that was started again.
+
+        Raises:
+            RolloutError: that is not possible any more.
+        """
+        if self._model is None or is_sharded(self._model):
+            remedy = "sharded weights can only be gathered by all ranks together: continue from the last checkpoint"
+            raise RolloutError(f"{lost}; {remedy}") from lost
+        if _sums(self._model) != self._sums:
+            raise RolloutError(
+                f"{lost}; the trainer has moved on from them: continue from the last checkpoint"
+            ) from lost
+        logger.warning("%s; they are pushed again", lost)
+        self._send([server], self._model)
+
+    def _send(self, servers: Sequence[Server], model: nn.Module) -> None:
+        for _ in range(1 if is_sharded(model) else _ATTEMPTS):
+            servers = self._send_once(servers, model)
+            if not servers:
+                return
+        raise RolloutError(f"server {servers[0].url} was started again in the middle of a push of {self.weights}")
+
+    def _send_once(self, servers: Sequence[Server], model: nn.Module) -> list[Server]:
+        """All weights, a bucket at a time, each bucket to all servers before the next is gathered.
+
+        Returns:
+            Servers that were started again meanwhile.
+        """
+        named, lost = named_full_parameters(model), list[Server]()
+        announced = to_json(Push(self.weights, self._process, kinds_of(model)))
+        with ThreadPoolExecutor(len(servers)) as pool:
+            try:
+                said = pool.map(lambda server: server.call(PUSH, announced)["weights"], servers)
+                takers = [server for server, there in zip(servers, said, strict=True) if there != self.weights]
+                for part, bucket in enumerate(buckets(named) if takers else ()):
+                    body = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in bucket})
+                    path = PushedPart(self.weights, self._process, part).path()
+                    lost += [s for s in pool.map(lambda s: _lost(s, path, body), takers) if s]  # noqa: B023
+                    takers = [server for server in takers if server not in lost]
+            finally:
+                for _ in named:  # other ranks gather to the end
+                    pass
+        return lost
+
+
+def new_trainer() -> str:
+    """A name that is nobody's yet."""
+    return secrets.token_hex(8)
+
+
+def _lost(server: Server, path: str, body: bytes) -> Server | None:
+    """The server itself where it does not know of the push."""
+    try:
+        server.call(path, body)
+    except LostWeights:
+        return server
+    return None
+
+
+def _sums(model: nn.Module) -> list[float]:
+    """What changes when weights do; empty where one rank lacks them."""
+    sums = (
+        [] if is_sharded(model) else [parameter.detach().sum(dtype=torch.float64) for parameter in model.parameters()]
+    )
+    return torch.stack(sums).tolist() if sums else []
+
+
+def _hold(servers: Sequence[Server], trainer: str, has_gone: threading.Event) -> None:
+    while not has_gone.wait(LEASE_SECONDS / 4):
+        for server in servers:
+            server.hold(trainer)
+    for server in servers:
+        server.hold(trainer, 0.0)
+
+
+def _release(thread: threading.Thread, has_gone: threading.Event) -> None:
+    has_gone.set()
+    if thread is not threading.current_thread():
+        thread.join(timeout=5)
