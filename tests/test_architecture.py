@@ -40,7 +40,7 @@ FENCES = {
     "math_verify": {"reward/math_answer.py"},
     "reasoning_gym": {"data/reasoning_tasks.py", "reward/reasoning_tasks.py"},
     "wandb": {"training/metrics.py"},
-    "torch.distributed": {"training/distributed.py"},
+    "torch.distributed": {"training/distributed.py", "training/broadcast.py"},
     "accelerate": {"training/distributed.py"},
     "deepspeed": {"training/distributed.py", "training/full_parameters.py"},
     "tokenizers": {"data/chat.py", "data/tasks.py"},

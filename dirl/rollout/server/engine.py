@@ -152,13 +152,15 @@ def connect(
     """
     how: dict[str, Any] = {"bf16": bf16, "approximate_cache": config.approximate_cache}
     if not config.server_urls:
-        return ServerEngine(Pusher([start_server(model, tokenizer, config, bf16=bf16)]), model, tokenizer, **how)
+        return ServerEngine(
+            Pusher([start_server(model, tokenizer, config, bf16=bf16)], config=config), model, tokenizer, **how
+        )
     key = os.environ.get(KEY_VARIABLE, "")
     if not key:
         raise UserError(f"rollout.server_urls: set {KEY_VARIABLE} to the key that the servers were started with")
     servers = [Server(url, key, wait_seconds=config.server_wait_seconds) for url in config.server_urls]
     is_main = int(os.environ.get("RANK", "0")) == 0
-    pusher = Pusher(servers, trainer=from_main(new_trainer()), is_main=is_main)
+    pusher = Pusher(servers, trainer=from_main(new_trainer()), is_main=is_main, config=config)
     engine = ServerEngine(pusher, model, tokenizer, **how)
     from_main(None)  # nobody asks for what the main rank has not pushed yet
     return engine

@@ -62,6 +62,7 @@ class RolloutServer:
             vocab_size=self.model.config.vocab_size,
             bf16=self.bf16,
             approximate_cache=self.config.approximate_cache,
+            hardware=self.receiver.hardware,
         )
 
     def ask(

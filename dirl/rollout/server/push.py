@@ -8,13 +8,16 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from dirl.rollout.engine import RolloutError
+from dirl.errors import UserError
+from dirl.rollout.engine import EngineConfig, RolloutError
 from dirl.rollout.server.client import LostWeights, Server
+from dirl.rollout.server.collective import Collective
 from dirl.rollout.server.wire import LEASE_SECONDS, PUSH, Push, PushedPart, to_json
 from dirl.rollout.weights import buckets, kinds_of
 from dirl.training.full_parameters import is_sharded, named_full_parameters
@@ -30,9 +33,14 @@ class Pusher:
     Args:
         trainer: the same for all ranks of a run; empty: a new one.
         is_main: False: another rank pushes what is new, this one only to servers that have lost it.
+        config: how weights are transferred.
     """
 
-    def __init__(self, servers: Sequence[Server], *, trainer: str = "", is_main: bool = True) -> None:
+    def __init__(
+        self, servers: Sequence[Server], *, trainer: str = "", is_main: bool = True, config: EngineConfig | None = None
+    ) -> None:
+        self._config, self._group = config or EngineConfig(), cast(Collective | None, None)
+        self._is_over_http = self._config.weight_transfer == "http"
         self.servers, self.weights = list(servers), ""
         self._trainer, self._is_main = trainer or new_trainer(), is_main
         self._process, self._number = secrets.token_hex(8), -1
@@ -54,7 +62,8 @@ class Pusher:
         self._number += 1
         self.weights = f"{self._trainer}.{self._number}"
         if self._is_main:
-            self._send(self.servers, model)
+            if not self._broadcast(model):
+                self._send(self.servers, model)
         else:
             for _ in named_full_parameters(model):  # sharded parameters are gathered by all ranks together
                 pass
@@ -74,7 +83,40 @@ class Pusher:
                 f"{lost}; the trainer has moved on from them: continue from the last checkpoint"
             ) from lost
         logger.warning("%s; they are pushed again", lost)
+        self._group = None  # which the server was a member of
         self._send([server], self._model)
+
+    def _broadcast(self, model: nn.Module) -> bool:
+        """Whether all weights have gone through the group; False: there is none, or it broke."""
+        if (group := self._formed(model)) is None:
+            return False
+        named, announced = named_full_parameters(model), to_json(Push(self.weights, self._process, kinds_of(model)))
+        try:
+            for server in self.servers:
+                server.call(PUSH, announced)
+            group.send(named, PushedPart(self.weights, self._process))
+        except RolloutError as error:
+            self._group = None
+            if is_sharded(model):
+                for _ in named:  # other ranks gather to the end
+                    pass
+                raise
+            logger.warning("%s; weights are pushed over HTTP", error)
+            return False
+        return True
+
+    def _formed(self, model: nn.Module) -> Collective | None:
+        config = self._config
+        if self._group is None and not self._is_over_http:
+            device = next(model.parameters()).device
+            try:
+                self._group = Collective(self.servers, self._trainer, host=config.weight_transfer_host, device=device)
+            except RolloutError as error:
+                if config.weight_transfer == "collective":
+                    raise UserError(f"rollout.weight_transfer=collective: {error}; or use auto") from error
+                logger.warning("weights go over HTTP: %s", error)
+                self._is_over_http = True
+        return self._group
 
     def _send(self, servers: Sequence[Server], model: nn.Module) -> None:
         for _ in range(1 if is_sharded(model) else _ATTEMPTS):

@@ -15,20 +15,24 @@ import torch
 from safetensors.torch import load as read_safetensors
 from torch import Tensor
 
+from dirl.errors import one_line
 from dirl.model.families.block_diffusion import BlockDiffusionModel
-from dirl.rollout.engine import RolloutEngine
+from dirl.rollout.engine import RolloutEngine, RolloutError
 from dirl.rollout.server.line import Conflict
 from dirl.rollout.server.wire import (
     LEASE_SECONDS,
     LOST,
+    NO_GROUP,
     NOT_YET,
     TAKEN,
     Hold,
+    Join,
     Push,
     PushedPart,
     trainer_of,
 )
 from dirl.rollout.weights import check_shapes, kind_of
+from dirl.training.broadcast import BroadcastGroup, Meeting, hardware_of
 
 _NOT_FINITE = "weights: {} has numbers that are not finite; nothing is decoded with them"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -62,11 +66,17 @@ class WeightsReceiver:
         self._engine, self._model, self._parameters = engine, model, dict(model.named_parameters())
         self._coming: _Coming | None = None
         self._holder, self._held_until = "", 0.0
+        self._group: BroadcastGroup | None = None
 
     @property
     def num_bytes(self) -> int:
         """Of all parameters in the widest type they may be pushed in, float32."""
         return 4 * sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def hardware(self) -> str:
+        """That the module is on."""
+        return hardware_of(next(iter(self._parameters.values())).device)
 
     def hold(self, asked: Hold) -> dict[str, str]:
         """
@@ -124,6 +134,36 @@ class WeightsReceiver:
             self._end(coming)
         return {"weights": self.weights}
 
+    def join(self, asked: Join) -> dict[str, str]:
+        """
+        Raises:
+            Conflict: another trainer's server, or the others did not come.
+        """
+        self.hold(Hold(asked.trainer, LEASE_SECONDS))
+        self._group = None  # an older one
+        try:
+            self._group = BroadcastGroup(Meeting(**asked.meeting), asked.member)
+        except RuntimeError as error:
+            raise Conflict(f"no group was formed: {one_line(error, 200)}", NO_GROUP) from error
+        return {}
+
+    def receive(self, sent: PushedPart) -> dict[str, str | None]:
+        """Everything that was announced, through the group.
+
+        Raises:
+            Conflict: it is not of the push that is under way, or there is no group.
+            RolloutError: the group broke; ValueError: a number is not finite. The push is then over.
+        """
+        if self.weights != sent.weights:
+            coming, group, self._group = self._of(sent), self._group, None  # should it fail
+            if group is None:
+                raise Conflict("this server is in no group", NO_GROUP)
+            self._coming = None
+            self._receive(group, coming)
+            self._group = group
+            self._end(coming)
+        return {"weights": self.weights}
+
     def _of(self, sent: PushedPart) -> _Coming:
         coming = self._coming
         if coming is None or (coming.push.weights, coming.push.pusher) != (sent.weights, sent.pusher):
@@ -139,6 +179,27 @@ class WeightsReceiver:
             return
         self._engine.update_weights(self._model)
         self.weights = coming.push.weights
+
+    def _receive(self, group: BroadcastGroup, coming: _Coming) -> None:
+        broken = ""
+        with torch.no_grad():
+            for name, (dtype, shape) in coming.push.tensors.items():
+                ours = self._parameters[name]
+                is_alike = kind_of(ours)[0] == dtype and ours.device.type == group.device.type and ours.is_contiguous()
+                tensor = ours if is_alike else torch.empty(shape, dtype=getattr(torch, dtype), device=group.device)
+                try:
+                    group.broadcast(tensor)
+                except RuntimeError as error:
+                    group.close()
+                    reason = f"the broadcast of {coming.push.weights} broke off at {name}: {one_line(error, 200)}"
+                    raise RolloutError(reason) from error
+                if not tensor.isfinite().all():
+                    broken = broken or name
+                if tensor is not ours:
+                    ours.copy_(tensor)
+        if broken:
+            raise ValueError(_NOT_FINITE.format(broken))
+        coming.missing.clear()
 
     def _write(self, tensors: Mapping[str, Tensor], coming: _Coming) -> None:
         for name, tensor in tensors.items():

@@ -39,9 +39,11 @@ from dirl.rollout.server.hosted import RolloutServer
 from dirl.rollout.server.line import Line
 from dirl.rollout.server.walls import EXPECTED, KeyWall, http_server, read_body, read_json, refuse, unless_gone
 from dirl.rollout.server.wire import (
+    BROADCAST,
     GENERATE,
     HEALTH,
     HOLD,
+    JOIN,
     KEY_VARIABLE,
     PARENT_VARIABLE,
     PUSH,
@@ -49,6 +51,7 @@ from dirl.rollout.server.wire import (
     CompletionRow,
     GenerateRequest,
     Hold,
+    Join,
     Push,
     PushedPart,
     ServeConfig,
@@ -122,6 +125,8 @@ def listen(api: Api, config: ServeConfig, key: str) -> tuple[uvicorn.Server, soc
         Route(GENERATE, partial(_generate, api.rollouts), methods=["POST"]),
         Route(HOLD, partial(_hold, api.rollouts), methods=["POST"]),
         Route(PUSH, partial(_errand, api.rollouts, Push, api.rollouts.receiver.begin), methods=["POST"]),
+        Route(JOIN, partial(_errand, api.rollouts, Join, api.rollouts.receiver.join), methods=["POST"]),
+        Route(BROADCAST, partial(_errand, api.rollouts, PushedPart, api.rollouts.receiver.receive), methods=["POST"]),
         Route(WEIGHTS, partial(_weights, api.rollouts), methods=["POST"]),
     ]
     app = Starlette(

@@ -5,9 +5,11 @@
     POST /hold               Hold             -> {}        this trainer's weights, no other's, for so long
     POST /push               Push             -> {weights} what will come; refused whole, or begun, or here already
     POST /weights?PushedPart safetensors      -> {weights} in order; once all that was announced is there, they are used
+    POST /join               Join             -> {}        be a member of a group that weights are broadcast in
+    POST /broadcast          PushedPart       -> {weights} all that was announced comes through the group, in its order
 
 Weights have names: the trainer's, a point, and a number (`Push.weights`). Requests and answers are JSON. Every call
-carries the key; a refusal has the form of OpenAI's, and one with status 409 a code: NOT_YET, TAKEN or LOST.
+carries the key; a refusal has the form of OpenAI's, and one with status 409 a code: NOT_YET, TAKEN, LOST or NO_GROUP.
 What other clients say is in `api_request` and `api_answer`.
 """
 
@@ -27,9 +29,10 @@ KEY_VARIABLE = "DIRL_SERVER_KEY"
 # Set: standard input is a pipe that closes when the parent dies, and this the folder of its that goes then.
 PARENT_VARIABLE = "DIRL_SERVER_PARENT_FOLDER"
 HEALTH, GENERATE, HOLD, PUSH, WEIGHTS = "/health", "/generate", "/hold", "/push", "/weights"
+JOIN, BROADCAST = "/join", "/broadcast"
 KEY_HEADER = "Authorization"
-# Why not (status 409): they will come; another trainer has it; it has nothing of this trainer.
-NOT_YET, TAKEN, LOST = "not_yet", "other_trainer", "lost_weights"
+# Why not (status 409): they will come; another trainer has it; it has nothing of this trainer; it is in no group.
+NOT_YET, TAKEN, LOST, NO_GROUP = "not_yet", "other_trainer", "lost_weights", "no_group"
 LEASE_SECONDS = 60.0  # a trainer that is not heard from for so long has gone
 
 
@@ -62,6 +65,7 @@ class Health:
     vocab_size: int
     bf16: bool | None  # decodes under autocast to bfloat16; None: in a precision of the engine's own
     approximate_cache: ApproximateCache
+    hardware: str  # that pushed weights are written to: cpu, or the identity of a GPU
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,21 @@ class Push:
 
 
 @dataclass(frozen=True)
+class Join:
+    """Where a group meets (`Meeting`), and as whom to come."""
+
+    trainer: str
+    member: int
+    meeting: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class PushedPart:
     """Which part of which push a bucket of weights is."""
 
     weights: str
     pusher: str
-    part: int  # from 0
+    part: int = 0
 
     def path(self) -> str:
         return f"{WEIGHTS}?{urlencode(asdict(self))}"

@@ -65,7 +65,8 @@ def served(running: ExitStack) -> tuple[RolloutServer, str]:
 
 
 def over(url: str, model: Any = MODEL, **kwargs: Any) -> ServerEngine:
-    return ServerEngine(Pusher([Server(url, KEY)], **kwargs), model, TOKENIZER)
+    config = EngineConfig(weight_transfer="http")
+    return ServerEngine(Pusher([Server(url, KEY)], config=config, **kwargs), model, TOKENIZER)
 
 
 def test_weights_go_in_buckets_in_order(served: tuple[RolloutServer, str], monkeypatch: pytest.MonkeyPatch) -> None:
