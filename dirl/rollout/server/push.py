@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,7 +25,8 @@ from dirl.training.full_parameters import is_sharded, named_full_parameters
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3  # a server that is started again in the middle of a push begins anew
+_ATTEMPTS = 3
+_SHARDED = "sharded weights can only be gathered by all ranks together: continue from the last checkpoint"
 
 
 class Pusher:
@@ -62,8 +64,7 @@ class Pusher:
         self._number += 1
         self.weights = f"{self._trainer}.{self._number}"
         if self._is_main:
-            if not self._broadcast(model):
-                self._send(self.servers, model)
+            self._send(self.servers, model, self._formed(model))
         else:
             for _ in named_full_parameters(model):  # sharded parameters are gathered by all ranks together
                 pass
@@ -76,8 +77,7 @@ class Pusher:
             RolloutError: that is not possible any more.
         """
         if self._model is None or is_sharded(self._model):
-            remedy = "sharded weights can only be gathered by all ranks together: continue from the last checkpoint"
-            raise RolloutError(f"{lost}; {remedy}") from lost
+            raise RolloutError(f"{lost}; {_SHARDED}") from lost
         if _sums(self._model) != self._sums:
             raise RolloutError(
                 f"{lost}; the trainer has moved on from them: continue from the last checkpoint"
@@ -85,25 +85,6 @@ class Pusher:
         logger.warning("%s; they are pushed again", lost)
         self._group = None  # which the server was a member of
         self._send([server], self._model)
-
-    def _broadcast(self, model: nn.Module) -> bool:
-        """Whether all weights have gone through the group; False: there is none, or it broke."""
-        if (group := self._formed(model)) is None:
-            return False
-        named, announced = named_full_parameters(model), to_json(Push(self.weights, self._process, kinds_of(model)))
-        try:
-            for server in self.servers:
-                server.call(PUSH, announced)
-            group.send(named, PushedPart(self.weights, self._process))
-        except RolloutError as error:
-            self._group = None
-            if is_sharded(model):
-                for _ in named:  # other ranks gather to the end
-                    pass
-                raise
-            logger.warning("%s; weights are pushed over HTTP", error)
-            return False
-        return True
 
     def _formed(self, model: nn.Module) -> Collective | None:
         config = self._config
@@ -118,48 +99,41 @@ class Pusher:
                 self._is_over_http = True
         return self._group
 
-    def _send(self, servers: Sequence[Server], model: nn.Module) -> None:
-        for _ in range(1 if is_sharded(model) else _ATTEMPTS):
-            servers = self._send_once(servers, model)
-            if not servers:
-                return
-        raise RolloutError(f"server {servers[0].url} was started again in the middle of a push of {self.weights}")
+    def _send(self, servers: Sequence[Server], model: nn.Module, group: Collective | None = None) -> None:
+        """Again from the beginning where a server was started again; over HTTP where the group broke."""
+        for _ in range(_ATTEMPTS):
+            try:
+                return self._send_once(servers, model, group)
+            except RolloutError as error:
+                if group is None and not isinstance(error, LostWeights):
+                    raise
+                self._group = group = None
+                if is_sharded(model):
+                    raise RolloutError(f"{error}; {_SHARDED}") from error
+                logger.warning("%s; weights are pushed over HTTP", error)
+        raise RolloutError(f"weights {self.weights}: {_ATTEMPTS} pushes were broken off by servers that started again")
 
-    def _send_once(self, servers: Sequence[Server], model: nn.Module) -> list[Server]:
-        """All weights, a bucket at a time, each bucket to all servers before the next is gathered.
-
-        Returns:
-            Servers that were started again meanwhile.
-        """
-        named, lost = named_full_parameters(model), list[Server]()
-        announced = to_json(Push(self.weights, self._process, kinds_of(model)))
+    def _send_once(self, servers: Sequence[Server], model: nn.Module, group: Collective | None) -> None:
+        """All weights: parameter by parameter, or a bucket at a time to all servers before the next is gathered."""
+        named, push = named_full_parameters(model), Push(self.weights, self._process, kinds_of(model))
         with ThreadPoolExecutor(len(servers)) as pool:
             try:
-                said = pool.map(lambda server: server.call(PUSH, announced)["weights"], servers)
-                takers = [server for server, there in zip(servers, said, strict=True) if there != self.weights]
+                there = pool.map(lambda server: server.call(PUSH, to_json(push))["weights"], servers)
+                takers = [server for server, name in zip(servers, there, strict=True) if name != self.weights]
+                if group is not None:
+                    return group.send(named, PushedPart(self.weights, self._process))
                 for part, bucket in enumerate(buckets(named) if takers else ()):
                     body = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in bucket})
                     path = PushedPart(self.weights, self._process, part).path()
-                    lost += [s for s in pool.map(lambda s: _lost(s, path, body), takers) if s]  # noqa: B023
-                    takers = [server for server in takers if server not in lost]
+                    list(pool.map(partial(Server.call, path=path, body=body), takers))
             finally:
                 for _ in named:  # other ranks gather to the end
                     pass
-        return lost
 
 
 def new_trainer() -> str:
     """A name that is nobody's yet."""
     return secrets.token_hex(8)
-
-
-def _lost(server: Server, path: str, body: bytes) -> Server | None:
-    """The server itself where it does not know of the push."""
-    try:
-        server.call(path, body)
-    except LostWeights:
-        return server
-    return None
 
 
 def _sums(model: nn.Module) -> list[float]:

@@ -143,7 +143,7 @@ class WeightsReceiver:
         self._group = None  # an older one
         try:
             self._group = BroadcastGroup(Meeting(**asked.meeting), asked.member)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise Conflict(f"no group was formed: {one_line(error, 200)}", NO_GROUP) from error
         return {}
 
