@@ -27,6 +27,7 @@ from dirl.training.run_state import git_state, installed_version
 
 # SDAR's shapes are Qwen3's: hidden, intermediate, layers, heads, key/value heads, tied embeddings.
 SHAPES = {
+    "0.2b": (576, 1536, 30, 8, 2, True),
     "1.7b": (2048, 6144, 28, 16, 8, True),
     "4b": (2560, 9728, 36, 32, 8, True),
     "8b": (4096, 12288, 36, 32, 8, False),

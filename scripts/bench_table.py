@@ -61,6 +61,7 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["seconds_min", "speedup", "logp_difference_mean", "logp_difference_max", "greedy_equal"],
     ),
+    "push": (["model", "dtype", "gigabytes", "weight_transfer"], ["seconds_min", "ratio", "peak_memory_gb"]),
 }
 PLACE = ["hardware", "cores", "threads", "torch", "transformers", "commit", "date"]
 

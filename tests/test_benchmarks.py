@@ -72,6 +72,12 @@ def test_sft_step_layouts_give_one_loss() -> None:
     assert rows[0]["tokens"] == 3 * rows[0]["row_length"] > rows[2]["tokens"]
 
 
+@pytest.mark.slow
+def test_a_push_is_measured_both_ways() -> None:
+    lines = lines_of("bench_push.py", "--repeats", "1")
+    assert [line["weight_transfer"] for line in lines] == ["http", "collective"]
+
+
 def test_rollout_decoders_give_the_same_tokens() -> None:
     sizes = ["--batch-sizes", "1", "5", "--prompt-length", "6", "--completion-length", "16", "--plain-sequences", "4"]
     lines = lines_of("bench_rollout.py", *sizes, "--repeats", "1")

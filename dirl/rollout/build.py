@@ -41,8 +41,10 @@ def build_engine(
     """
     _announce_cache(config, model)
     if config.mode == "server":
-        from dirl.rollout.server.engine import connect
-
+        try:
+            from dirl.rollout.server.engine import connect
+        except ModuleNotFoundError as error:
+            raise UserError(f"rollout.mode=server needs the package {error.name}: pip install 'dirl[serve]'") from error
         return connect(model, tokenizer, config, bf16=bf16)
     if chosen_engine(config, model) == "torch":
         compiled = config.compile == "always" or (config.compile == "auto" and torch.cuda.is_available())

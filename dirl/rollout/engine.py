@@ -103,6 +103,11 @@ class EngineConfig(Config):
     sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
     server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
     server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
+    server_wait_seconds: float = bounded(120.0, least=0)  # server: how long one may be away before the run ends
+    # server: how weights get there. http; collective: broadcast by gloo, or by NCCL from GPU to GPU; auto: so where it
+    # can be formed
+    weight_transfer: Literal["auto", "http", "collective"] = "auto"
+    weight_transfer_host: str = "127.0.0.1"  # server: this trainer's address for the collective, on which it listens
 
     def check(self) -> None:
         if self.mode == "colocate" and (self.server_urls or self.server_devices):

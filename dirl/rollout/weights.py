@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dirl.training.balance import consecutive
+from dirl.training.full_parameters import full_parameter_kinds
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -56,16 +58,37 @@ class ShapeCheck:
         """
         seen = set()
         for name, tensor in named:
-            self._check(name, tuple(tensor.shape), self.expected.get(name))
+            _check_shape(name, tuple(tensor.shape), self.expected.get(name))
             seen.add(name)
             yield name, tensor
-        for name in self.expected.keys() - seen:
-            self._check(name, None, self.expected[name])
+        check_shapes({name: self.expected[name] for name in seen}, self.expected)
 
-    @staticmethod
-    def _check(name: str, pushed: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> None:
-        if pushed != ours:
-            raise ValueError(
-                f"update_weights: {name} is {pushed or 'absent'} in the pushed model and {ours or 'absent'} in the "
-                "engine; push a model of the same configuration"
-            )
+
+def check_shapes(pushed: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        ValueError: naming a parameter that is missing, unknown or of another shape.
+    """
+    for name in (*pushed, *ours):
+        _check_shape(name, pushed.get(name), ours.get(name))
+
+
+def kinds_of(model: nn.Module) -> dict[str, tuple[str, list[int]]]:
+    """What a push of a model consists of: name -> dtype and shape, as JSON has them."""
+    return {name: (_dtype_name(dtype), list(shape)) for name, (dtype, shape) in full_parameter_kinds(model).items()}
+
+
+def kind_of(tensor: Tensor) -> tuple[str, list[int]]:
+    return _dtype_name(tensor.dtype), list(tensor.shape)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_shape(name: str, pushed: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> None:
+    if pushed != ours:
+        raise ValueError(
+            f"update_weights: {name} is {pushed or 'absent'} in the pushed model and {ours or 'absent'} in the engine; "
+            "push a model of the same configuration"
+        )

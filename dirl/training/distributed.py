@@ -171,7 +171,7 @@ class Distributed:
 
     def from_main(self, item: Item) -> Item:
         """The main rank's object, on every rank."""
-        return broadcast_object_list([item])[0]
+        return from_main(item)
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -307,6 +307,11 @@ def first_to_fail() -> str | None:
     except (RuntimeError, ValueError):  # who kept count is gone
         has_spoken = False
     return None if has_spoken else f"rank {torch.distributed.get_rank()}: "
+
+
+def from_main(item: Item) -> Item:
+    """The main rank's object, on every rank of the run that this process is in, if it is in one."""
+    return broadcast_object_list([item])[0] if torch.distributed.is_initialized() else item
 
 
 def _is_set(name: str) -> bool:

@@ -33,13 +33,18 @@ def named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield _plain_name(name), _full(parameter)
 
 
-def full_parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of `named_full_parameters`, without communication."""
+def full_parameter_kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtypes and shapes of `named_full_parameters`, in its order, without communication."""
     return {
-        _plain_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
+        _plain_name(name): (parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
         for name, parameter in _bare(model).named_parameters()
         if ".lora_" not in name
     }
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether one rank alone lacks the weights."""
+    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

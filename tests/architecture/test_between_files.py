@@ -44,7 +44,6 @@ LEFTOVERS = {
     "sft/loss.py": "the paper's NELBO: tensors in, tensors out",
     "show/report/page.py": "the one door through which a run's texts enter a page, small enough to audit",
     "rollout/watch.py": "what an engine tells who looks on; engines may not know terminals",
-    "rollout/weights.py": "how weights travel to whatever engine is not in this process",
     "show/trajectory_picture.py": "`dirl.plot_trajectory`: one picture of a completion, none of a run",
     "console/report_runs.py": "the one report that may need a tokenizer, which show/ must not know",
     "data/problem_sources.py": "reads whatever a path names; problems.py may not know the tasks that make problems",

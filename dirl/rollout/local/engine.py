@@ -34,8 +34,9 @@ from dirl.rollout.local.cached_forward import CachedForward
 from dirl.rollout.local.canvas import PASS_TOKENS, Canvases
 from dirl.rollout.local.slots import Slots
 from dirl.rollout.watch import Observer
+from dirl.rollout.weights import check_shapes
 from dirl.training.balance import consecutive
-from dirl.training.full_parameters import full_parameter_shapes, named_full_parameters
+from dirl.training.full_parameters import full_parameter_kinds, named_full_parameters
 
 PREFILL_TOKENS = 16_384  # prompt tokens read in one pass
 
@@ -111,15 +112,10 @@ class TorchEngine:
     def update_weights(self, model: nn.Module) -> None:
         if model is not self.model:
             self._is_stale = True
-            ours, theirs = dict(self.model.named_parameters()), full_parameter_shapes(model)
-            for name in theirs.keys() | ours.keys():
-                pushed = theirs.get(name, "absent")
-                own = tuple(ours[name].shape) if name in ours else "absent"
-                if pushed != own:  # copy_ would broadcast, and skip what the engine lacks
-                    raise ValueError(
-                        f"update_weights: {name} is {pushed} in the pushed model and {own} in the engine; "
-                        "push a model of the same configuration"
-                    )
+            ours = dict(self.model.named_parameters())
+            theirs = {name: shape for name, (_, shape) in full_parameter_kinds(model).items()}
+            # copy_ would broadcast, and skip what the engine lacks
+            check_shapes(theirs, {name: tuple(parameter.shape) for name, parameter in ours.items()})
             with torch.no_grad():
                 for name, tensor in named_full_parameters(model):
                     ours[name].copy_(tensor)

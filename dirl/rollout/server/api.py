@@ -70,7 +70,7 @@ class Api:
     async def _complete(self, is_chat: bool, request: Request) -> Response:
         body = read_json(await read_body(request, _BODY_BYTES))
         self._check_model(body.get("model"))
-        if self.rollouts.weights_version is None:
+        if self.rollouts.receiver.weights is None:
             raise Refused("no weights were pushed yet; try again", HTTPStatus.SERVICE_UNAVAILABLE)
         asked = await run_in_threadpool(self._read, body, is_chat)
         answer, cutter = Answer(self._name, is_chat), Cutter(self._tokenizer, asked)

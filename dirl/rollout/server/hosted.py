@@ -1,4 +1,4 @@
-"""The model behind a server: what decodes with it, what writes pushed weights into it, and what it refuses."""
+"""The model behind a server: what decodes with it, and what it refuses to decode."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-import torch
-from safetensors.torch import load as read_safetensors
-
 from dirl.errors import UserError
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.decoded import check_thresholds, touched_tokens
 from dirl.rollout.engine import Completion, EngineConfig, OpenEngine, RolloutEngine, SamplingConfig
-from dirl.rollout.server.line import Conflict, Errand, Line, Ticket
-from dirl.rollout.server.wire import Health, PromptRow, WeightsPart
+from dirl.rollout.server.line import Errand, Line, Ticket
+from dirl.rollout.server.receiver import WeightsReceiver
+from dirl.rollout.server.wire import Health, PromptRow
 
 SEEDS = 1 << 63  # seeds are below it
 
 
 class RolloutServer:
-    """An engine, the module its weights come through, the version of them, and the line of those who want something.
+    """An engine, the module its weights come through, and the line of those who want something.
 
     Args:
         line: that looks on while the engine decodes, where it can be watched.
@@ -41,20 +39,13 @@ class RolloutServer:
     ) -> None:
         self.model, self.engine, self.bf16 = model, engine, bf16
         self.is_open = isinstance(engine, OpenEngine)  # takes requests in while it decodes, each with its threshold
-        self.weights_version: int | None = 0 if has_weights else None  # None: in the middle of a push, or never any
-        self.config, self._next_part = config or EngineConfig(), 0
+        self.receiver = WeightsReceiver(model, engine, "its-own" if has_weights else None)
+        self.config = config or EngineConfig()
         # That a prompt and its completion may have together; 0: no bound is set.
         self._max_cached_tokens = self.config.max_cached_tokens if self.is_open else 0
-        self._parameters = dict(model.named_parameters())
         self._line = line or Line()
-        version = lambda: self.weights_version  # noqa: E731
-        self._worker = threading.Thread(target=self._line.work, args=(engine, version), daemon=True)
+        self._worker = threading.Thread(target=self._line.work, args=(engine, self.receiver.why_not), daemon=True)
         self._worker.start()
-
-    @property
-    def num_weight_bytes(self) -> int:
-        """Of all parameters in the widest type they may be pushed in, float32."""
-        return 4 * sum(parameter.numel() for parameter in self._parameters.values())
 
     def close(self) -> None:
         self._line.close()
@@ -64,7 +55,7 @@ class RolloutServer:
     def health(self) -> Health:
         scheme = self.model.scheme
         return Health(
-            weights_version=self.weights_version,
+            weights=self.receiver.weights,
             block_length=scheme.block_length,
             block_origin=scheme.block_origin,
             shift=scheme.shift,
@@ -72,6 +63,7 @@ class RolloutServer:
             vocab_size=self.model.config.vocab_size,
             bf16=self.bf16,
             approximate_cache=self.config.approximate_cache,
+            hardware=self.receiver.hardware,
         )
 
     def ask(
@@ -79,13 +71,13 @@ class RolloutServer:
         rows: Sequence[PromptRow],
         sampling: SamplingConfig,
         *,
-        weights_version: int | None = None,
+        weights: str | None = None,
         watch: Callable[[int, list[int]], bool] | None = None,
     ) -> list[Future[Completion]]:
         """The completions to come, one a row. A future that is cancelled gives its place in the batch free.
 
         Args:
-            weights_version: that must be here when their turn comes; None: any.
+            weights: that must be here when their turn comes; None: any.
             watch: told an id and all tokens of finished blocks; says whether they are enough (see `Ticket`).
         Raises:
             ValueError: a row that would spoil the batch of others.
@@ -109,7 +101,7 @@ class RolloutServer:
                 sampling=sampling,
                 threshold=row.threshold,
                 kind=(kind, row.threshold is None),
-                weights_version=weights_version,
+                weights=weights,
                 watch=_watch_of(row.id, watch),
             )
             for row, num_tokens in zip(rows, touched, strict=True)
@@ -120,9 +112,9 @@ class RolloutServer:
         self._line.join(tickets)
         return [ticket.answer for ticket in tickets]
 
-    def push(self, body: bytes, sent: WeightsPart) -> Future[dict[str, Any]]:
-        """Write one bucket of weights when its turn comes."""
-        errand = Errand(lambda: self._take_weights(body, sent))
+    def send(self, act: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
+        """Do something while the engine stands still, when its turn comes."""
+        errand = Errand(act)
         self._line.join([errand])
         return errand.answer
 
@@ -136,28 +128,6 @@ class RolloutServer:
             raise UserError(f"seed must be a whole number of 64 bits, got {row.seed!r}")
         if row.threshold is not None and not (isinstance(row.threshold, float | int) and 0 <= row.threshold <= 1):
             raise UserError(f"threshold must be from 0 to 1, got {row.threshold!r}")
-
-    def _take_weights(self, body: bytes, sent: WeightsPart) -> dict[str, Any]:
-        """A part that arrives twice, because its answer was lost, is written twice."""
-        if sent.part == 0:
-            self.weights_version, self._next_part = None, 0
-        if sent.part not in (self._next_part, self._next_part - 1):
-            raise Conflict(f"part {sent.part} of a push while part {self._next_part} is awaited; start again with 0")
-        with torch.no_grad():
-            for name, tensor in read_safetensors(body).items():
-                self._write(name, tensor)
-        self._next_part = sent.part + 1
-        if sent.is_last and self.weights_version != sent.version:
-            self.engine.update_weights(self.model)
-            self.weights_version = sent.version
-        return {"weights_version": self.weights_version}
-
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
-        ours = self._parameters.get(name)
-        if ours is None or ours.shape != tensor.shape:
-            have = "no such parameter" if ours is None else f"{tuple(ours.shape)}"
-            raise ValueError(f"weights: {name} of shape {tuple(tensor.shape)} is pushed, the server has {have}")
-        ours.copy_(tensor)
 
 
 def _watch_of(id: int, watch: Callable[[int, list[int]], bool] | None) -> Callable[[list[int]], bool] | None:

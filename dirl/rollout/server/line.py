@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class Conflict(Exception):
-    """The server is not in the state the request supposes; it may be later."""
+    """The server is not in the state the request supposes, which a code of `wire` says."""
+
+    def __init__(self, reason: str, code: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 @dataclass(eq=False, kw_only=True)
@@ -38,7 +42,7 @@ class Ticket:
     sampling: SamplingConfig
     threshold: float | None = None  # in the place of the sampling's
     kind: Hashable  # tickets of one kind may be decoded together
-    weights_version: int | None = None  # that it must be decoded with; None: whatever is there
+    weights: str | None = None  # that it must be decoded with; None: whatever is there
     # Told all tokens of the completion's finished blocks, after each, where the engine can be watched; says whether
     # they are enough. Called by the engine's thread.
     watch: Callable[[list[int]], bool] | None = None
@@ -69,7 +73,7 @@ class Line(Observer):
         self._queue: deque[Request] = deque()
         self._in_flight: dict[int, Ticket] = {}
         self._numbers = count()
-        self._version: Callable[[], int | None] = lambda: None
+        self._why_not: Callable[[str | None], Conflict | None] = lambda weights: None
 
     def join(self, comers: Sequence[Ticket | Errand]) -> None:
         """Put all of them at the end, next to each other."""
@@ -88,13 +92,13 @@ class Line(Observer):
             self._waiting.clear()
             self._has_changed.notify()
 
-    def work(self, engine: RolloutEngine, version: Callable[[], int | None]) -> None:
+    def work(self, engine: RolloutEngine, why_not: Callable[[str | None], Conflict | None]) -> None:
         """Serve until the line is closed: what the engine's thread does.
 
         Args:
-            version: of the weights that are there.
+            why_not: says why a ticket's weights cannot be decoded with now; None: they can.
         """
-        self._version = version
+        self._why_not = why_not
         while (first := self._first()) is not None:
             if isinstance(first, Errand):
                 self._run(first)
@@ -146,9 +150,8 @@ class Line(Observer):
                 self._waiting.popleft()
                 if ticket.answer.cancelled():
                     continue
-                wanted, here = ticket.weights_version, self._version()
-                if here is None or wanted not in (None, here):  # None: they are being pushed
-                    _settle(ticket.answer, Conflict(f"weights {wanted} are asked for, {here} are here"))
+                if conflict := self._why_not(ticket.weights):
+                    _settle(ticket.answer, conflict)
                     continue
                 index = next(self._numbers)
                 self._in_flight[index] = ticket

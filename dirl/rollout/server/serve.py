@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -34,25 +37,31 @@ from dirl.rollout.engine import Completion
 from dirl.rollout.server.api import Api
 from dirl.rollout.server.hosted import RolloutServer
 from dirl.rollout.server.line import Line
-from dirl.rollout.server.walls import EXPECTED, KeyWall, http_server, read_body, refuse, unless_gone
+from dirl.rollout.server.walls import EXPECTED, KeyWall, http_server, read_body, read_json, refuse, unless_gone
 from dirl.rollout.server.wire import (
+    BROADCAST,
     GENERATE,
     HEALTH,
+    HOLD,
+    JOIN,
     KEY_VARIABLE,
     PARENT_VARIABLE,
+    PUSH,
     WEIGHTS,
     CompletionRow,
     GenerateRequest,
+    Hold,
+    Join,
+    Push,
+    PushedPart,
     ServeConfig,
-    WeightsPart,
-    completions_answer,
 )
 
 logger = logging.getLogger(__name__)
 
 _MIN_KEY_LENGTH = 16
 _GENERATE_BYTES = 512 << 20  # of a trainer's prompts
-_HEADER_BYTES = 16 << 20  # names and shapes of a bucket of weights
+_HEADER_BYTES = 16 << 20  # names and shapes of weights
 
 
 def serve(config: ServeConfig) -> None:
@@ -67,14 +76,14 @@ def serve(config: ServeConfig) -> None:
             f"{KEY_VARIABLE} must hold a key of at least {_MIN_KEY_LENGTH} characters, which server and trainer share; "
             f"export {KEY_VARIABLE}=$(python3 -c 'import secrets; print(secrets.token_hex(32))')"
         )
+    if folder := os.environ.get(PARENT_VARIABLE):
+        threading.Thread(target=_die_with_parent, args=(folder,), daemon=True).start()
     api = load(config)
     http, listening = listen(api, config, key)
     address = "http://{}:{}".format(*listening.getsockname()[:2])
     if config.ready_file:
         write_whole(config.ready_file, address)
     logger.info("serving rollouts at %s", address)
-    if os.environ.get(PARENT_VARIABLE):
-        threading.Thread(target=_die_with_parent, args=(http,), daemon=True).start()
     try:
         http.run(sockets=[listening])
     finally:
@@ -114,6 +123,10 @@ def listen(api: Api, config: ServeConfig, key: str) -> tuple[uvicorn.Server, soc
     trainers = [
         Route(HEALTH, partial(_health, api.rollouts)),
         Route(GENERATE, partial(_generate, api.rollouts), methods=["POST"]),
+        Route(HOLD, partial(_hold, api.rollouts), methods=["POST"]),
+        Route(PUSH, partial(_errand, api.rollouts, Push, api.rollouts.receiver.begin), methods=["POST"]),
+        Route(JOIN, partial(_errand, api.rollouts, Join, api.rollouts.receiver.join), methods=["POST"]),
+        Route(BROADCAST, partial(_errand, api.rollouts, PushedPart, api.rollouts.receiver.receive), methods=["POST"]),
         Route(WEIGHTS, partial(_weights, api.rollouts), methods=["POST"]),
     ]
     app = Starlette(
@@ -131,31 +144,40 @@ async def _health(rollouts: RolloutServer, request: Request) -> Response:
 async def _generate(rollouts: RolloutServer, request: Request) -> Response:
     body = await read_body(request, _GENERATE_BYTES)
     asked = await run_in_threadpool(GenerateRequest.from_json, body)
-    futures = await run_in_threadpool(
-        rollouts.ask, asked.requests, asked.sampling, weights_version=asked.weights_version
-    )
+    futures = await run_in_threadpool(rollouts.ask, asked.requests, asked.sampling, weights=asked.weights)
     completions = await unless_gone(request, futures)
     return await run_in_threadpool(_rows, asked, completions)
 
 
 def _rows(asked: GenerateRequest, completions: list[Completion]) -> Response:
     """The completions with the ids of their requests."""
-    return JSONResponse(
-        completions_answer(
-            [
-                CompletionRow(row.id, completion.token_ids, completion.step_map, completion.logprobs)
-                for row, completion in zip(asked.requests, completions, strict=True)
-            ]
-        )
-    )
+    rows = [
+        CompletionRow(row.id, completion.token_ids, completion.step_map, completion.logprobs)
+        for row, completion in zip(asked.requests, completions, strict=True)
+    ]
+    return JSONResponse({"completions": list(map(asdict, rows))})
+
+
+async def _hold(rollouts: RolloutServer, request: Request) -> Response:
+    return JSONResponse(rollouts.receiver.hold(Hold(**read_json(await read_body(request, _HEADER_BYTES)))))
+
+
+async def _errand(
+    rollouts: RolloutServer, kind: Callable[..., Any], act: Callable[[Any], dict[str, Any]], request: Request
+) -> Response:
+    """Something that is done while the engine stands still."""
+    asked = kind(**read_json(await read_body(request, _HEADER_BYTES)))
+    return JSONResponse(await asyncio.wrap_future(rollouts.send(partial(act, asked))))
 
 
 async def _weights(rollouts: RolloutServer, request: Request) -> Response:
-    sent = WeightsPart.from_query(request.url.query)
-    body = await read_body(request, rollouts.num_weight_bytes + _HEADER_BYTES)
-    return JSONResponse(await asyncio.wrap_future(rollouts.push(body, sent)))
+    sent = PushedPart.from_query(request.url.query)
+    body = await read_body(request, rollouts.receiver.num_bytes + _HEADER_BYTES)
+    return JSONResponse(await asyncio.wrap_future(rollouts.send(partial(rollouts.receiver.take, body, sent))))
 
 
-def _die_with_parent(http: uvicorn.Server) -> None:
+def _die_with_parent(folder: str) -> None:
+    """Wait for the end of the process that alone may call here, and of its folder, where it had no time for that."""
     sys.stdin.buffer.read()
-    http.should_exit = True
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dirl.errors import UserError, one_line
+from dirl.rollout.engine import RolloutError
 from dirl.rollout.server.line import Conflict
 from dirl.rollout.server.wire import KEY_HEADER, KEY_VARIABLE, key_value, refusal
 
@@ -134,7 +135,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, Refused):
         return JSONResponse(error.answer, error.status)
     if isinstance(error, Conflict):
-        return JSONResponse(refusal(str(error), 409), HTTPStatus.CONFLICT)
+        return JSONResponse(refusal(str(error), 409, code=error.code), HTTPStatus.CONFLICT)
     if isinstance(error, HTTPException):
         is_unknown = error.status_code == HTTPStatus.NOT_FOUND
         reason = f"no {request.url.path} here" if is_unknown else error.detail
@@ -142,7 +143,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, _OF_CLIENTS):
         reason = str(error) if isinstance(error, UserError) else one_line(error)
         return JSONResponse(refusal(reason, 400), HTTPStatus.BAD_REQUEST)
-    logger.error("%s failed", request.url.path, exc_info=error)
+    logger.error("%s failed: %s", request.url.path, one_line(error), exc_info=not isinstance(error, RolloutError))
     return JSONResponse(refusal(one_line(error), 500), HTTPStatus.INTERNAL_SERVER_ERROR)
 
 

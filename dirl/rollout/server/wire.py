@@ -1,20 +1,25 @@
 """What a trainer and `dirl serve` say to each other: the names and fields of both ends, and the server's settings.
 
-    GET  /health                                  -> Health
-    POST /generate                 GenerateRequest -> CompletionRows
-    POST /weights?WeightsPart      safetensors     -> {weights_version}; in order; the last part changes over
+    GET  /health                              -> Health
+    POST /generate           GenerateRequest  -> {completions: CompletionRows}
+    POST /hold               Hold             -> {}        this trainer's weights, no other's, for so long
+    POST /push               Push             -> {weights} what will come; refused whole, or begun, or here already
+    POST /weights?PushedPart safetensors      -> {weights} in order; once all that was announced is there, they are used
+    POST /join               Join             -> {}        be a member of a group that weights are broadcast in
+    POST /broadcast          PushedPart       -> {weights} all that was announced comes through the group, in its order
 
-Requests and answers are JSON. Every call carries the key; a refusal has the form of OpenAI's, and status 409 means: not
-yet. What other clients say is in `api_request` and `api_answer`.
+Weights have names: the trainer's, a point, and a number (`Push.weights`). Requests and answers are JSON. Every call
+carries the key; a refusal has the form of OpenAI's, and one with status 409 a code: NOT_YET, TAKEN, LOST or NO_GROUP.
+What other clients say is in `api_request` and `api_answer`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from dirl.config import PATH, Config, bounded
 from dirl.diffusion.packing import BlockOrigin
@@ -22,9 +27,14 @@ from dirl.model.checkpoint import ModelConfig
 from dirl.rollout.engine import ApproximateCache, EngineConfig, SamplingConfig
 
 KEY_VARIABLE = "DIRL_SERVER_KEY"
-PARENT_VARIABLE = "DIRL_SERVER_HAS_PARENT"  # set: standard input is a pipe that closes when the parent dies
-HEALTH, GENERATE, WEIGHTS = "/health", "/generate", "/weights"
+# Set: standard input is a pipe that closes when the parent dies, and this the folder of its that goes then.
+PARENT_VARIABLE = "DIRL_SERVER_PARENT_FOLDER"
+HEALTH, GENERATE, HOLD, PUSH, WEIGHTS = "/health", "/generate", "/hold", "/push", "/weights"
+JOIN, BROADCAST = "/join", "/broadcast"
 KEY_HEADER = "Authorization"
+# Why not (status 409): they will come; another trainer has it; it has nothing of this trainer; it is in no group.
+NOT_YET, TAKEN, LOST, NO_GROUP = "not_yet", "other_trainer", "lost_weights", "no_group"
+LEASE_SECONDS = 60.0  # a trainer that is not heard from for so long has gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,7 @@ class ServeConfig(Config):
 class Health:
     """What is served."""
 
-    weights_version: int | None  # None: in the middle of a push, or never any
+    weights: str | None  # their name; None: in the middle of a push, or never any
     block_length: int  # 0: full attention
     block_origin: BlockOrigin
     shift: int
@@ -57,6 +67,7 @@ class Health:
     vocab_size: int
     bf16: bool | None  # decodes under autocast to bfloat16; None: in a precision of the engine's own
     approximate_cache: ApproximateCache
+    hardware: str  # that pushed weights are written to: cpu, or the identity of a GPU
 
 
 @dataclass(frozen=True)
@@ -81,17 +92,16 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Prompts, how to decode them, and the version of the weights to decode them with."""
+    """Prompts, how to decode them, and the weights to decode them with."""
 
-    weights_version: int
+    weights: str
     sampling: SamplingConfig
     requests: list[PromptRow]
 
     def to_json(self) -> bytes:
         # The fields of SamplingConfig alone, whatever larger configuration holds them.
         sampling = {f.name: getattr(self.sampling, f.name) for f in fields(SamplingConfig)}
-        rows = [asdict(row) for row in self.requests]
-        return json.dumps({"weights_version": self.weights_version, "sampling": sampling, "requests": rows}).encode()
+        return to_json({**asdict(self), "sampling": sampling})
 
     @classmethod
     def from_json(cls, body: bytes) -> GenerateRequest:
@@ -101,41 +111,72 @@ class GenerateRequest:
         """
         sent = json.loads(body)
         rows = [PromptRow(**row) for row in sent["requests"]]
-        return cls(sent["weights_version"], SamplingConfig(**sent["sampling"]), rows)
+        return cls(sent["weights"], SamplingConfig(**sent["sampling"]), rows)
 
 
 @dataclass(frozen=True)
-class WeightsPart:
+class Hold:
+    """A trainer wants a server, or wants it still."""
+
+    trainer: str
+    seconds: float  # 0: no longer
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a trainer is about to send."""
+
+    weights: str
+    pusher: str  # one of the trainer's processes; it alone may begin anew before it has finished
+    tensors: dict[str, tuple[str, list[int]]]  # name -> dtype, shape
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9a-f]{16}\.[0-9]{1,12}", self.weights):
+            raise ValueError(f"weights must be named TRAINER.NUMBER, got {self.weights[:40]!r}")
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where a group meets (`Meeting`), and as whom to come."""
+
+    trainer: str
+    member: int
+    meeting: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PushedPart:
     """Which part of which push a bucket of weights is."""
 
-    version: int
-    part: int  # from 0
-    is_last: bool
+    weights: str
+    pusher: str
+    part: int = 0
 
     def path(self) -> str:
-        return f"{WEIGHTS}?{urlencode({'version': self.version, 'part': self.part, 'last': int(self.is_last)})}"
+        return f"{WEIGHTS}?{urlencode(asdict(self))}"
 
     @classmethod
-    def from_query(cls, query: str) -> WeightsPart:
+    def from_query(cls, query: str) -> PushedPart:
         """
         Raises:
-            ValueError, KeyError: a field is missing or no number.
+            ValueError, TypeError, KeyError: a field is missing, unknown or no number.
         """
-        version, part, last = (int(parse_qs(query)[name][0]) for name in ("version", "part", "last"))
-        return cls(version, part, bool(last))
+        sent = dict(parse_qsl(query))
+        return cls(**{**sent, "part": int(sent["part"])})  # type: ignore[arg-type]
+
+
+def trainer_of(weights: str) -> str:
+    return weights.partition(".")[0]
+
+
+def to_json(said: Any) -> bytes:
+    """A row of this file, or what JSON knows, as a body."""
+    return json.dumps(said if isinstance(said, dict) else asdict(said)).encode()
 
 
 def key_value(key: str) -> str:
     """What KEY_HEADER says."""
     return f"Bearer {key}"
-
-
-def completions_answer(rows: Sequence[CompletionRow]) -> dict[str, Any]:
-    return {"completions": [asdict(row) for row in rows]}
-
-
-def read_completions(answer: Mapping[str, Any]) -> list[CompletionRow]:
-    return [CompletionRow(**row) for row in answer["completions"]]
 
 
 def refusal(reason: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -148,9 +189,10 @@ def refusal(reason: str, status: int, *, param: str | None = None, code: str | N
     return {"error": {"message": reason, "type": kind, "param": param, "code": code}}
 
 
-def read_refusal(body: bytes, status: int) -> str:
-    """Why; the status where the answer does not say."""
+def read_refusal(body: bytes, status: int) -> tuple[str, str | None]:
+    """Why, and in a word for programs; the status where the answer does not say."""
     try:
-        return str(json.loads(body)["error"]["message"])
+        error = json.loads(body)["error"]
+        return str(error["message"]), error["code"]
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {status}"
+        return f"HTTP {status}", None

@@ -30,12 +30,14 @@ def serving(
     has_weights: bool = True,
     max_batch_size: int = 256,
     sampling: SamplingConfig | None = None,
+    port: int = 0,
 ) -> Iterator[tuple[RolloutServer, str]]:
     """A server over a copy of the model, named "tiny"; and its address."""
     ours, line = deepcopy(model), line or Line()
     engine = TorchEngine(ours, tokenizer, EngineConfig(max_batch_size=max_batch_size), observer=line)
     rollouts = RolloutServer(ours, engine, has_weights=has_weights, line=line)
-    http, listening = listen(Api(rollouts, tokenizer, "tiny", sampling or SamplingConfig()), ServeConfig(port=0), KEY)
+    api = Api(rollouts, tokenizer, "tiny", sampling or SamplingConfig())
+    http, listening = listen(api, ServeConfig(port=port), KEY)
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

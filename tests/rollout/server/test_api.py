@@ -209,7 +209,7 @@ def test_no_answer_before_weights_are_there() -> None:
     with serving(MODEL, TOKENIZER, has_weights=False) as (rollouts, url):
         status, error = ask(url, COMPLETIONS, {"prompt": "a"})
         (late,) = rollouts.ask([PromptRow(0, [1], 0)], SamplingConfig())  # who asked before a push began
-        with pytest.raises(Conflict, match="None are here"):
+        with pytest.raises(Conflict, match="no weights are here"):
             late.result(60)
     assert (status, error["type"]) == (503, "server_error")
 

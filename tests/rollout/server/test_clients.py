@@ -37,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "engine.engine=torch"],
-            env=os.environ | {KEY_VARIABLE: KEY, PARENT_VARIABLE: "1"},
+            env=os.environ | {KEY_VARIABLE: KEY, PARENT_VARIABLE: str(directory / "none")},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

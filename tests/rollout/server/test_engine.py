@@ -12,14 +12,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import torch
 
 pytest.register_assert_rewrite("tests.rollout.engine_contract")
 
@@ -29,11 +29,14 @@ from dirl.model.checkpoint import save_model  # noqa: E402
 from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
 from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, RolloutError, SamplingConfig  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
+from dirl.rollout.server import client, process  # noqa: E402
 from dirl.rollout.server import engine as server_engine  # noqa: E402
-from dirl.rollout.server.engine import Server, ServerEngine, connect  # noqa: E402
+from dirl.rollout.server.client import Server  # noqa: E402
+from dirl.rollout.server.engine import ServerEngine, connect  # noqa: E402
+from dirl.rollout.server.process import ServerProcess  # noqa: E402
+from dirl.rollout.server.push import Pusher  # noqa: E402
 from dirl.rollout.server.serve import RolloutServer, serve  # noqa: E402
-from dirl.rollout.server.wire import KEY_VARIABLE, GenerateRequest, PromptRow, ServeConfig, WeightsPart  # noqa: E402
-from dirl.rollout.weights import buckets  # noqa: E402
+from dirl.rollout.server.wire import KEY_VARIABLE, GenerateRequest, PromptRow, PushedPart, ServeConfig  # noqa: E402
 from tests.rollout.engine_contract import (  # noqa: E402
     DYNAMIC,
     EngineContract,
@@ -63,7 +66,7 @@ def over_threads(
     model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, *, count: int = 1, max_batch_size: int = 256
 ) -> ServerEngine:
     servers = [start_server(model, tokenizer, max_batch_size=max_batch_size)[1] for _ in range(count)]
-    return ServerEngine([Server(url, KEY) for url in servers], model, tokenizer, pushes=True)
+    return ServerEngine(Pusher([Server(url, KEY) for url in servers]), model, tokenizer)
 
 
 class TestServerEngine(EngineContract):
@@ -111,32 +114,35 @@ def test_answers_are_matched_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lost_connections_are_tried_again_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = over_threads(*likely_to_stop())
     expected = engine.generate([[1, 2]], DYNAMIC, [0])
-    real, failures = urllib.request.urlopen, [0]
+    real, failures, slept = httpx.Client.request, [0], [0.0]
 
     def flaky(*args: Any, **kwargs: Any) -> Any:
         failures[0] += 1
         if failures[0] <= 2:
-            raise ConnectionResetError("reset by peer")
+            raise httpx.ReadError("reset by peer")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(urllib.request, "urlopen", flaky)
+    monkeypatch.setattr(httpx.Client, "request", flaky)
     assert engine.generate([[1, 2]], DYNAMIC, [0]) == expected
-    failures[0] = -100
 
     def dead(*_: Any, **__: Any) -> Any:
-        raise ConnectionRefusedError("refused")
+        raise httpx.ConnectError("refused")
 
-    monkeypatch.setattr(urllib.request, "urlopen", dead)
-    monkeypatch.setattr(server_engine.time, "sleep", lambda _: None)
+    monkeypatch.setattr(httpx.Client, "request", dead)
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: slept.append(slept[-1] + seconds))
     with pytest.raises(RolloutError, match=r"server http://127\.0\.0\.1:\d+/generate: refused"):
         engine.generate([[1, 2]], DYNAMIC, [0])
+    assert 120 <= slept[-1] < 126, "server_wait_seconds"
 
 
 def test_a_rank_that_does_not_push_waits_for_the_one_that_does() -> None:
     prompts, seeds = random_prompts([3, 6]), [1, 2]
     (model, tokenizer), (donor, _) = likely_to_stop(seed=6), likely_to_stop(seed=5)
     _, url = start_server(model, tokenizer)
-    pushing, waiting = (ServerEngine([Server(url, KEY)], model, tokenizer, pushes=p) for p in (True, False))
+    pushing, waiting = (
+        ServerEngine(Pusher([Server(url, KEY)], trainer="a" * 16, is_main=is_main), model, tokenizer)
+        for is_main in (True, False)
+    )
     waiting.update_weights(donor)
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(waiting.generate(prompts, DYNAMIC, seeds)))
@@ -146,20 +152,6 @@ def test_a_rank_that_does_not_push_waits_for_the_one_that_does() -> None:
     pushing.update_weights(donor)
     thread.join(timeout=30)
     assert found == [TorchEngine(donor, tokenizer).generate(prompts, DYNAMIC, seeds)]
-
-
-def test_weights_go_in_buckets_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = likely_to_stop(seed=6)
-    rollouts, url = start_server(model, tokenizer)
-    monkeypatch.setattr(server_engine, "buckets", lambda named: buckets(named, 1 << 16))
-    donor, _ = likely_to_stop(seed=5)
-    engine = ServerEngine([Server(url, KEY)], donor, tokenizer, pushes=True)
-    assert rollouts._next_part > 3
-    for name, tensor in rollouts.model.named_parameters():
-        assert torch.equal(tensor, donor.get_parameter(name))
-    monkeypatch.setattr(server_engine, "_CONFLICT_SECONDS", 0.0)
-    with pytest.raises(RolloutError, match="part 77 of a push while part"):
-        engine.servers[0].call("/weights?version=9&part=77&last=0", b"")
 
 
 def test_strangers_are_refused() -> None:
@@ -194,18 +186,18 @@ def test_a_server_without_its_extra_is_one_line() -> None:
     assert run.stderr.splitlines()[-1] == "dirl: error: dirl serve needs the package uvicorn: pip install 'dirl[serve]'"
 
 
-def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dirl.rollout.server.engine._ATTEMPTS", 1)
+def test_a_server_that_is_not_there_is_one_line() -> None:
     model, tokenizer = likely_to_stop(block_length=4)
-    with pytest.raises(UserError, match=r"rollout.server_urls: server http://127.0.0.1:1/health.*`dirl serve` running"):
-        ServerEngine([Server("http://127.0.0.1:1", KEY)], model, tokenizer, pushes=True)
+    for url, words in (("http://127.0.0.1:1", "/health: .*refused"), ("node:1", ": UnsupportedProtocol")):
+        with pytest.raises(UserError, match=rf"rollout.server_urls: server {url}{words}.*`dirl serve` running"):
+            ServerEngine(Pusher([Server(url, KEY, wait_seconds=0.0)]), model, tokenizer)
 
 
 def test_another_model_is_refused() -> None:
     _, url = start_server(*likely_to_stop(block_length=8))
     model, tokenizer = likely_to_stop(block_length=4)
     with pytest.raises(ValueError, match=r"has block_length 8, the trainer 4; serve the same model"):
-        ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True)
+        ServerEngine(Pusher([Server(url, KEY)]), model, tokenizer)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("dual", "none"), ("none", "prefix")])
@@ -215,43 +207,51 @@ def test_a_server_over_another_cache_is_refused(theirs: ApproximateCache, ours: 
     rollouts, url = start_server(model, tokenizer)
     rollouts.config = EngineConfig(approximate_cache=theirs)
     with pytest.raises(UserError, match=rf"approximate_cache={theirs}, rollout.approximate_cache is {ours}.*set both"):
-        ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True, approximate_cache=ours)
+        ServerEngine(Pusher([Server(url, KEY)]), model, tokenizer, approximate_cache=ours)
     rollouts.config = EngineConfig(approximate_cache=ours)
-    ServerEngine([Server(url, KEY)], model, tokenizer, pushes=True, approximate_cache=ours)
+    ServerEngine(Pusher([Server(url, KEY)]), model, tokenizer, approximate_cache=ours)
 
 
 @pytest.mark.slow
-def test_a_server_of_our_own_restarts_once_after_a_crash_and_dies_with_us(tmp_path: Path) -> None:
+def test_a_server_of_our_own_restarts_after_crashes_and_dies_with_us(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real processes: started, killed in between, started again with the weights pushed; gone when the trainer is."""
+    monkeypatch.setattr(process, "_MOST_STARTS", 3)
     (model, tokenizer), (donor, _) = likely_to_stop(seed=6), likely_to_stop(seed=5)
     prompts, seeds = random_prompts([3, 6, 8]), [1, 2, 3]
     engine = connect(model, tokenizer, EngineConfig(mode="server", engine="torch"))
     try:
-        process = engine.servers[0].process
-        assert process is not None
-        assert KEY_VARIABLE not in os.environ and engine.servers[0]._key not in " ".join(process._command)
+        ours = engine.servers[0].process
+        assert ours is not None and KEY_VARIABLE not in os.environ
+        assert ours._environment[KEY_VARIABLE] not in " ".join(map(str, ours._process.args))  # type: ignore[arg-type]
         engine.update_weights(donor)
         expected = TorchEngine(donor, tokenizer).generate(prompts, DYNAMIC, seeds)
         assert engine.generate(prompts, DYNAMIC, seeds) == expected
-        os.kill(process._process.pid, signal.SIGKILL)
-        assert engine.generate(prompts, DYNAMIC, seeds) == expected
-        os.kill(process._process.pid, signal.SIGKILL)
-        process._process.wait()
-        with pytest.raises(RolloutError, match="server http"):
+        for _ in range(2):
+            kill(ours)
+            assert engine.generate(prompts, DYNAMIC, seeds) == expected
+        kill(ours)
+        with pytest.raises(RolloutError, match=r"(?s)dirl serve ended 3 times in 30 minutes:.*serving rollouts at"):
             engine.generate(prompts, DYNAMIC, seeds)
+        monkeypatch.setattr(process, "_WITHIN_SECONDS", 0.0)
+        assert engine.generate(prompts, DYNAMIC, seeds) == expected, "the bound is one of the rate"
     finally:
         engine.close()
-    assert not process.is_alive
+    assert not ours.is_alive
 
 
-def test_a_server_of_ones_own_decodes_with_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def kill(ours: ServerProcess) -> None:
+    os.kill(ours._process.pid, signal.SIGKILL)
+    ours._process.wait()
+
+
+def test_a_server_of_ones_own_decodes_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[ServeConfig] = []
 
     class NotStarted:
         url = "http://127.0.0.1:1"
 
-        def __init__(self, settings: ServeConfig, *_: object, device: str) -> None:
-            started.append(settings)
+        def __init__(self, settings: Callable[[Path], ServeConfig], *_: object, device: str) -> None:
+            started.append(settings(tmp_path))
 
     monkeypatch.setattr(server_engine, "ServerProcess", NotStarted)
     asked = EngineConfig(
@@ -264,7 +264,7 @@ def test_a_server_of_ones_own_decodes_with_the_same_settings(monkeypatch: pytest
         approximate_cache="prefix",
     )
     for bf16 in (False, True):
-        server_engine._start(*likely_to_stop(), asked, bf16=bf16)
+        server_engine.start_server(*likely_to_stop(), asked, bf16=bf16)
     assert started[0].engine == replace(asked, mode="colocate", sleep_level=0, server_devices=[])
     assert [settings.bf16 for settings in started] == [False, True]
 
@@ -277,7 +277,9 @@ def test_a_server_that_cannot_start_shows_its_log() -> None:
 
 @pytest.mark.slow
 def test_no_orphan(tmp_path: Path) -> None:
-    """The trainer is killed without a chance to clean up."""
+    """The trainer is killed without a chance to clean up: no server is left, and nothing on the disk."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     save_model(*likely_to_stop(), tmp_path / "model")
     script = (
         "import sys, time\n"
@@ -288,11 +290,13 @@ def test_no_orphan(tmp_path: Path) -> None:
         "print(engine.servers[0].url, flush=True)\n"
         "time.sleep(600)\n"
     )
-    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
     assert trainer.stdout is not None
     port = int(trainer.stdout.readline().rsplit(":", 1)[1])
     trainer.kill()
     trainer.wait()
+    assert not list(temporary.glob("dirl-*"))
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -309,18 +313,18 @@ class LargerConfig(SamplingConfig):
 
 def test_what_is_sent_is_what_is_read() -> None:
     sampling = LargerConfig(temperature=0.7, top_k=9, unmasking_strategy="entropy_bounded")
-    sent = GenerateRequest(5, sampling, [PromptRow(0, [], 1), PromptRow(1, [7, 8], (1 << 63) - 1)])
+    sent = GenerateRequest("ab.5", sampling, [PromptRow(0, [], 1), PromptRow(1, [7, 8], (1 << 63) - 1)])
     read = GenerateRequest.from_json(sent.to_json())
-    assert (read.weights_version, read.requests) == (5, sent.requests)
+    assert (read.weights, read.requests) == ("ab.5", sent.requests)
     assert read.sampling == SamplingConfig(temperature=0.7, top_k=9, unmasking_strategy="entropy_bounded")
-    for part in (WeightsPart(3, 0, is_last=False), WeightsPart(4, 11, is_last=True)):
-        path, _, query = part.path().partition("?")
-        assert (path, WeightsPart.from_query(query)) == ("/weights", part)
+    part = PushedPart("ab.5", "cd", 11)
+    path, _, query = part.path().partition("?")
+    assert (path, PushedPart.from_query(query)) == ("/weights", part)
 
 
 def test_answers_are_plain_json() -> None:
     engine = over_threads(*likely_to_stop())
-    whole = json.loads(GenerateRequest(0, DYNAMIC, [PromptRow(3, [1, 2], seed=4)]).to_json())
+    whole = json.loads(GenerateRequest(engine._pusher.weights, DYNAMIC, [PromptRow(3, [1, 2], seed=4)]).to_json())
     answer = engine.servers[0].call("/generate", json.dumps(whole).encode())
     assert [row.keys() for row in answer["completions"]] == [{"id", "token_ids", "step_map", "logprobs"}]
     for broken, words in (([{"id": 3, "seed": 4}], "TypeError: .*'prompt_ids'"), ([{"idd": 3}], "TypeError: .*'idd'")):
