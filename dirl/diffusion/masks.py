@@ -63,6 +63,7 @@ def mask_views(trajectory: Trajectory, mask_token_id: int, plan: MaskPlan, seed:
         weight_VB=weight_V[:, None].expand(masked_VB.shape).contiguous(),
         visited_VB=nowhere_VB,
         importance_V=torch.ones(len(block_V)),
+        engine_logprob_VB=torch.full(masked_VB.shape, torch.nan),
     )
 
 

@@ -40,6 +40,7 @@ class Trajectory:
     # from the start of each block; 0: all that a decoder could see
     window: int = 0
     unwritten_ids: Tensor | None = None  # full attention: (U,) int64, masks after the completion that were read
+    hold_logprobs: Tensor | None = None  # float32 nats, as the engine recorded them: the order of `replay_views`' holds
 
     def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)

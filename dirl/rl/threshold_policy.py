@@ -252,4 +252,4 @@ def _no_views(block_length: int) -> Views:
     """A completion of nothing: its branch holds the prompt's tail, the tokens of its last block."""
     ids, lanes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, block_length, dtype=torch.int64)
     nowhere = lanes.bool()
-    return Views(ids, ids, lanes, lanes, nowhere, nowhere, lanes.float(), nowhere, torch.zeros(0))
+    return Views(ids, ids, lanes, lanes, nowhere, nowhere, lanes.float(), nowhere, torch.zeros(0), lanes.float())

@@ -169,7 +169,10 @@ class ServerEngine:
             )
             for i, prompt in enumerate(prompts)
         ]
-        return [in_windows(completion, sampling, self.block_length) for completion in completions]
+        return [
+            in_windows(completion, sampling, self.block_length, answers[i].hold_logprobs)
+            for i, completion in enumerate(completions)
+        ]
 
     def update_weights(self, model: nn.Module) -> None:
         self.weights_version += 1

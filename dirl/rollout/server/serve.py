@@ -143,8 +143,8 @@ def _rows(asked: GenerateRequest, completions: list[Completion]) -> Response:
     return JSONResponse(
         completions_answer(
             [
-                CompletionRow(row.id, completion.token_ids, completion.step_map, completion.logprobs)
-                for row, completion in zip(asked.requests, completions, strict=True)
+                CompletionRow(row.id, done.token_ids, done.step_map, done.logprobs, done.hold_logprobs)
+                for row, done in zip(asked.requests, completions, strict=True)
             ]
         )
     )
