@@ -50,8 +50,8 @@ class UpdateConfig(Config):
     critic: CriticConfig = field(default_factory=CriticConfig)  # of objective.advantage=gae
     num_iterations: int = bounded(1, least=1)  # passes over a batch of rollouts
     steps_per_generation: int = bounded(1, least=1)  # optimizer steps a pass is split into
-    # nats; a larger mean |trainer - engine| over a batch ends the run. 0: never
-    # and so does one over its holds, where the engine recorded them
+    # nats; a larger mean |trainer - engine| over the tokens of a batch, or over its holds that the engine recorded,
+    # ends the run. 0: never
     max_logp_difference: float = bounded(0.5, least=0)
 
     @property

@@ -58,8 +58,8 @@ def test_packed_replay_plain_passes_and_the_engine_agree(name: str, tmp_path: Pa
         asked = {"max_completion_length": 11, "generation_window": 5, "record_holds": True}
         sampling = SamplingConfig(**{**vars(strategy), **asked})
         completions = TorchEngine(model, tokenizer).generate(prompts, sampling, [0, 1, 2])  # type: ignore[arg-type]
-        replayed = logprobs(model, completions, sampling)
-        for completion, found in zip(completions, replayed, strict=True):
+        scored = logprobs(model, completions, sampling)
+        for completion, found in zip(completions, scored, strict=True):
             plain = brute_force_logprobs(model, completion, sampling)
             assert float((found - plain).abs().max()) <= TOLERANCE, sampling.unmasking_strategy
             assert float((torch.tensor(completion.logprobs) - plain).abs().max()) <= TOLERANCE

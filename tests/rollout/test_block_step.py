@@ -77,10 +77,8 @@ def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
     assert_same(of_masked, whole)
     held_NB = ~of_masked.holds_NB.isnan()  # type: ignore[union-attr]
     assert torch.equal(held_NB, blocks.masked_NB & ~of_masked.revealed_NB)
-    again = (
-        int(held_NB.sum()) if "low_confidence" in sampling.unmasking_strategy else 0
-    )  # rows that go through it twice
-    assert max(head.num_rows) == 5 and sum(head.num_rows) == len(masked_T) + again
+    num_read = len(masked_T) + int(held_NB.sum()) * ("low_confidence" in sampling.unmasking_strategy)
+    assert max(head.num_rows) == 5 and sum(head.num_rows) == num_read
     assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
     assert not bool((of_masked.revealed_NB & ~blocks.masked_NB).any())
 
