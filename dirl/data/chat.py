@@ -169,7 +169,7 @@ def render_messages(
         )
     except (TemplateError, ArithmeticError, TypeError) as error:  # the latter two: of what is computed in it
         raise DataError(f"the chat template refuses the conversation: {error}") from error
-    return check_unmasked(tokenizer, ids)
+    return check_unmasked(tokenizer, ids)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)

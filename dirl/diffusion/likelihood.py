@@ -18,7 +18,7 @@ Shapes: T actions (sorted by view), V vocabulary, N rows for views, as many as a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,56 +64,61 @@ def action_logprobs(logits_TV: Tensor, actions: Actions, rule: ScoringRule) -> t
     # Probabilities, as the decoder compared: in float32 two logarithms may stand for one of them.
     confidence_TV = rule.distribution.confidence_logprobs(logits_TV, rule.suppressed_V, tempered_TV, sampling_TV).exp()
     confidence_T = confidence_TV.gather(1, actions.target_T[:, None]).squeeze(1)
-    bar_T = confidence_bars(confidence_T, actions, rule.unmasking)
-    may_tie_T = may_tie(confidence_T, bar_T, actions, rule.unmasking)
+    decided = Decisions(confidence_T, actions.is_reveal_T, actions.view_T, actions.threshold_T)
+    hold_T = hold_logprobs(sampling_TV, confidence_TV, *hold_bars(decided, rule.unmasking))
+    return torch.where(actions.is_reveal_T, reveal_T, hold_T), entropy_T
+
+
+def hold_logprobs(sampling_TV: Tensor, confidence_TV: Tensor, bar_T: Tensor, may_tie_T: Tensor) -> Tensor:
+    """Log-probability (nats, float32) of drawing a token that stays masked, at each position; (T,).
+
+    Args:
+        sampling_TV, confidence_TV: log-probabilities of the tokens that may be drawn, and their confidences.
+        bar_T, may_tie_T: what `hold_bars` found.
+    """
     below_TV = (confidence_TV < bar_T[:, None]) | (may_tie_T[:, None] & (confidence_TV == bar_T[:, None]))
     below_TV &= sampling_TV.detach().isfinite()
     is_empty_T = ~below_TV.any(dim=1)
     # logsumexp of nothing has NaN gradients: such rows sum over everything and then take the floor.
     hold_T = sampling_TV.masked_fill(~(below_TV | is_empty_T[:, None]), -torch.inf).logsumexp(dim=1)
-    hold_T = torch.where(is_empty_T, _HOLD_FLOOR, hold_T.clamp(min=_HOLD_FLOOR))
-    return torch.where(actions.is_reveal_T, reveal_T, hold_T), entropy_T
+    return torch.where(is_empty_T, _HOLD_FLOOR, hold_T.clamp(min=_HOLD_FLOOR))
 
 
-def confidence_bars(confidence_T: Tensor, actions: Actions, rule: UnmaskingRule) -> Tensor:
-    """Confidence that a held token of each action's view must stay below; +inf where nothing is demanded; (T,).
+class Decisions(NamedTuple):
+    """What a decoder decided about positions, in their order."""
 
-    Args:
-        confidence_T: confidence (a probability) of each action's token; read at reveals only.
+    confidence_T: Tensor  # of each position's token, a probability; read at reveals only
+    is_reveal_T: Tensor  # bool, False: hold, or nothing
+    view_T: Tensor  # int64, sorted; those of one view were decided together
+    threshold_T: Tensor  # float32, the completion's own confidence threshold; NaN: the rule's
+
+
+def hold_bars(decided: Decisions, rule: UnmaskingRule) -> tuple[Tensor, Tensor]:
+    """The confidence that a held token must stay below, +inf where nothing is demanded, and whether it may equal it.
+
+    (T,) each, float32 and bool.
     """
-    if rule.strategy not in ("low_confidence_dynamic", "low_confidence_static"):
-        return torch.full_like(confidence_T, torch.inf)
-    row_T = _rows_of_views(actions.view_T)
-    revealed_T = confidence_T.masked_fill(~actions.is_reveal_T, torch.inf)
+    confidence_T, is_reveal_T, view_T, threshold_T = decided
+    if not rule.reads_confidence:
+        return torch.full_like(confidence_T, torch.inf), torch.zeros_like(is_reveal_T)
+    row_T, threshold_T = _rows_of_views(view_T), threshold_T.nan_to_num(nan=rule.confidence_threshold)
+    revealed_T = confidence_T.masked_fill(~is_reveal_T, torch.inf)
     bar_T = torch.full_like(confidence_T, torch.inf).scatter_reduce(0, row_T, revealed_T, "amin")[row_T]
     if rule.strategy == "low_confidence_dynamic":
         # A threshold step bars at the threshold itself; a fallback step, below it, at its one revealed token.
-        bar_T = torch.minimum(bar_T, thresholds_of(actions, rule))
-    return bar_T
-
-
-def thresholds_of(actions: Actions, rule: UnmaskingRule) -> Tensor:
-    """The confidence threshold that each action was decided with: its completion's own, else the rule's; (T,)."""
-    return actions.threshold_T.nan_to_num(nan=rule.confidence_threshold)
-
-
-def may_tie(confidence_T: Tensor, bar_T: Tensor, actions: Actions, rule: UnmaskingRule) -> Tensor:
-    """Held actions whose token may also have had the bar's own confidence; (T,) bool.
-
-    Of equally confident positions the leftmost are revealed, so these stand right of every revealed one at the bar.
-    Ties are no rarity: a model that is certain gives 1 to the last bit.
-    """
-    place_T = torch.arange(len(actions), device=bar_T.device)
-    row_T = _rows_of_views(actions.view_T)
-    at_bar_T = actions.is_reveal_T & (confidence_T == bar_T)
-    nowhere_N = torch.full_like(place_T, len(actions))
+        bar_T = torch.minimum(bar_T, threshold_T)
+    # Of equally confident positions the leftmost are revealed, so a held one that had the bar's own confidence stands
+    # right of every revealed one at the bar. Ties are no rarity: a model that is certain gives 1 to the last bit.
+    place_T = torch.arange(len(bar_T), device=bar_T.device)
+    at_bar_T = is_reveal_T & (confidence_T == bar_T)
+    nowhere_N = torch.full_like(place_T, len(bar_T))
     last_N = nowhere_N.scatter_reduce(0, row_T, place_T.masked_fill(~at_bar_T, -1), "amax", include_self=False)
     has_one_at_bar_T, ties_T = last_N[row_T] >= 0, place_T > last_N[row_T]
     if rule.strategy == "low_confidence_dynamic" and rule.holds_at_threshold:
-        return ~has_one_at_bar_T | ties_T  # nobody stands at a bar that was exceeded
+        return bar_T, ~has_one_at_bar_T | ties_T  # nobody stands at a bar that was exceeded
     if rule.strategy == "low_confidence_dynamic":  # a token at the threshold itself is revealed wherever it stands
-        ties_T &= bar_T < thresholds_of(actions, rule)
-    return has_one_at_bar_T & ties_T
+        ties_T &= bar_T < threshold_T
+    return bar_T, has_one_at_bar_T & ties_T
 
 
 def _rows_of_views(view_T: Tensor) -> Tensor:

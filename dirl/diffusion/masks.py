@@ -64,6 +64,7 @@ def mask_views(trajectory: Trajectory, mask_token_id: int, plan: MaskPlan, seed:
         visited_VB=nowhere_VB,
         importance_V=torch.ones(len(block_V)),
         lead=trajectory.lead,
+        engine_logprob_VB=torch.full(masked_VB.shape, torch.nan),
     )
 
 

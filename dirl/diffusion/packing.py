@@ -86,6 +86,7 @@ class Views:
     visited_VB: Tensor  # bool, positions the decoder decided about in this very state
     importance_V: Tensor  # float32, 1 over how often a view like this was expected to be drawn; 1: it always is
     lead: int  # tokens that the document's first block lacks before position 0
+    engine_logprob_VB: Tensor  # float32 nats, as the engine recorded what it did in this very state; NaN: nothing
     confidence_threshold: float = math.nan  # the decoder's, where the completion had one of its own; NaN: the rule's
 
     def __len__(self) -> int:
@@ -177,6 +178,7 @@ class Actions:
     branch_T: Tensor  # int64, number of the action's branch in the pack, from 0
     completion_index_T: Tensor  # int64, index of the action's token in its completion
     threshold_T: Tensor  # float32, its completion's own confidence threshold; NaN: the rule's
+    engine_logprob_T: Tensor  # float32 nats, recorded by the engine in this very state; NaN where none
     has_holds: bool
     view_ends: tuple[int, ...]  # after which row the actions of each view end
 
@@ -184,10 +186,12 @@ class Actions:
     def of(cls, **columns: Tensor) -> Actions:
         """The table of these columns, which are on the host.
 
-        Without `importance_T` all views are always there, without `threshold_T` completions have the rule's threshold.
+        Without `importance_T` all views are always there, without `threshold_T` completions have the rule's threshold,
+        without `engine_logprob_T` nothing was recorded.
         """
         columns.setdefault("importance_T", torch.ones_like(columns["weight_T"]))
-        columns.setdefault("threshold_T", torch.full(columns["target_T"].shape, math.nan))
+        for name in ("threshold_T", "engine_logprob_T"):
+            columns.setdefault(name, torch.full(columns["target_T"].shape, math.nan))
         ends = columns["view_T"].unique_consecutive(return_counts=True)[1].cumsum(0)
         return cls(**columns, has_holds=not bool(columns["is_reveal_T"].all()), view_ends=tuple(ends.tolist()))
 
@@ -298,6 +302,7 @@ def _actions_of(
         "branch_T": torch.full_like(place_T, branch),
         "completion_index_T": completion_index_VB.flatten()[place_T],
         "threshold_T": torch.full(place_T.shape, views.confidence_threshold),
+        "engine_logprob_T": views.engine_logprob_VB.flatten()[place_T],
     }
 
 

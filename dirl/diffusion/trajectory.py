@@ -41,6 +41,7 @@ class Trajectory:
     window: int = 0
     unwritten_ids: Tensor | None = None  # full attention: (U,) int64, masks after the completion that were read
     lead: int = 0  # tokens that the first block lacks before position 0; see `DiffusionScheme.block_origin`
+    hold_logprobs: Tensor | None = None  # float32 nats, as the engine recorded them: the order of `replay_views`' holds
 
     def __post_init__(self) -> None:
         prompt_length, completion_length = len(self.prompt_ids), len(self.completion_ids)

@@ -36,6 +36,19 @@ class UnmaskingRule:
         if self.strategy not in get_args(UnmaskingStrategy):
             raise ValueError(f"unmasking_strategy must be one of {get_args(UnmaskingStrategy)}, got {self.strategy!r}")
 
+    @property
+    def reads_confidence(self) -> bool:
+        """Whether which positions are revealed depends on the tokens that were drawn."""
+        return self.strategy in ("low_confidence_dynamic", "low_confidence_static")
+
+    def undecided(self, masked_NB: Tensor) -> Tensor:
+        """The masked positions that a step decides about: those of the leftmost sub-block with masks; (N, B)."""
+        if not self.sub_block_length:
+            return masked_NB
+        lane_B = torch.arange(masked_NB.shape[-1], device=masked_NB.device) // self.sub_block_length
+        first_N1 = masked_NB.int().argmax(dim=-1, keepdim=True) // self.sub_block_length
+        return masked_NB & (lane_B == first_N1)
+
     def reveals(self, step_N: Tensor, block_length: int) -> Tensor:
         """Positions that the strategies with a fixed count reveal after so many steps of a block; (N,) int64.
 
@@ -65,10 +78,7 @@ def reveal_positions(
         step_N: int64, denoising steps that each block has taken.
         threshold_N: float32, each sequence's own in the place of the rule's, for `low_confidence_dynamic`.
     """
-    if rule.sub_block_length:
-        lane_B = torch.arange(masked_NB.shape[-1], device=masked_NB.device) // rule.sub_block_length
-        first_N1 = masked_NB.int().argmax(dim=-1, keepdim=True) // rule.sub_block_length
-        masked_NB = masked_NB & (lane_B == first_N1)
+    masked_NB = rule.undecided(masked_NB)
     count_N1 = rule.reveals(step_N, masked_NB.shape[-1])[:, None]
     if rule.strategy == "low_confidence_dynamic":
         threshold = rule.confidence_threshold if threshold_N is None else threshold_N[:, None]

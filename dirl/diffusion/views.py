@@ -61,6 +61,7 @@ def noisy_views(
         visited_VB=nowhere_KB,
         importance_V=torch.ones(len(block_K)),
         lead=trajectory.lead,
+        engine_logprob_VB=torch.full(masked_KB.shape, torch.nan),
     )
 
 
@@ -97,10 +98,29 @@ def replay_views(trajectory: Trajectory, mask_token_id: int, *, shrink: int = 1,
         weight_VB=torch.ones(steps_VB.shape),
         visited_VB=(revealed_VB & is_first_VB) | held_VB,
         importance_V=torch.ones(len(block_V)),
+        engine_logprob_VB=_recorded(trajectory, block_V, revealed_VB & is_first_VB, held_VB if shrink == 1 else None),
         confidence_threshold=trajectory.confidence_threshold,
         lead=trajectory.lead,
     )
     return views if score == "revealed" else _with_masked_scored(views)
+
+
+def _recorded(trajectory: Trajectory, block_V: Tensor, revealed_VB: Tensor, held_VB: Tensor | None) -> Tensor:
+    """What the engine recorded of these reveals and holds, NaN of all else; (V, B) float32 nats.
+
+    Raises:
+        ValueError: it recorded another number of holds than there are.
+    """
+    recorded_VB = torch.full(revealed_VB.shape, torch.nan)
+    if trajectory.logprobs is not None:
+        recorded_VB = trajectory.placed(trajectory.logprobs)[block_V].masked_fill(~revealed_VB, torch.nan)
+    if held_VB is not None and trajectory.hold_logprobs is not None:
+        if len(trajectory.hold_logprobs) != (num_holds := int(held_VB.sum())):
+            raise ValueError(
+                f"hold_logprobs must have one for each of {num_holds} holds, got {len(trajectory.hold_logprobs)}"
+            )
+        recorded_VB[held_VB] = trajectory.hold_logprobs
+    return recorded_VB
 
 
 def _with_masked_scored(views: Views) -> Views:
@@ -112,6 +132,7 @@ def _with_masked_scored(views: Views) -> Views:
         held_VB=torch.zeros_like(scored_VB),
         weight_VB=weight_V1.expand(scored_VB.shape).contiguous(),
         visited_VB=views.visited_VB & views.revealed_VB,
+        engine_logprob_VB=views.engine_logprob_VB.masked_fill(views.held_VB, torch.nan),
     )
 
 

@@ -40,7 +40,8 @@ def nominal_actions(count: int, per_view: int, *, has_holds: bool) -> Actions:
     """So many actions that all say the same, the last view shorter than the others."""
     whole_T, real_T, yes_T = torch.zeros(count, dtype=torch.int64), torch.zeros(count), torch.zeros(count).bool()
     integers = ("index_T", "target_T", "view_T", "block_T", "branch_T", "completion_index_T")
-    columns = dict.fromkeys(integers, whole_T) | dict.fromkeys(("weight_T", "importance_T", "threshold_T"), real_T)
+    numbers = ("weight_T", "importance_T", "threshold_T", "engine_logprob_T")
+    columns = dict.fromkeys(integers, whole_T) | dict.fromkeys(numbers, real_T)
     ends = (*range(per_view, count, per_view), count)
     return Actions(**columns, is_reveal_T=yes_T, is_visited_T=yes_T, has_holds=has_holds, view_ends=ends)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dirl.diffusion.packing import PackedViews
+from dirl.errors import UserError
 from dirl.rl.objective import LossType, ObjectiveConfig
 from dirl.rl.rollout_group import RolloutGroup
 from dirl.training.distributed import Distributed
@@ -39,7 +40,6 @@ class PolicyBatch:
     num_covered_T: Tensor  # float32, tokens of its completion that any view scores
     num_parts_T: Tensor  # float32, micro-batches its completion lies in
     sampled_at_T: Tensor  # int64, optimizer steps that the weights which sampled it had taken
-    engine_logprob_T: Tensor  # float32 nats, recorded by the engine in this very state; NaN where none
     behavior_logprob_T: Tensor  # float32 nats, by the policy that sampled it; NaN: that is the policy itself
     ref_logprob_T: Tensor  # float32 nats, by the reference; NaN: as the policy's own
     coefficient_T: Tensor  # float32, the normaliser of loss_type, over how often its view was expected to be drawn
@@ -63,7 +63,6 @@ class PolicyBatch:
             num_covered_T=ones_T,
             num_parts_T=ones_T,
             sampled_at_T=zeros_T.long(),
-            engine_logprob_T=nothing_T,
             behavior_logprob_T=nothing_T,
             ref_logprob_T=nothing_T,
             coefficient_T=zeros_T,
@@ -72,6 +71,11 @@ class PolicyBatch:
             value_T=zeros_T,
             return_T=zeros_T,
         )
+
+    @property
+    def engine_logprob_T(self) -> Tensor:
+        """Float32 nats, recorded by the engine in this very state; NaN where none."""
+        return self.packed.actions.engine_logprob_T
 
     def to(self, device: torch.device) -> PolicyBatch:
         columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_T")}
@@ -102,7 +106,7 @@ def annotate(
         filler: a pack for the passes that only keep other ranks company.
     """
     if trusts_engine:
-        batches = [_with_behavior(batch, batch.engine_logprob_T, before) for batch in batches]
+        batches = [_with_behavior(batch, _numbers(batch.engine_logprob_T), before) for batch in batches]
     needs = [bool(batch.needs_behavior_T(before).any()) for batch in batches]
     if distributed.is_sharded:  # passes are collective: what one rank needs, all take part in
         needs = [distributed.max(float(any(needs))) > 0] * len(batches)
@@ -117,6 +121,28 @@ def annotate(
         return filled
     ref_logprobs = scores_of([batch.packed for batch in filled], reference, filler, distributed)
     return [replace(batch, ref_logprob_T=ref_T) for batch, ref_T in zip(filled, ref_logprobs, strict=True)]
+
+
+def refuse_unknown(batches: Sequence[PolicyBatch], now: int) -> None:
+    """Check that it is known what weights which are gone gave the actions they sampled.
+
+    Args:
+        now: optimizer steps that the weights have taken.
+    Raises:
+        UserError: nobody can tell any more, and what the policy gives now would be taken for it.
+    """
+    unknown = [batch.needs_behavior_T(now) & _numbers(batch.engine_logprob_T).isnan() for batch in batches]
+    if count := sum(int(unknown_T.sum()) for unknown_T in unknown):
+        raise UserError(
+            f"rollout: of {count} actions that weights before step {now} sampled the engine recorded no "
+            "log-probability, and nobody else can tell; an engine must return Completion.logprobs, and with "
+            "record_holds hold_logprobs, or set rollout.max_staleness=0"
+        )
+
+
+def _numbers(recorded_T: Tensor) -> Tensor:
+    """What an engine recorded, NaN for what is no number."""
+    return recorded_T.masked_fill(~recorded_T.isfinite(), torch.nan)
 
 
 @torch.no_grad()

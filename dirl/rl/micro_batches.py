@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Generator, Tensor
 
-from dirl.diffusion.packing import Actions, DiffusionScheme, ViewedDocument, Views, pack
+from dirl.diffusion.packing import DiffusionScheme, ViewedDocument, Views, pack
 from dirl.errors import UserError
 from dirl.rl.actions import PolicyBatch
 from dirl.rl.objective import ObjectiveConfig
@@ -196,22 +196,10 @@ def _policy_batch(
         num_covered_T=at_actions([part.num_covered for part in parts]).float(),
         num_parts_T=at_actions([part.num_parts for part in parts]).float(),
         is_split=any(part.num_parts > 1 for part in parts),
-        engine_logprob_T=_engine_logprobs(packed.actions, [part.completion for part in parts]),
         behavior_logprob_T=_remembered(branch_T, row_T, parts, objective),
     )
     _refuse_cut_corrections(batch, objective)
     return batch
-
-
-def _engine_logprobs(actions: Actions, completions: Sequence[Completion]) -> Tensor:
-    """The engine's logprob at each reveal in a state it visited, NaN elsewhere."""
-    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
-    recorded = torch.cat(
-        [torch.tensor(c.logprobs if c.logprobs is not None else [torch.nan] * len(c.token_ids)) for c in completions]
-    )
-    first_N = lengths.cumsum(0) - lengths
-    recorded_T = recorded[first_N[actions.branch_T] + actions.completion_index_T]
-    return recorded_T.masked_fill(~(actions.is_reveal_T & actions.is_visited_T), torch.nan)
 
 
 def _remembered(branch_T: Tensor, row_T: Tensor, parts: Sequence[_Part], objective: ObjectiveConfig) -> Tensor:

@@ -59,7 +59,8 @@ class ObjectiveConfig(Config):
     mask_weights: MaskWeights = "elbo"  # of a token: elbo (m/k), none (1), mean (1/k)
     full_mask_share: float = bounded(0.0, least=0, most=1)  # masks: weight of a view that masks all; 1: nothing else
     refresh_masks: bool = False  # masks: others in each pass over the rollouts
-    gauge_completions: int = bounded(4, least=0)  # masks: replayed a step and rank, to compare engine and trainer
+    # masks, and where no group is fresh: replayed a step and rank, to compare engine and trainer
+    gauge_completions: int = bounded(4, least=0)
     # The ratio and what is made of it.
     importance_sampling_level: Level = "action"  # over which actions a ratio is taken and clipped
     ratio_normalizer: Literal["none", "length"] = "none"  # length: the log-ratio over the completion's tokens

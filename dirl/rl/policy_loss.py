@@ -79,8 +79,8 @@ def policy_loss(
         "nll": nll_T.sum(),
         "tokens": torch.full_like(own_T.sum(), len(batch.packed), dtype=torch.float64),
     }
-    gauge_sums, gauge_largest = gauge(batch, own_T, objective, fresh_since)
-    return Loss(loss, len(batch.packed), sums | gauge_sums, gauge_largest)
+    gauged = gauge(batch, own_T, objective, fresh_since)
+    return Loss(loss, len(batch.packed), sums | gauged.sums, gauged.largest, gauged.samples)
 
 
 @dataclass(frozen=True)

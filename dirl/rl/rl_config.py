@@ -108,11 +108,11 @@ class RLConfig(TrainingConfig, UpdateConfig):
     def _check_behavior(self) -> None:
         """Where the policy that sampled is not the one that is trained, what it gave each action must be recorded."""
         objective, cache = self.objective, self.rollout.approximate_cache
-        is_recorded = objective.views == "replay" and objective.likelihood == "reveal" and objective.shrink == 1
-        if self.rollout.max_staleness and not (is_recorded and objective.score == "revealed"):
+        is_recorded = objective.views == "replay" and objective.shrink == 1 and objective.score == "revealed"
+        if self.rollout.max_staleness and not is_recorded:
             raise UserError(
                 f"rollout.max_staleness={self.rollout.max_staleness} needs what the engine recorded of each action: "
-                "objective.views=replay, likelihood=reveal, shrink=1, score=revealed; set these, or max_staleness=0"
+                "objective.views=replay, shrink=1, score=revealed; set these, or max_staleness=0"
             )
         # Under masks no ratio could be taken: the gauge alone tells.
         if cache != "none" and objective.views == "replay" and objective.importance_sampling_correction == "none":
@@ -132,6 +132,15 @@ class RLConfig(TrainingConfig, UpdateConfig):
                 f"rollout.mode={self.rollout.mode}: that engine is built for one; set rollout.engine=torch, "
                 "rollout.mode=colocate"
             )
+
+    @property
+    def records_holds(self) -> bool:
+        """Whether the engine records holds: it was told to, or what it gave them counts in training."""
+        rollout = self.rollout
+        is_off_policy = rollout.max_staleness > 0 or rollout.oversampling > 1 or self.steps_per_rollout > 1
+        is_weighed = self.objective.importance_sampling_correction != "none"
+        is_read = self.objective.likelihood == "trajectory" and (is_off_policy or is_weighed)
+        return rollout.record_holds or is_read
 
     @property
     def has_critic(self) -> bool:

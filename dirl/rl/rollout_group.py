@@ -103,16 +103,23 @@ class RolloutGroup:
             "scored_as",
         )
         row = {name: getattr(self, name) for name in names}
-        completions = [{**asdict(c), "logprobs": _json_numbers(c.logprobs)} for c in self.completions]
+        completions = [
+            {**asdict(c), **{name: _json_numbers(getattr(c, name)) for name in _RECORDED}} for c in self.completions
+        ]
         choice = asdict(self.threshold_choice) if self.threshold_choice else None
         return {"prompt": prompt_index, "completions": completions, "threshold_choice": choice, **row}
 
     @classmethod
     def from_row(cls, row: dict[str, Any], prompts: Sequence[Prompt]) -> RolloutGroup:
-        completions = [Completion(**{**c, "logprobs": _numbers(c["logprobs"])}) for c in row["completions"]]
+        completions = [
+            Completion(**{**c, **{name: _numbers(c.get(name)) for name in _RECORDED}}) for c in row["completions"]
+        ]
         choice = ThresholdChoice(**chosen) if (chosen := row.get("threshold_choice")) else None
         read = {"prompt": prompts[row["prompt"]], "completions": completions, "threshold_choice": choice}
         return cls(**{**row, **read})
+
+
+_RECORDED = ("logprobs", "hold_logprobs")  # numbers of an engine
 
 
 def _json_numbers(values: list[float] | None) -> list[float | None] | None:

@@ -252,6 +252,5 @@ def _no_views(scheme: DiffusionScheme, prompt_length: int) -> Views:
     """A completion of nothing: its branch holds the prompt's tail, the tokens of its last block."""
     ids, lanes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, scheme.block_length, dtype=torch.int64)
     nowhere = lanes.bool()
-    return Views(
-        ids, ids, lanes, lanes, nowhere, nowhere, lanes.float(), nowhere, torch.zeros(0), scheme.lead(prompt_length)
-    )
+    nothing = torch.zeros(0), scheme.lead(prompt_length), lanes.float()
+    return Views(ids, ids, lanes, lanes, nowhere, nowhere, lanes.float(), nowhere, *nothing)

@@ -136,11 +136,14 @@ class RLTrainer(Trainer):
         if after < self.config.max_steps:
             self.collector.look_ahead()
         advantages = advantages_of(collected.groups, self.config.objective, self.distributed)
+        probe = self._probe
+        if self.ahead is None and not self.updater.is_compared(collected.groups, self.steps_done):
+            probe = self.collector.probe(self.steps_done)
         if self.ahead is None:
             with self.timings.phase("update_weights"):
                 self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
-            metrics = self.updater.update(collected.groups, advantages, self.steps_done, self._probe)
+            metrics = self.updater.update(collected.groups, advantages, self.steps_done, probe)
             if self.thresholds:
                 metrics |= self.thresholds.update(collected.groups, advantages, self.config.num_iterations)
         with self.timings.phase("update_weights"):
@@ -291,7 +294,8 @@ class RLTrainer(Trainer):
 
     def _rollouts(self) -> Rollouts:
         size = self.model.scheme.block_length, self.model.config.hidden_size  # what replaying a group costs depends on
-        return Rollouts(self.engine, self.rubric, self.config.rollout, self.timings, size, self.thresholds)
+        config = replace(self.config.rollout, record_holds=self.config.records_holds)
+        return Rollouts(self.engine, self.rubric, config, self.timings, size, self.thresholds)
 
     def _value_model(self) -> ValueModel:
         config = self.config

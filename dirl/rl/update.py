@@ -27,7 +27,7 @@ from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.views import placeholder_pack
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import ActionScores
-from dirl.rl.actions import PolicyBatch, annotate, scores_of, with_advantages, with_coefficients
+from dirl.rl.actions import PolicyBatch, annotate, refuse_unknown, scores_of, with_advantages, with_coefficients
 from dirl.rl.critic import Critic, CriticConfig, critic_metrics
 from dirl.rl.gauge import gauge, gauged_over_ranks
 from dirl.rl.micro_batches import Layout, pack_groups
@@ -50,7 +50,8 @@ class UpdateConfig(Config):
     critic: CriticConfig = field(default_factory=CriticConfig)  # of objective.advantage=gae
     num_iterations: int = bounded(1, least=1)  # passes over a batch of rollouts
     steps_per_generation: int = bounded(1, least=1)  # optimizer steps a pass is split into
-    # nats; a larger mean |trainer - engine| over a batch ends the run. 0: never
+    # nats; a larger mean |trainer - engine| over the tokens of a batch, or over its holds that the engine recorded,
+    # ends the run. 0: never
     max_logp_difference: float = bounded(0.5, least=0)
 
     @property
@@ -113,6 +114,7 @@ class PolicyUpdater:
             gauged=gauged,
             has_reference=config.objective.beta > 0,
             max_logp_difference=config.max_logp_difference,
+            distributed=self.distributed,
         )
         return metrics | critic_metrics(critic_steps) if critic_steps else metrics
 
@@ -124,19 +126,31 @@ class PolicyUpdater:
         ]
         return self.learner.update(losses, partial(self._empty_loss, fresh_since))
 
+    def is_compared(self, groups: Sequence[RolloutGroup], now: int) -> bool:
+        """Whether the first optimizer step on these groups shows how far engine and trainer differ; collective.
+
+        It does not where all groups of this step had to wait and are taken as the engine recorded them.
+        """
+        first = groups[next(_slices(len(groups), self.config.steps_per_generation))]
+        is_shown = not self._trusts_engine or any(group.sampled_at == now for group in first)
+        return self.distributed.max(float(is_shown)) > 0
+
+    @property
+    def _trusts_engine(self) -> bool:
+        return self.config.objective.importance_sampling_correction == "none"
+
     def remember(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """Groups that must wait, with what the weights that sampled them give their actions; collective if sharded.
 
-        The weights are about to move on: from then on nobody could tell.
+        The weights are about to move on: from then on nobody could tell what the engine did not record.
         """
         lacking = [group for group in groups if not group.behavior_logprobs]
-        batches = self._packed(lacking)
-        packs = [batch.packed.to(self.distributed.device) for batch in batches]
-        scored = scores_of(packs, self._policy, self._filler(), self.distributed)
+        before = 1 + max((group.sampled_at for group in lacking), default=0)
+        batches = self._annotated(self._packed(lacking), before, reference=None)
         found: list[dict[int, float]] = [{} for group in lacking for _ in group.completions]
-        for batch, logprob_T in zip(batches, scored, strict=True):
-            rows = zip(batch.completion_T.tolist(), batch.row_T.tolist(), logprob_T.tolist(), strict=True)
-            for number, row, logprob in rows:
+        for batch in batches:
+            columns = batch.completion_T, batch.row_T, batch.behavior_logprob_T
+            for number, row, logprob in zip(*(column.tolist() for column in columns), strict=True):
                 found[number][row] = logprob
         in_order = iter([[rows[row] for row in sorted(rows)] for rows in found])
         scored_as = self.config.objective.scored_as
@@ -152,15 +166,13 @@ class PolicyUpdater:
     ) -> list[PolicyBatch]:
         """Micro-batches with every column filled."""
         config, objective = self.config, self.config.objective
-        batches = annotate(
-            self._packed(groups, iteration, math.ceil(objective.max_tokens_per_update / self.distributed.world_size)),
-            before=now if config.steps_per_rollout == 1 else now + 1,
-            trusts_engine=objective.importance_sampling_correction == "none",
-            policy=self._policy,
-            reference=self._reference if self.reference is not None else None,
-            filler=self._filler(),
-            distributed=self.distributed,
+        batches = self._packed(
+            groups, iteration, math.ceil(objective.max_tokens_per_update / self.distributed.world_size)
         )
+        if self._trusts_engine:
+            refuse_unknown(batches, now)
+        before = now if config.steps_per_rollout == 1 else now + 1
+        batches = self._annotated(batches, before, None if self.reference is None else self._reference)
         batches = with_coefficients(
             batches,
             groups,
@@ -170,6 +182,19 @@ class PolicyUpdater:
         )
         batches = with_advantages(batches, advantages)
         return batches if self.critic is None else self.critic.judge(batches, self._filler())
+
+    def _annotated(
+        self, batches: Sequence[PolicyBatch], before: int, reference: Callable[[PackedViews], Tensor] | None
+    ) -> list[PolicyBatch]:
+        return annotate(
+            batches,
+            before=before,
+            trusts_engine=self._trusts_engine,
+            policy=self._policy,
+            reference=reference,
+            filler=self._filler(),
+            distributed=self.distributed,
+        )
 
     def _packed(
         self, groups: Sequence[RolloutGroup], iteration: int = 0, tokens_per_update: int = 0
@@ -202,9 +227,10 @@ class PolicyUpdater:
         objective = self.config.objective
         if (objective.views == "replay" and not is_needed) or objective.gauge_completions == 0:
             return None
+        replayed = ObjectiveConfig(likelihood=objective.likelihood)
         fresh = next((group for group in groups if group.sampled_at == now), None)
         few = [] if fresh is None else [fresh.of_first(objective.gauge_completions)]
-        batches = pack_groups(few, ObjectiveConfig(), self._layout())
+        batches = pack_groups(few, replayed, self._layout())
         packs = [batch.packed.to(self.distributed.device) for batch in batches]
         own = scores_of(packs, self._policy, self._filler(), self.distributed)
         batches = [batch.to(self.distributed.device) for batch in batches]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from dirl.data.chat import decode, stop_token_ids
 from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
-from dirl.rollout.engine import Completion, SamplingConfig
+from dirl.rollout.block_step import DenoisingStep
+from dirl.rollout.engine import Completion, Request, SamplingConfig
 
 
 def touched_tokens(
@@ -92,9 +94,34 @@ def make_completion(
     )
 
 
-def in_windows(completion: Completion, sampling: SamplingConfig, scheme: DiffusionScheme) -> Completion:
-    """A completion with what its replay must know: its windows, and under full attention the rest of its canvas."""
+def in_windows(
+    completion: Completion, sampling: SamplingConfig, scheme: DiffusionScheme, hold_logprobs: list[float] | None
+) -> Completion:
+    """A completion with what its replay must know: its windows, and under full attention the rest of its canvas.
+
+    Args:
+        hold_logprobs: what was recorded of its holds, if anything.
+    """
+    completion = replace(completion, hold_logprobs=hold_logprobs)
     if scheme.block_length:
         return replace(completion, generation_window=sampling.sub_block_length)
     num_unwritten = sampling.max_completion_length - len(completion.token_ids)
     return replace(completion, generation_window=sampling.generation_window, num_unwritten=num_unwritten)
+
+
+class HoldRecord:
+    """Log-probabilities of the holds of sequences in flight, each one's in the order in which they were decided."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, array[float]] = {}  # by index of the request
+
+    def add(self, requests: Sequence[Request | None], step: DenoisingStep) -> None:
+        """One denoising step of theirs, a row each; the host waits for it."""
+        assert step.holds_NB is not None
+        for request, row in zip(requests, step.holds_NB.tolist(), strict=True):
+            assert request is not None
+            self._of.setdefault(request.index, array("f")).extend(hold for hold in row if not math.isnan(hold))
+
+    def pop(self, index: int) -> list[float] | None:
+        """A finished one's; None where nothing was recorded."""
+        return self._of.pop(index).tolist() if index in self._of else None

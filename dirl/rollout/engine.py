@@ -54,6 +54,9 @@ class SamplingConfig(Config):
     generation_window: int = bounded(32, least=0)
     # blocks: tokens of a block that are all revealed before any right of them (Fast-dLLM v2); 0: the whole block
     sub_block_length: int = bounded(0, least=0)
+    # also record the log-probability of each position that a step leaves masked to stay so. RL turns it on by itself
+    # where objective.likelihood=trajectory trains off-policy; takes the rows of such positions through lm_head again
+    record_holds: bool = False
 
     def check(self) -> None:
         if 0 < self.temperature < LEAST_TEMPERATURE:
@@ -143,6 +146,9 @@ class Completion:
     # part of a block
     generation_window: int = 0
     num_unwritten: int = 0  # full attention: masks that stood after the R tokens to the end
+    # nats, of each position that a step decided to leave masked, in the order of the decisions: by block, by denoising
+    # step in it, from left to right, as replay has its holds. None: not recorded
+    hold_logprobs: list[float] | None = None
 
     @property
     def tokens_per_step(self) -> float:

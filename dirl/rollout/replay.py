@@ -29,7 +29,10 @@ def trajectory_of(completion: Completion, scheme: DiffusionScheme) -> Trajectory
         torch.tensor(ids, dtype=torch.int64)
         for ids in (completion.prompt_ids, completion.token_ids, completion.step_map)
     )
-    recorded = None if completion.logprobs is None else torch.tensor(completion.logprobs, dtype=torch.float32)
+    recorded, holds = (
+        None if values is None else torch.tensor(values, dtype=torch.float32)
+        for values in (completion.logprobs, completion.hold_logprobs)
+    )
     threshold = math.nan if completion.confidence_threshold is None else completion.confidence_threshold
     unwritten_ids = None
     if scheme.block_length == 0:
@@ -38,6 +41,7 @@ def trajectory_of(completion: Completion, scheme: DiffusionScheme) -> Trajectory
         *(prompt_ids, completion_ids, step_map, scheme.block_length, recorded, threshold),
         completion.generation_window,
         unwritten_ids,
+        hold_logprobs=holds,
         lead=scheme.lead(len(prompt_ids)),
     )
 

@@ -18,7 +18,7 @@ _LOSS = (
 )
 _DECILES = "held-out cross-entropy per masked token at noise levels from d/10 to (d+1)/10"
 _BINS = "groups with no right completion (`0`), up to a quarter, half, three quarters, below all, all (`100`)"
-_RATIO = "probability ratio, trainer over engine, of a token under the weights that sampled it, before any cut"
+_RATIO = "probability ratio, trainer over engine, of a token or hold under the weights that sampled it, before any cut"
 
 TABLE = MetricTable(
     (
@@ -189,9 +189,25 @@ TABLE = MetricTable(
             "Trainer against engine",
         ),
         Metric("sampling/logp_difference/max", "nats", "the largest of these differences", "Trainer against engine"),
+        Metric(
+            "sampling/hold_logp_difference/mean",
+            "nats",
+            "the same of holds, where the engine recorded them",
+            "Trainer against engine",
+        ),
+        Metric("sampling/hold_logp_difference/max", "nats", "the largest of these", "Trainer against engine"),
         Metric("sampling/importance_sampling_ratio/min", "", f"smallest {_RATIO}", "Importance sampling ratio"),
         Metric("sampling/importance_sampling_ratio/mean", "", f"mean {_RATIO}", "Importance sampling ratio"),
         Metric("sampling/importance_sampling_ratio/max", "", f"largest {_RATIO}", "Importance sampling ratio"),
+        *(
+            Metric(
+                f"sampling/importance_sampling_ratio/p{percent}",
+                "",
+                f"{percent.lstrip('0')} % of these ratios are no larger",
+                "Importance sampling ratio",
+            )
+            for percent in ("01", "50", "99")
+        ),
         Metric(
             "sampling/importance_sampling_ratio/cut_fraction",
             "share",

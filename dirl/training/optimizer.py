@@ -93,6 +93,7 @@ class Loss:
     num_tokens: int  # packed tokens, for who shows progress
     sums: Mapping[str, Tensor] = field(default_factory=dict)  # scalars that metrics are made of, added over all ranks
     largest: Mapping[str, Tensor] = field(default_factory=dict)  # scalars of which the largest counts
+    samples: Mapping[str, Tensor] = field(default_factory=dict)  # one dimension, of which quantiles are taken
 
     def nothing(self) -> Loss:
         """The same without weight: zero, with a gradient of zero for every parameter."""
@@ -101,6 +102,7 @@ class Loss:
             0,
             {name: torch.zeros_like(value) for name, value in self.sums.items()},
             {name: torch.full_like(value, -math.inf) for name, value in self.largest.items()},
+            {name: value[:0] for name, value in self.samples.items()},
         )
 
 
@@ -111,6 +113,7 @@ class StepOutcome:
     metrics: dict[str, float]  # loss, grad_norm, learning_rate, skipped_steps
     sums: dict[str, float]
     largest: dict[str, float]
+    samples: Mapping[str, Tensor] = field(default_factory=dict)  # of this rank alone, on the device
 
 
 class _Totals:
@@ -120,6 +123,7 @@ class _Totals:
         self.names: tuple[list[str], list[str]] = ([], [])
         self._added: Tensor | None = None
         self._largest: Tensor | None = None
+        self._samples: list[Mapping[str, Tensor]] = []
 
     def add(self, loss: Loss) -> None:
         added = torch.stack([value.detach().double() for value in (loss.value, *loss.sums.values())])
@@ -127,7 +131,12 @@ class _Totals:
         if loss.largest:
             largest = torch.stack([value.detach().double() for value in loss.largest.values()])
             self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+        self._samples.append(loss.samples)
         self.names = (["loss", *loss.sums], list(loss.largest))
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        return {name: torch.cat([of_loss[name] for of_loss in self._samples]) for name in self._samples[0]}
 
     def numbers(self) -> Tensor:
         """All of them in one row, float64."""
@@ -232,7 +241,7 @@ class Learner:
             "learning_rate": learning_rate,
             "skipped_steps": float(not is_applied),
         }
-        return StepOutcome(metrics, sums, largest)
+        return StepOutcome(metrics, sums, largest, totals.samples)
 
     def state_dict(self) -> dict[str, Any]:
         """What is neither weights nor optimizer: the schedule, and the steps skipped in a row."""

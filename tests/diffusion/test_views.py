@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def actions_of(packed: PackedViews) -> list[Action]:
         actions.completion_index_T,
     )
     assert bool((actions.importance_T == 1).all())
-    assert len(columns) + 2 == len(actions.columns())  # the threshold has a test of its own
+    assert len(columns) + 3 == len(actions.columns())  # the threshold and the record have tests of their own
     return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
@@ -253,3 +254,43 @@ def test_placeholder_is_one_fully_masked_block() -> None:
     assert (len(packed), packed.actions.branch_T.tolist()) == (8, [0] * 4)
     assert packed.tokens.token_ids_L[packed.actions.index_T].tolist() == [MASK] * 4
     assert packed.actions.is_reveal_T.all()
+
+
+def recorded_trajectory(**changes: Any) -> Trajectory:
+    """Two blocks of 4, the first begins with the prompt: reveals 10 to 15, holds 20 to 23 in the order of decoding."""
+    ids_R, steps_R = torch.arange(6), torch.tensor([2, 1, 1, 3, 2, 1])
+    record = {"logprobs": -torch.arange(10.0, 16.0), "hold_logprobs": -torch.arange(20.0, 24.0)}
+    return Trajectory(torch.arange(2), ids_R, steps_R, 4, **{**record, **changes})
+
+
+def recorded_of(views: Views) -> list[tuple[bool, int, float | None]]:
+    """Reveal or hold, its token, and what the engine recorded of it."""
+    actions = pack([ViewedDocument(torch.arange(2), [views])], 4).actions
+    columns = actions.is_reveal_T, actions.completion_index_T, -actions.engine_logprob_T
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(is_reveal, index, None if math.isnan(value) else value) for is_reveal, index, value in rows]
+
+
+def test_what_the_engine_recorded_stands_at_its_actions() -> None:
+    steps = [
+        [(False, 0, 20), (True, 1, 11)],
+        [(True, 0, 10)],
+        [(True, 2, 12), (False, 3, 21), (False, 4, 22), (True, 5, 15)],
+        [(False, 3, 23), (True, 4, 14)],
+        [(True, 3, 13)],
+    ]
+    every, views = [action for step in steps for action in step], replay_views(recorded_trajectory(), 99)
+    assert recorded_of(views) == every
+    assert recorded_of(views.rows(torch.tensor([False, False, True, False, True]))) == steps[2] + steps[4]
+    unrecorded = replay_views(recorded_trajectory(hold_logprobs=None), 99)
+    assert recorded_of(unrecorded) == [(kind, i, value if kind else None) for kind, i, value in every]
+    # In a state that the decoder did not visit, and of a hold that is scored as a token, it recorded nothing.
+    merged = {i: value for kind, i, value in recorded_of(replay_views(recorded_trajectory(), 99, shrink=2)) if kind}
+    assert merged == {0: None, 1: 11, 2: 12, 3: 13, 4: None, 5: 15}
+    masked = recorded_of(replay_views(recorded_trajectory(), 99, score="masked"))
+    assert masked == [(True, i, value if kind else None) for kind, i, value in every]
+
+
+def test_a_record_of_other_holds_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one for each of 4 holds, got 3"):
+        replay_views(recorded_trajectory(hold_logprobs=torch.zeros(3)), 99)

@@ -25,6 +25,7 @@ from dirl.sft.loss import nelbo_loss
 from tests.model import published
 from tests.model.published import PUBLISHED
 from tests.oracle import brute_force_logprobs
+from tests.parity.packs import packed, replayed
 from tests.parity.test_gradients import assert_same_gradient, noisy_document, sum_over_views
 from tests.parity.test_replay import STRATEGIES, TOLERANCE
 
@@ -54,13 +55,17 @@ def test_packed_replay_plain_passes_and_the_engine_agree(name: str, tmp_path: Pa
     model, tokenizer = opened(name, tmp_path)
     prompts = [torch.randint(0, 80, (length,)).tolist() for length in (3, 4, 9)]
     for strategy in STRATEGIES.values():
-        sampling = SamplingConfig(**{**vars(strategy), "max_completion_length": 11, "generation_window": 5})
+        asked = {"max_completion_length": 11, "generation_window": 5, "record_holds": True}
+        sampling = SamplingConfig(**{**vars(strategy), **asked})
         completions = TorchEngine(model, tokenizer).generate(prompts, sampling, [0, 1, 2])  # type: ignore[arg-type]
-        replayed = logprobs(model, completions, sampling)
-        for completion, found in zip(completions, replayed, strict=True):
+        scored = logprobs(model, completions, sampling)
+        for completion, found in zip(completions, scored, strict=True):
             plain = brute_force_logprobs(model, completion, sampling)
             assert float((found - plain).abs().max()) <= TOLERANCE, sampling.unmasking_strategy
             assert float((torch.tensor(completion.logprobs) - plain).abs().max()) <= TOLERANCE
+        pack_ = packed([[completion] for completion in completions], model, shared=False)
+        found_T, recorded_T = replayed(pack_, model, sampling), pack_.actions.engine_logprob_T
+        assert float((found_T - recorded_T).abs().max()) <= TOLERANCE  # reveals and holds, row for row
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -135,6 +135,8 @@ def test_sub_blocks_are_revealed_from_left_to_right(strategy: str, shift: int) -
 
 
 def assert_holds_equal_brute_force(sampling: SamplingConfig, block_length: int, shift: int = 0) -> None:
+    """Three roads once more: what the engine recorded of them, in the order of its record, is the replay's too."""
+    sampling = replace(sampling, record_holds=True)
     model, groups = group_of_completions(sampling, block_length, shift=shift)
     pack_ = packed(groups, model, shared=True)
     found_T = replayed(pack_, model, sampling)
@@ -142,8 +144,11 @@ def assert_holds_equal_brute_force(sampling: SamplingConfig, block_length: int, 
     held_T = ~pack_.actions.is_reveal_T
     assert int(held_T.sum()) > 20
     for branch, completion in enumerate(completions):
-        oracle_T = brute_force_actions(model, completion, sampling)
-        torch.testing.assert_close(found_T[pack_.actions.branch_T == branch], oracle_T, atol=2 * TOLERANCE, rtol=0)
+        oracle_T, mine_T = brute_force_actions(model, completion, sampling), pack_.actions.branch_T == branch
+        torch.testing.assert_close(found_T[mine_T], oracle_T, atol=2 * TOLERANCE, rtol=0)
+        recorded_T = torch.tensor(completion.hold_logprobs)
+        torch.testing.assert_close(recorded_T, found_T[mine_T & held_T], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(pack_.actions.engine_logprob_T[mine_T], found_T[mine_T], atol=TOLERANCE, rtol=0)
 
 
 def test_the_states_matter() -> None:

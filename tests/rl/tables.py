@@ -24,6 +24,7 @@ def table(
     token: list[int] | None = None,
     view: list[int] | None = None,
     block: list[int] | None = None,
+    engine_logprob_T: Tensor | None = None,
     **columns: Tensor,
 ) -> PolicyBatch:
     """Reveals of one completion in one view, or as the lists say; further columns by their names."""
@@ -42,6 +43,7 @@ def table(
         block_T=ids(block),
         branch_T=ids(completion),
         completion_index_T=ids(token),
+        **({} if engine_logprob_T is None else {"engine_logprob_T": engine_logprob_T}),
     )
     blank = PolicyBatch.blank(PackedViews(TokenTable(*[zeros_T] * 6), actions))
     ones = {"advantage_T": torch.ones(num_actions), "coefficient_T": torch.ones(num_actions)}

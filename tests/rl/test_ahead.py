@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from dirl.data.problems import Problem
 from dirl.errors import UserError
+from dirl.model.logprobs import PackedScorer
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.objective import ObjectiveConfig
@@ -67,10 +69,13 @@ def watched(ours: RLTrainer) -> tuple[dict[int, Any], list[list[RolloutGroup]]]:
     return versions, steps
 
 
-@pytest.mark.parametrize("max_staleness", [1, 2])
-def test_every_group_is_what_its_weights_give(tmp_path: Path, max_staleness: int) -> None:
+TRAJECTORY = ObjectiveConfig(likelihood="trajectory")
+
+
+@pytest.mark.parametrize(("max_staleness", "objective"), [(1, ObjectiveConfig()), (1, TRAJECTORY), (2, TRAJECTORY)])
+def test_every_group_is_what_its_weights_give(tmp_path: Path, max_staleness: int, objective: ObjectiveConfig) -> None:
     """An oracle that keeps the weights of every version decodes each group again, and scores it by replay."""
-    ours = trainer(tmp_path, max_staleness)
+    ours = trainer(tmp_path, max_staleness, objective=objective)
     versions, steps = watched(ours)
     look_ahead = ours.collector.look_ahead
 
@@ -86,15 +91,29 @@ def test_every_group_is_what_its_weights_give(tmp_path: Path, max_staleness: int
     assert sorted(numbers) == list(range(6 * 3))  # nothing twice, nothing lost
     ages = [now - group.sampled_at for now, groups in enumerate(steps) for group in groups]
     assert max(ages) == max_staleness and min(ages) == 0
+    num_holds = 0
     for group in (group for groups in steps for group in groups):
         engine = TorchEngine(versions[group.sampled_at], ours.tokenizer)
         seeds = [stable_seed(group.seed, sample) for sample in range(4)]
-        again = engine.generate([group.prompt.token_ids] * 4, ours.config.rollout, seeds)
+        again = engine.generate([group.prompt.token_ids] * 4, ours.collector.config, seeds)
         assert [c.token_ids for c in again] == [c.token_ids for c in group.completions]
         with torch.no_grad():
             replayed = logprobs(versions[group.sampled_at], group.completions, ours.config.rollout)
         for completion, logprob_R in zip(group.completions, replayed, strict=True):
             assert completion.logprobs == pytest.approx(logprob_R.tolist(), abs=1e-5)
+        num_holds += assert_actions_are_what_their_weights_give(ours, group, versions[group.sampled_at])
+    assert (num_holds > 100) == (objective is TRAJECTORY)
+
+
+def assert_actions_are_what_their_weights_give(ours: RLTrainer, group: RolloutGroup, model: Any) -> int:
+    """Every row that trains, reveals and holds alike; how many holds."""
+    num_holds = 0
+    for batch in ours.updater._table([group], [torch.zeros(4)], group.sampled_at + 1, 0):
+        with torch.no_grad():
+            expected_T = PackedScorer(model)(batch.packed, ours.updater.rule).logprob_T
+        torch.testing.assert_close(batch.behavior_logprob_T, expected_T, rtol=0, atol=1e-5)
+        num_holds += int((~batch.packed.actions.is_reveal_T).sum())
+    return num_holds
 
 
 def test_one_step_ahead_does_not_depend_on_who_is_faster(tmp_path: Path) -> None:
@@ -116,8 +135,9 @@ def delayed(function: Any, seconds: float) -> Any:
     return late
 
 
-def test_what_a_stale_action_was_given_is_what_the_engine_recorded(tmp_path: Path) -> None:
-    ours = trainer(tmp_path, 1)
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), TRAJECTORY], ids=lambda o: o.likelihood)
+def test_what_a_stale_action_was_given_is_what_the_engine_recorded(tmp_path: Path, objective: ObjectiveConfig) -> None:
+    ours = trainer(tmp_path, 1, objective=objective)
     tables: list[tuple[int, Any]] = []
     table = ours.updater._table
 
@@ -126,13 +146,17 @@ def test_what_a_stale_action_was_given_is_what_the_engine_recorded(tmp_path: Pat
         tables.extend((now, batch) for batch in found)
         return found
 
+    passes: list[bool] = []
+    ours.learner.module.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     ours.updater._table = kept  # type: ignore[method-assign]
     ours.train()
+    assert passes.count(True) == len(tables) and passes.count(False) == ours.steps_done  # the probes'
     for now, batch in tables:
         stale_T = batch.sampled_at_T < now
         assert bool(stale_T.all()) == (now > 0)
         recorded_T = torch.where(stale_T, batch.engine_logprob_T, torch.nan)
         assert torch.equal(batch.behavior_logprob_T.nan_to_num(9), recorded_T.nan_to_num(9))
+        assert not recorded_T[stale_T].isnan().any()
 
 
 def test_a_run_that_stops_goes_on_with_the_prompts_in_flight(tmp_path: Path) -> None:
@@ -208,7 +232,21 @@ def test_an_error_of_the_engine_reaches_the_trainer(tmp_path: Path) -> None:
         ours.step()
 
 
-@pytest.mark.parametrize("objective", [{"likelihood": "trajectory"}, {"shrink": 2}, {"views": "masks"}], ids=str)
+@pytest.mark.parametrize("part", ["logprobs", "hold_logprobs"])
+def test_an_engine_that_did_not_record_is_an_error(tmp_path: Path, part: str) -> None:
+    """What the policy gives now would be taken for what older weights gave."""
+    ours = trainer(tmp_path, 1, objective=TRAJECTORY)
+    generate = ours.engine.generate
+
+    def forgetful(*arguments: Any) -> Any:
+        return [replace(completion, **{part: None}) for completion in generate(*arguments)]
+
+    ours.engine.generate = forgetful  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"weights before step 1 sampled the engine recorded no log-probability"):
+        ours.train()
+
+
+@pytest.mark.parametrize("objective", [{"score": "masked"}, {"shrink": 2}, {"views": "masks"}], ids=str)
 def test_what_the_engine_does_not_record_is_refused(tmp_path: Path, objective: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"rollout\.max_staleness=1 needs what the engine recorded"):
         trainer(tmp_path, 1, objective=ObjectiveConfig(**objective))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import groupby
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from dirl.rl.actions import completion_coefficients
-from dirl.rl.gauge import importance_weights
+from dirl.rl.gauge import importance_weights, quantiles
 from dirl.rl.objective import ImportanceSampling, KLEstimator, Level, LossType, ObjectiveConfig
+from dirl.training.distributed import Distributed
 from tests.rl.tables import loss_of, table
 
 LENGTHS = [3, 1, 6]
@@ -255,4 +257,53 @@ def test_the_gauge_sees_ratios_before_they_are_cut() -> None:
     assert float(result.largest["ratio"]) == pytest.approx(math.exp(2.0))
     assert -float(result.largest["minus_ratio"]) == pytest.approx(math.exp(-0.5))
     assert int(result.sums["cut"]) == 1
+    torch.testing.assert_close(result.samples["ratio"][:3], torch.tensor([0.0, 2.0, -0.5]).exp())
+    assert bool(result.samples["ratio"][3].isnan())
     assert int(loss_of(logprob_T, batch, objective).sums["compared"]) == 0, "later it tells nothing"
+    # Without a correction what waited was taken as the engine recorded it, which says nothing about the engine.
+    assert int(loss_of(logprob_T, batch, ObjectiveConfig(), fresh_since=5).sums["compared"]) == 2
+
+
+def test_the_gauge_tells_holds_from_tokens() -> None:
+    """Holds differ little where tokens differ much: one mean of both would hide it."""
+    batch = table(4, engine_logprob_T=torch.tensor([-1.0, -1.0, -0.1, -0.1]))
+    actions = replace(batch.packed.actions, is_reveal_T=torch.tensor([True, True, False, False]))
+    batch = replace(batch, packed=replace(batch.packed, actions=actions))
+    result = loss_of(torch.tensor([-2.0, -1.0, -0.1, -0.4]), batch, ObjectiveConfig(), fresh_since=0)
+    sums = {name: float(result.sums[name]) for name in ("compared", "compared_holds", "difference", "hold_difference")}
+    assert sums == pytest.approx({"compared": 2, "compared_holds": 2, "difference": 1.0, "hold_difference": 0.3})
+    assert float(result.largest["hold_difference"]) == pytest.approx(0.3)
+    assert float(result.sums["ratio"]) == pytest.approx(math.exp(-1.0) + 1 + 1 + math.exp(-0.3))
+
+
+class Ranks(Distributed):
+    """This rank, and others that have gathered something else."""
+
+    def __init__(self, *others: Tensor) -> None:
+        self.others = others
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        found: list[Any] = []
+        for other in self.others:
+            quantiles(other, (), alone := Ranks())
+            found += alone.gathered
+        self.gathered = items
+        return [*items, *found]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7,), (100, 1, 299), (0, 4)])
+def test_quantiles_are_those_of_a_sorted_list_of_all_ranks(sizes: tuple[int, ...]) -> None:
+    ranks = [torch.cat([torch.randn(size), torch.full((3,), math.nan)]) for size in sizes]
+    every = sorted(value for rank in ranks for value in rank.tolist() if not math.isnan(value))
+    shares = (0.01, 0.25, 0.5, 0.99, 1.0)
+    expected = [every[math.ceil(round(share * len(every), 9)) - 1] for share in shares]
+    assert quantiles(ranks[0], shares, Ranks(*ranks[1:])) == pytest.approx(expected)
+
+
+def test_quantiles_of_many_values_are_close_and_of_none_no_numbers() -> None:
+    many = [torch.randn(300_000), torch.randn(9)]
+    expected = torch.cat(many).sort().values
+    found = quantiles(many[0], (0.01, 0.5, 0.99), Ranks(many[1]))
+    places = torch.searchsorted(expected, torch.tensor(found)) / len(expected)
+    torch.testing.assert_close(places, torch.tensor([0.01, 0.5, 0.99]), rtol=0, atol=1 / 4096)
+    assert all(map(math.isnan, quantiles(torch.tensor([math.nan]), (0.5,), Ranks())))

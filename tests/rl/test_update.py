@@ -90,11 +90,11 @@ def test_on_policy_every_level_takes_the_same_step(likelihood: Likelihood) -> No
     ("num_iterations", "likelihood", "correction", "num_passes"),
     [
         (1, "reveal", "none", 1),
-        (1, "trajectory", "none", 1),  # of holds the engine records nothing
+        (1, "trajectory", "none", 1),
         (1, "reveal", "token_truncate", 1),
         (2, "reveal", "none", 2),
-        (2, "trajectory", "none", 3),  # one more, before the first step
-        (2, "reveal", "token_truncate", 3),
+        (2, "trajectory", "none", 2),  # the engine has recorded holds as well
+        (2, "reveal", "token_truncate", 3),  # one more, before the first step
     ],
 )
 def test_no_forward_pass_is_made_but_for_training(
@@ -440,15 +440,29 @@ def test_groups_that_waited_keep_what_their_own_weights_gave_them(likelihood: Li
     assert num_checked > 0 and (num_holds > 0) == (likelihood == "trajectory")
 
 
+def test_no_pass_is_made_for_groups_that_wait_where_the_engine_recorded_them() -> None:
+    for correction, makes_passes in (("none", False), ("token_truncate", True)):
+        objective = replace(CARRYING.objective, importance_sampling_correction=correction)
+        trained, passes = trainer(replace(CARRYING, objective=objective)), []
+        trained.learner.module.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        assert trained.collector.collect(0).num_carried > 0
+        assert bool(passes) == makes_passes
+
+
 def test_metrics_and_the_guard_stay_on_where_groups_were_carried_over() -> None:
-    trained = trainer(CARRYING)
+    """Also in a step none of whose groups is fresh: then a short one is decoded for the comparison."""
+    trained = trainer(replace(CARRYING, rollout=replace(CARRYING.rollout, dynamic_sampling=False)))
+    probed, probe = [], trained.collector.probe
+    trained.collector.probe = lambda step: (probed.append(step), probe(step))[1]  # type: ignore[method-assign]
     seen = [trained.step() for _ in range(4)]
-    assert any(metrics["groups/carried_over"] for metrics in seen[:-1])
-    assert all(metrics["sampling/logp_difference/max"] < 1e-3 for metrics in seen)
+    assert [metrics["groups/carried_over"] for metrics in seen] == [4, 0, 4, 0] and probed == [1, 3]
+    for name in ("logp_difference/max", "hold_logp_difference/max"):
+        assert all(metrics[f"sampling/{name}"] < 1e-3 for metrics in seen)
 
 
+@pytest.mark.parametrize("part", ["logprobs", "hold_logprobs"])
 def test_an_engine_that_goes_wrong_later_ends_the_run_although_groups_are_carried_over(
-    monkeypatch: pytest.MonkeyPatch,
+    part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = trainer(replace(CARRYING, max_logp_difference=0.5))
     trained.step()
@@ -456,12 +470,29 @@ def test_an_engine_that_goes_wrong_later_ends_the_run_although_groups_are_carrie
     generate = trained.engine.generate
 
     def wrong(*arguments: Any) -> list[Completion]:
-        return [replace(c, logprobs=[x - 3 for x in c.logprobs or []]) for c in generate(*arguments)]
+        return [replace(c, **{part: [x - 3 for x in getattr(c, part)]}) for c in generate(*arguments)]  # type: ignore[arg-type]
 
     monkeypatch.setattr(trained.engine, "generate", wrong)
-    with pytest.raises(EngineMismatch):
+    with pytest.raises(EngineMismatch, match=r"differ by 3 nats a " + ("hold" if "hold" in part else "token")):
         for _ in range(3):
             trained.step()
+
+
+@pytest.mark.parametrize("correction", get_args(ImportanceSampling))
+def test_holds_are_recorded_where_they_are_read(correction: ImportanceSampling) -> None:
+    def records(likelihood: Likelihood, rollout: dict[str, Any], **changes: Any) -> bool:
+        objective = ObjectiveConfig(likelihood=likelihood, importance_sampling_correction=correction)
+        return replace(CONFIG, objective=objective, rollout=replace(CONFIG.rollout, **rollout), **changes).records_holds
+
+    off_policy: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"max_staleness": 1}, {}),
+        ({"oversampling": 1.5}, {}),
+        ({}, {"num_iterations": 2}),
+        ({}, {"steps_per_generation": 2}),
+    ]
+    assert all(records("trajectory", rollout, **changes) for rollout, changes in off_policy)
+    assert not any(records("reveal", rollout, **changes) for rollout, changes in off_policy)
+    assert records("trajectory", {}) == (correction != "none") and records("reveal", {"record_holds": True})
 
 
 def test_groups_without_actions_can_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from tests.oracle import (
     sharp_tiny_model,
     state_logits,
 )
+from tests.parity.packs import packed, replayed
 
 DYNAMIC = SamplingConfig(confidence_threshold=0.1, max_completion_length=20)
 FIXED_COUNTS: tuple[UnmaskingStrategy, ...] = ("low_confidence_static", "sequential", "random")
@@ -235,12 +237,13 @@ class EngineContract:
             pytest.skip("this engine has one threshold for all")
         prompts, seeds = random_prompts([1, 9, 3, 8, 4, 2, 17, 5]) * 2, range(16)
         thresholds = [0.02, 0.1, 0.3, 0.9] * 4
-        engine = self.make_engine(*likely_to_stop(), max_batch_size=5)
-        found = engine.generate(prompts, DYNAMIC, seeds, thresholds)
+        engine, sampling = self.make_engine(*likely_to_stop(), max_batch_size=5), replace(DYNAMIC, record_holds=True)
+        found = engine.generate(prompts, sampling, seeds, thresholds)
         assert [completion.confidence_threshold for completion in found] == thresholds
         for prompt, seed, threshold, completion in zip(prompts, seeds, thresholds, found, strict=True):
-            (alone,) = engine.generate([prompt], replace(DYNAMIC, confidence_threshold=threshold), [seed])
+            (alone,) = engine.generate([prompt], replace(sampling, confidence_threshold=threshold), [seed])
             assert (completion.token_ids, completion.step_map) == (alone.token_ids, alone.step_map)
+            assert completion.hold_logprobs == pytest.approx(alone.hold_logprobs, abs=self.logprob_tolerance)
             assert alone.confidence_threshold is None
         steps, tokens = (
             [sum(counts[i::4]) for i in range(4)]
@@ -290,6 +293,23 @@ class EngineContract:
             with torch.no_grad():
                 expected = brute_force_logprobs(model, completion, sampling).tolist()
             assert completion.logprobs == pytest.approx(expected, abs=self.logprob_tolerance)
+
+    @pytest.mark.parametrize("strategy", get_args(UnmaskingStrategy))
+    def test_holds_are_those_of_the_replay(self, strategy: UnmaskingStrategy) -> None:
+        model, _ = likely_to_stop()
+        drawn = {"temperature": 0.8, "top_k": 40, "confidence_threshold": 0.1, "entropy_bound": 3.0}
+        sampling = SamplingConfig(unmasking_strategy=strategy, max_completion_length=12, **drawn)  # type: ignore[arg-type]
+        prompts = random_prompts([2, 5, 8, 11] * 2)
+        completions = self.decode(prompts, replace(sampling, record_holds=True))
+        if completions[0].logprobs is None:
+            pytest.skip("this engine records no logprobs")
+        assert [replace(c, hold_logprobs=None) for c in completions] == self.decode(prompts, sampling)
+        pack_ = packed([[completion] for completion in completions], model, shared=False)
+        with torch.no_grad():
+            expected_T = replayed(pack_, model, sampling)[~pack_.actions.is_reveal_T]
+        assert len(expected_T) > 8
+        recorded = [hold for completion in completions for hold in completion.hold_logprobs or []]
+        assert recorded == pytest.approx(expected_T.tolist(), abs=self.logprob_tolerance)
 
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_forbidden_tokens_never_appear(self, temperature: float) -> None:

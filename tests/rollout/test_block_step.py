@@ -57,6 +57,8 @@ def assert_same(found: DenoisingStep, expected: DenoisingStep) -> None:
     for name in ("token_ids_NB", "logprobs_NB"):
         mine, theirs = (getattr(step, name)[expected.revealed_NB] for step in (found, expected))
         assert torch.equal(mine, theirs), name
+    assert found.holds_NB is not None and expected.holds_NB is not None
+    assert torch.equal(found.holds_NB.nan_to_num(9), expected.holds_NB.nan_to_num(9))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: f"{s.unmasking_strategy}-{s.temperature}")
@@ -66,14 +68,17 @@ def test_chunks_change_nothing_and_hidden_states_draw_as_logits_do(
     hidden_TX, blocks = some_blocks()
     suppressed_V = torch.arange(VOCAB) >= 37
     rules = sampling.rules(DiffusionScheme(block_length=BLOCK, mask_token_id=0))
-    whole = Sampler(Head(), *rules, suppressed_V).denoise(hidden_TX, blocks)
-    of_logits = Sampler(lambda logits_TV: logits_TV, *rules, suppressed_V)
+    whole = Sampler(Head(), *rules, suppressed_V, records_holds=True).denoise(hidden_TX, blocks)
+    of_logits = Sampler(lambda logits_TV: logits_TV, *rules, suppressed_V, records_holds=True)
     assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
     monkeypatch.setattr(block_step, "LOGITS_PER_CHUNK", 5 * VOCAB + 1)
     head, masked_T = Head(), blocks.masked_NB.flatten().nonzero().squeeze(1)
-    of_masked = Sampler(head, *rules, suppressed_V).denoise(hidden_TX[masked_T], blocks, masked_T)
+    of_masked = Sampler(head, *rules, suppressed_V, records_holds=True).denoise(hidden_TX[masked_T], blocks, masked_T)
     assert_same(of_masked, whole)
-    assert max(head.num_rows) == 5 and sum(head.num_rows) == len(masked_T)
+    held_NB = ~of_masked.holds_NB.isnan()  # type: ignore[union-attr]
+    assert torch.equal(held_NB, blocks.masked_NB & ~of_masked.revealed_NB)
+    num_read = len(masked_T) + int(held_NB.sum()) * ("low_confidence" in sampling.unmasking_strategy)
+    assert max(head.num_rows) == 5 and sum(head.num_rows) == num_read
     assert_same(of_logits.denoise(Head()(hidden_TX), blocks), whole)
     assert not bool((of_masked.revealed_NB & ~blocks.masked_NB).any())
 

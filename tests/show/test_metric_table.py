@@ -61,7 +61,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     )
     RLTrainer(rl, model=model, tokenizer=tokenizer, problems=problems).train()
     rollout = replace(rl.rollout, max_staleness=1, threshold_policy=[])
-    ahead = replace(rl, output_dir=str(folder / "ahead"), rollout=rollout)
+    objective = replace(rl.objective, likelihood="trajectory")
+    ahead = replace(rl, output_dir=str(folder / "ahead"), rollout=rollout, objective=objective)
     RLTrainer(ahead, model=model, tokenizer=tokenizer, problems=problems).train()
     rows = [json.loads(line) for run in ("sft", "rl", "ahead") for line in (folder / run / "metrics.jsonl").open()]
     return {key for row in rows for key in row}

@@ -108,7 +108,8 @@ class LMDeployEngine:
         touched = touched_tokens(prompts, seeds, sampling, self.scheme)
         for prompt, num_tokens in zip(prompts, touched, strict=True):
             self._check_fits(len(prompt), num_tokens)
-        self._agent.agent_strategy.rules = sampling.rules(self.scheme)
+        strategy = self._agent.agent_strategy
+        strategy.rules, strategy.records_holds = sampling.rules(self.scheme), sampling.record_holds
         traces = self._thread.run(self._decode(prompts, touched, seeds))
         completions = (
             make_completion(
@@ -121,7 +122,10 @@ class LMDeployEngine:
             )
             for prompt, trace in zip(prompts, traces, strict=True)
         )
-        return [in_windows(completion, sampling, self.scheme) for completion in completions]
+        return [
+            in_windows(completion, sampling, self.scheme, trace.holds if sampling.record_holds else None)
+            for completion, trace in zip(completions, traces, strict=True)
+        ]
 
     def update_weights(self, model: nn.Module) -> None:
         self._push(model)

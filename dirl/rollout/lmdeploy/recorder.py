@@ -19,6 +19,7 @@ Shapes: N sequences, B block length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -66,6 +67,7 @@ class Trace:
     token_ids: list[int]  # (R,)
     step_map: list[int]  # (R,)
     logprobs: list[float]  # (R,) nats
+    holds: list[float]  # nats, as `Completion.hold_logprobs`; empty where they are not recorded
 
 
 # -- on the device
@@ -78,6 +80,7 @@ class RecordingInputs(DLLMExtraInputs):
     seeds: Tensor  # (N,) int64
     steps: Tensor  # (N, B) int64
     logprobs: Tensor  # (N, B) float32
+    holds: Tensor | None = None  # (N, B) float32, of the step just taken: no step reads those before it
 
     def next_record(self) -> dict[str, Tensor]:
         """The record for the step that follows; a block that is in the cache makes room for a new one."""
@@ -95,6 +98,7 @@ class RecordingOutputs(DLLMExtraOutputs):
 
     steps: Tensor  # (N, B) int64
     logprobs: Tensor  # (N, B) float32
+    holds: Tensor | None  # (N, B) float32, of this step; NaN where nothing is held
 
 
 _RECORD = ("seeds", "steps", "logprobs")
@@ -135,7 +139,7 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
 
     def __init__(self, dllm_config: Any, dllm_mask_token: int) -> None:
         super().__init__(dllm_config=dllm_config, dllm_mask_token=dllm_mask_token)
-        self.rules = TokenDistribution(), UnmaskingRule()
+        self.rules, self.records_holds = (TokenDistribution(), UnmaskingRule()), False
         self.suppressed_V: Tensor | None = None  # bool on the device; set before the first request
 
     def make_extra_inputs(self, seqs: Sequence[RecordedSequence], model_inputs: Any) -> RecordingInputs:
@@ -159,7 +163,7 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
         return replace(stock, output_start_pos=torch.tensor([seq.input_end_pos for seq in seqs]))
 
     def make_extra_outputs(self, extra_inputs: RecordingInputs) -> RecordingOutputs:
-        return RecordingOutputs(extra_inputs.dllm_mask, steps=extra_inputs.steps, logprobs=extra_inputs.logprobs)
+        return RecordingOutputs(extra_inputs.dllm_mask, extra_inputs.steps, extra_inputs.logprobs, extra_inputs.holds)
 
     @torch.inference_mode()
     def post_sampling(
@@ -175,13 +179,15 @@ class RecordingAgentStrategy(DLLMModelAgentStrategy):
         end_N1 = (inputs.history_lengths + inputs.seq_length)[:, None]
         position_NB = end_N1 - self.block_size + torch.arange(self.block_size, device=mask_NB.device)
         blocks = Blocks(mask_NB == _MASKED, position_NB, extra_inputs.steps.amax(dim=1), extra_inputs.seeds)
-        step = Sampler(_as_they_are, *self.rules, self.suppressed_V).denoise(logits, blocks)
+        sampler = Sampler(_as_they_are, *self.rules, self.suppressed_V, self.records_holds)
+        step = sampler.denoise(logits, blocks)
         is_whole_N1 = (mask_NB == _UNMASKED).all(dim=1, keepdim=True)
         new_mask_NB = mask_NB.masked_fill(step.revealed_NB, _UNMASKED).masked_fill(is_whole_N1, _CACHED)
         steps_NB = torch.where(step.revealed_NB, blocks.step_N[:, None] + 1, extra_inputs.steps)
         logprobs_NB = torch.where(step.revealed_NB, step.logprobs_NB, extra_inputs.logprobs)
         token_NB = torch.where(step.revealed_NB, step.token_ids_NB, token_NB)
-        return token_NB.flatten(), RecordingInputs(new_mask_NB.flatten(), extra_inputs.seeds, steps_NB, logprobs_NB)
+        record = RecordingInputs(new_mask_NB.flatten(), extra_inputs.seeds, steps_NB, logprobs_NB, step.holds_NB)
+        return token_NB.flatten(), record
 
 
 def _as_they_are(logits_TV: Tensor) -> Tensor:
@@ -198,6 +204,7 @@ class RecordedSequence(SchedulerSequenceDLLM):
 
     step_map: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    holds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +233,7 @@ class RecordedSequence(SchedulerSequenceDLLM):
         """The trace of a finished sequence, in the field that travels to the response."""
         if self.status != MessageStatus.STOPPED:
             return None
-        return Trace(self.generated_ids.tolist(), list(self.step_map), list(self.logprobs))
+        return Trace(self.generated_ids.tolist(), list(self.step_map), list(self.logprobs), list(self.holds))
 
 
 class RecordingSequenceStrategy(DLLMSequenceStrategy):
@@ -241,9 +248,12 @@ class RecordingSequenceStrategy(DLLMSequenceStrategy):
         self, running: Sequence[RecordedSequence], batched_outputs: Any, model_inputs: Any, delta: Any, **kwargs: Any
     ) -> None:
         recorded = batched_outputs.extra_outputs
-        for seq, steps, logprobs in zip(running, recorded.steps.numpy(), recorded.logprobs.numpy(), strict=True):
+        holds = [[]] * len(running) if recorded.holds is None else recorded.holds.tolist()
+        columns = recorded.steps.numpy(), recorded.logprobs.numpy(), holds
+        for seq, steps, logprobs, held in zip(running, *columns, strict=True):
             if seq.status == MessageStatus.RUNNING:
                 seq.observe(steps, logprobs)
+                seq.holds += [hold for hold in held if not math.isnan(hold)]
         super().update_running(running, batched_outputs, model_inputs, delta, **kwargs)
 
 

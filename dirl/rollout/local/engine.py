@@ -27,7 +27,7 @@ from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
 from dirl.model.memory import cache_bytes_per_token, free_bytes
 from dirl.rollout.block_step import Sampler
-from dirl.rollout.decoded import check_thresholds, in_windows, make_completion, touched_tokens
+from dirl.rollout.decoded import HoldRecord, check_thresholds, in_windows, make_completion, touched_tokens
 from dirl.rollout.engine import Completion, EngineConfig, Request, RolloutError, SamplingConfig
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
@@ -141,7 +141,7 @@ class TorchEngine:
         carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
         slots = Slots(num_slots, num_blocks, scheme, carried)
         cache = BlockCache(self.model, num_slots, length, self.autocast)
-        sampler = Sampler(self.model.lm_head, *sampling.rules(scheme), suppressed_by(self.model))
+        sampler, holds = self._sampler(sampling), HoldRecord()
         stop_ids = torch.tensor(self.stop_ids, device=device)
         while True:
             prompts: Sequence[_Section] = []
@@ -158,10 +158,12 @@ class TorchEngine:
             hidden_MD = self._forward(slots, slot_A, masked_M, prompts, cache)
             step = sampler.denoise(hidden_MD, blocks, masked_M)
             slots.apply(step, slot_A)
+            if sampling.record_holds:
+                holds.add([slots.requests[slot] for slot in slot_A.tolist()], step)
             self.observer.stepped(partial(slots.frames, step, slot_A))
             for slot in slots.finish_blocks(stop_ids):
                 index, completion = self._completion(*slots.release(slot))
-                yield index, in_windows(completion, sampling, scheme)
+                yield index, in_windows(completion, sampling, scheme, holds.pop(index))
 
     def _decode_canvases(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         """The same under full attention, in batches: what has ended leaves room that the next batch takes."""
@@ -172,7 +174,7 @@ class TorchEngine:
             max(1, (self.config.max_cached_tokens or PASS_TOKENS) // length),
             len(requests) if kind == "none" else self._tokens_that_fit(length) // length,
         )
-        sampler = Sampler(self.model.lm_head, *sampling.rules(self.model.scheme), suppressed_by(self.model))
+        sampler, holds = self._sampler(sampling), HoldRecord()
         stop_ids = torch.tensor(self.stop_ids, device=next(self.model.parameters()).device)
         window = min(sampling.generation_window or length, sampling.max_completion_length)
         for first in range(0, len(requests), num_rows):
@@ -183,10 +185,16 @@ class TorchEngine:
                 masked_M = blocks.masked_NB.flatten().nonzero().squeeze(1)
                 step = sampler.denoise(canvases.forward(blocks, masked_M), blocks, masked_M)
                 canvases.apply(step)
+                if sampling.record_holds:
+                    holds.add(canvases.requests, step)
                 self.observer.stepped(partial(canvases.frames, step))
                 for written in canvases.finished(stop_ids):
                     index, completion = self._completion(*written)
-                    yield index, in_windows(completion, sampling, self.model.scheme)
+                    yield index, in_windows(completion, sampling, self.model.scheme, holds.pop(index))
+
+    def _sampler(self, sampling: SamplingConfig) -> Sampler:
+        rules = sampling.rules(self.model.scheme)
+        return Sampler(self.model.lm_head, *rules, suppressed_by(self.model), sampling.record_holds)
 
     def _precision(self) -> torch.autocast:
         device_type = next(self.model.parameters()).device.type

@@ -104,7 +104,10 @@ class ServerEngine:
             )
             for i, prompt in enumerate(prompts)
         ]
-        return [in_windows(completion, sampling, self.scheme) for completion in completions]
+        return [
+            in_windows(completion, sampling, self.scheme, answers[i].hold_logprobs)
+            for i, completion in enumerate(completions)
+        ]
 
     def update_weights(self, model: nn.Module) -> None:
         self._push(model)

@@ -152,8 +152,8 @@ async def _generate(rollouts: RolloutServer, request: Request) -> Response:
 def _rows(asked: GenerateRequest, completions: list[Completion]) -> Response:
     """The completions with the ids of their requests."""
     rows = [
-        CompletionRow(row.id, completion.token_ids, completion.step_map, completion.logprobs)
-        for row, completion in zip(asked.requests, completions, strict=True)
+        CompletionRow(row.id, done.token_ids, done.step_map, done.logprobs, done.hold_logprobs)
+        for row, done in zip(asked.requests, completions, strict=True)
     ]
     return JSONResponse({"completions": list(map(asdict, rows))})
 

@@ -88,6 +88,7 @@ class CompletionRow:
     token_ids: list[int]
     step_map: list[int]
     logprobs: list[float] | None
+    hold_logprobs: list[float] | None
 
 
 @dataclass(frozen=True)

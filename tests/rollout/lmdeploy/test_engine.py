@@ -144,7 +144,7 @@ def test_preempted_sequences_decode_the_same(monkeypatch: pytest.MonkeyPatch) ->
     from lmdeploy.pytorch.paging import scheduler as paging
 
     model, tokenizer = sharp_tiny_model()
-    sampling = SamplingConfig(confidence_threshold=0.2, max_completion_length=60)
+    sampling = SamplingConfig(confidence_threshold=0.2, max_completion_length=60, record_holds=True)
     prompts, seeds = random_prompts([9, 30, 14, 22, 6, 18, 25, 11]), range(8)
     expected = TorchEngine(model, tokenizer).generate(prompts, sampling, seeds)
     preempted = []
@@ -153,7 +153,10 @@ def test_preempted_sequences_decode_the_same(monkeypatch: pytest.MonkeyPatch) ->
         paging.Scheduler, "preempt_seqs", lambda self, seqs: (preempted.extend(seqs := list(seqs)), stock(self, seqs))
     )
     engine = make(model, tokenizer, num_gpu_blocks=17)
-    assert trained(engine.generate(prompts, sampling, seeds)) == trained(expected)
+    found = engine.generate(prompts, sampling, seeds)
+    assert trained(found) == trained(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.hold_logprobs == pytest.approx(other.hold_logprobs, abs=1e-4)
     assert preempted, "nothing was preempted"
 
 
