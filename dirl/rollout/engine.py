@@ -109,6 +109,12 @@ class Request:
     end: int  # first position that may not be touched
     threshold: float | None = None  # of its own; None: that of the sampling
     is_enough: Callable[[], bool] | None = None  # asked after each block: True ends the completion there
+    prefix: Completion | None = None  # whole blocks of its completion that were decoded before: it goes on behind them
+
+    @property
+    def known_ids(self) -> list[int]:
+        """What stands before the tokens to decode: the prompt, and the prefix."""
+        return [*self.prompt_ids, *(self.prefix.token_ids if self.prefix else ())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,8 @@ class Completion:
     # part of a block
     generation_window: int = 0
     num_unwritten: int = 0  # full attention: masks that stood after the R tokens to the end
+    # (R,) optimizer steps that the weights which sampled each token had taken; empty: what its group says, for all
+    sampled_at: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:

@@ -69,14 +69,14 @@ class Slots:
                 setattr(self, name, padded(value, *shape))
 
     def admit(self, requests: dict[int, Request]) -> None:
-        """Put requests into free slots, each at the block that follows its prompt's full blocks."""
+        """Put requests into free slots, each at the block that follows the full blocks of what is known of it."""
         block_length = self.block_length
         slot_N = torch.tensor(list(requests), device=self.device)
         lengths, blocks = [], []
         for slot, request in requests.items():
-            self.requests[slot] = request
-            lengths.append(len(request.prompt_ids))
-            tail = list(request.prompt_ids[lengths[-1] - lengths[-1] % block_length :])
+            self.requests[slot], known_ids = request, request.known_ids
+            lengths.append(len(known_ids))
+            tail = known_ids[lengths[-1] - lengths[-1] % block_length :]
             blocks.append(tail + [self.mask_token_id] * (block_length - len(tail)))
         length_N = torch.tensor(lengths, device=self.device)
         self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
@@ -115,7 +115,7 @@ class Slots:
         for row, slot in enumerate(slot_A.tolist()):
             request, done = self.requests[slot], self.done(slot)
             assert request is not None
-            filed = self.done_ids_SKB[slot].flatten()[done].tolist()
+            filed = request.known_ids[len(request.prompt_ids) :] + self.done_ids_SKB[slot].flatten()[done].tolist()
             tail = max(done.start - done.stop, 0)  # tokens of the prompt in this block
             is_committed = [True] * len(filed) + committed_AB[row][tail:]
             frames.append(Frame(request.index, filed + shown_AB[row][tail:], is_committed))
@@ -173,7 +173,7 @@ class Slots:
         request = self.requests[slot]
         assert request is not None
         num_blocks = int(self.block_S[slot] - self.first_block_S[slot])
-        return slice(len(request.prompt_ids) % self.block_length, num_blocks * self.block_length)
+        return slice(len(request.known_ids) % self.block_length, num_blocks * self.block_length)
 
     def compact(self) -> Tensor:
         """Drop the empty slots; returns the old number of each slot. As few as can be change theirs."""
