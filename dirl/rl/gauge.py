@@ -68,7 +68,7 @@ def gauge(batch: PolicyBatch, own_T: Tensor, objective: ObjectiveConfig, fresh_s
     else:
         is_fresh_T = batch.sampled_at_T >= fresh_since
         then_T = torch.where(is_fresh_T, own_T, batch.behavior_logprob_T)
-        is_compared_T = ~batch.engine_logprob_T.isnan() & (is_fresh_T | ~batch.behavior_logprob_T.isnan())
+        is_compared_T = ~batch.engine_logprob_T.isnan() & (is_fresh_T | batch.is_remembered_T)
     correction = objective.importance_sampling_correction
     difference_T = (then_T - batch.engine_logprob_T).abs()
     ratio_T = _raw_ratios(then_T, batch.engine_logprob_T, batch.completion_T, correction)

@@ -101,10 +101,13 @@ class RLConfig(TrainingConfig, UpdateConfig):
         """Where the policy that sampled is not the one that is trained, what it gave each action must be recorded."""
         objective, cache = self.objective, self.rollout.approximate_cache
         is_recorded = objective.views == "replay" and objective.likelihood == "reveal" and objective.shrink == 1
-        if self.rollout.max_staleness and not (is_recorded and objective.score == "revealed"):
+        set_to, off = f"max_staleness={self.rollout.max_staleness}", "max_staleness=0"
+        if self.rollout.partial:
+            set_to, off = "partial=true", "partial=false"
+        if set_to != off and not (is_recorded and objective.score == "revealed"):
             raise UserError(
-                f"rollout.max_staleness={self.rollout.max_staleness} needs what the engine recorded of each action: "
-                "objective.views=replay, likelihood=reveal, shrink=1, score=revealed; set these, or max_staleness=0"
+                f"rollout.{set_to} needs what the engine recorded of each action: objective.views=replay, "
+                f"likelihood=reveal, shrink=1, score=revealed; set these, or {off}"
             )
         # Under masks no ratio could be taken: the gauge alone tells.
         if cache != "none" and objective.views == "replay" and objective.importance_sampling_correction == "none":
