@@ -96,14 +96,19 @@ class Collector:
     def begin_stage(self, rollouts: Rollouts, from_step: int) -> None:
         """Roll out like this from now on; groups that wait and were sampled in an earlier stage are given up.
 
-        Prompts in flight begin anew.
+        With `partial` their prompts, and those in flight, begin anew.
 
         Args:
             from_step: finished optimizer steps at which the stage begins.
         """
         self.rollouts, self.config = rollouts, rollouts.config
+        old = [group for group in self.waiting if group.sampled_at < from_step]
         self.waiting = [group for group in self.waiting if group.sampled_at >= from_step]
-        self.in_flight = [one if one.sampled_at >= from_step else InFlight(one.taken) for one in self.in_flight]
+        if self.config.partial:
+            taken = [TakenPrompt(group.prompt, group.number, group.seed) for group in old]
+            taken += [one.taken for one in self.in_flight if one.sampled_at < from_step]
+            going_on = [one for one in self.in_flight if one.sampled_at >= from_step]
+            self.in_flight = sorted([*going_on, *map(InFlight, taken)], key=lambda one: one.taken.number)
 
     def interrupt(self) -> None:
         """Nothing is rolled out ahead any more; the prompts of these rounds come first in the next ones."""

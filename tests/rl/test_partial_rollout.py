@@ -300,16 +300,18 @@ def test_what_fails_amid_a_round_loses_no_prompt(monkeypatch: pytest.MonkeyPatch
 
 def test_a_stage_begins_prompts_in_flight_anew() -> None:
     ours, _ = collector(PARTIAL)
-    ours.collect(0)
-    numbers = [one.taken.number for one in ours.in_flight]
-    assert any(one.completions for one in ours.in_flight)
-    ours.begin_stage(ours.rollouts, 1)
-    assert [one.taken.number for one in ours.in_flight] == numbers
+    step = 0
+    while not (ours.waiting and any(one.completions for one in ours.in_flight)):
+        ours.collect(step)
+        step += 1
+    numbers = sorted(numbers_of(ours))
+    ours.begin_stage(ours.rollouts, step)
+    assert [one.taken.number for one in ours.in_flight] == numbers and not ours.waiting
     assert not any(one.completions for one in ours.in_flight)
-    ours.collect(1)
-    kept = ours.in_flight
-    ours.begin_stage(ours.rollouts, 1)  # as a run does that is resumed amid the stage
-    assert ours.in_flight == kept
+    ours.collect(step)
+    kept = ours.in_flight, ours.waiting
+    ours.begin_stage(ours.rollouts, step)  # as a run does that is resumed amid the stage
+    assert (ours.in_flight, ours.waiting) == kept
 
 
 @pytest.mark.parametrize("is_partial", [False, True])
