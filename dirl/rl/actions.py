@@ -41,6 +41,7 @@ class PolicyBatch:
     num_parts_T: Tensor  # float32, micro-batches its completion lies in
     sampled_at_T: Tensor  # int64, optimizer steps that the weights which sampled it had taken
     behavior_logprob_T: Tensor  # float32 nats, by the policy that sampled it; NaN: that is the policy itself
+    is_remembered_T: Tensor  # bool, this policy told it while it still was the one that sampled
     ref_logprob_T: Tensor  # float32 nats, by the reference; NaN: as the policy's own
     coefficient_T: Tensor  # float32, the normaliser of loss_type, over how often its view was expected to be drawn
     advantage_T: Tensor  # float32
@@ -64,6 +65,7 @@ class PolicyBatch:
             num_parts_T=ones_T,
             sampled_at_T=zeros_T.long(),
             behavior_logprob_T=nothing_T,
+            is_remembered_T=zeros_T.bool(),
             ref_logprob_T=nothing_T,
             coefficient_T=zeros_T,
             advantage_T=zeros_T,

@@ -8,6 +8,8 @@ Groups that teach nothing are dropped, counted, and replaced by groups of furthe
 
 With `max_staleness` rounds are rolled out ahead, while the trainer trains: collecting takes the earliest of them, and
 groups whose weights are too old are dropped and counted.
+
+With `partial` a second list, `in_flight`, has the prompts whose groups are not complete: each round goes on with them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dirl.data.prompt_stream import PromptStream, fingerprint
 from dirl.data.rows import shorten
 from dirl.errors import UserError
 from dirl.rl.ahead import RolloutsAhead
+from dirl.rl.partial_rollout import InFlight, PartialRollout
 from dirl.rl.rollout_group import Prompt, RolloutGroup
 from dirl.rl.rollouts import DropReason, RolloutConfig, Rollouts, TakenPrompt
 from dirl.training.balance import balanced_owners
@@ -45,7 +48,8 @@ class Collected:
     dropped: list[RolloutGroup]  # not trained on
     drop_reasons: list[DropReason]  # of each of these
     counters: dict[str, int]  # of the graders: timeouts, crashes, ...
-    metrics: dict[str, float]  # of rounds that were rolled out ahead: seconds, ages, groups that were too old
+    # of rounds that were rolled out ahead: seconds, and groups that were too old; of partial ones: what was in flight
+    metrics: dict[str, float]
     num_carried: int  # informative groups that were too many, over all ranks: the next step begins with them
 
     @property
@@ -80,9 +84,10 @@ class Collector:
         data = fingerprint((p.token_ids, p.problem.answer, p.problem.columns) for p in prompts)
         self.stream = PromptStream(len(prompts), seed, data)
         self.waiting: list[RolloutGroup] = []  # rolled out on this rank and not trained on yet
+        self.in_flight: list[InFlight] = []  # of this rank, the earliest first
         self.ahead = ahead
         self._unasked: deque[Sequence[TakenPrompt]] = deque()  # rounds that a stop or a stage has interrupted
-        self._ahead_sums: Counter[str] = Counter()  # of the step that is being collected
+        self._sums: Counter[str] = Counter()  # metrics of the step that is being collected
         self._num_taken = 0
         self._num_rounds = 0  # of the step that is being collected
         self._counters: Counter[str] = Counter()
@@ -91,11 +96,19 @@ class Collector:
     def begin_stage(self, rollouts: Rollouts, from_step: int) -> None:
         """Roll out like this from now on; groups that wait and were sampled in an earlier stage are given up.
 
+        With `partial` their prompts, and those in flight, begin anew.
+
         Args:
             from_step: finished optimizer steps at which the stage begins.
         """
         self.rollouts, self.config = rollouts, rollouts.config
+        old = [group for group in self.waiting if group.sampled_at < from_step]
         self.waiting = [group for group in self.waiting if group.sampled_at >= from_step]
+        if self.config.partial:
+            taken = [TakenPrompt(group.prompt, group.number, group.seed) for group in old]
+            taken += [one.taken for one in self.in_flight if one.sampled_at < from_step]
+            going_on = [one for one in self.in_flight if one.sampled_at >= from_step]
+            self.in_flight = sorted([*going_on, *map(InFlight, taken)], key=lambda one: one.taken.number)
 
     def interrupt(self) -> None:
         """Nothing is rolled out ahead any more; the prompts of these rounds come first in the next ones."""
@@ -104,8 +117,7 @@ class Collector:
 
     def probe(self, step: int) -> RolloutGroup:
         """A short group of the weights that were just pushed, on which engine and trainer can be compared at once."""
-        block_length, _ = self.rollouts.cost_shape
-        length = min(self.config.max_completion_length, max(_PROBE_TOKENS, 2 * block_length))
+        length = min(self.config.max_completion_length, max(_PROBE_TOKENS, 2 * self.rollouts.scheme.block_length))
         prompt, count = self.prompts[step % len(self.prompts)], 2
         seeds = [stable_seed(self.seed, -1, step, n) for n in range(count)]
         sampling = replace(self.config, max_completion_length=length)
@@ -128,7 +140,8 @@ class Collector:
         """This rank's groups of one step's batch; they leave the list. Those too many stay in it.
 
         Args:
-            oldest: with rounds ahead: groups of weights that had taken fewer optimizer steps are dropped.
+            oldest: groups of weights that had taken fewer optimizer steps are dropped, with rounds ahead; groups in
+                flight of weights that had taken as few are waited for.
         Raises:
             StopAsked: it was; the next call goes on from there.
             NoSignal: no group on any rank taught anything after the last round.
@@ -141,7 +154,7 @@ class Collector:
             missing = self.config.prompts_per_step - num_useful
             if missing <= 0 or self._num_rounds >= self.config.max_sampling_rounds:
                 break
-            self._roll_out_round(step, math.ceil(missing * self.config.oversampling))
+            self._roll_out_round(step, missing, oldest)
         useful = [group for group in self.waiting if self._is_useful(group)]
         dropped = [group for group in self.waiting if not self._is_useful(group)]
         if num_useful == 0:
@@ -153,13 +166,15 @@ class Collector:
             )
         groups, waiting, num_carried = self._shared_out(useful)
         reasons = [reason for group in dropped if (reason := self.config.reason_to_drop(group))]
-        collected = Collected(groups, dropped, reasons, dict(self._counters), self._ahead_metrics(), num_carried)
+        collected = Collected(groups, dropped, reasons, dict(self._counters), self._metrics(), num_carried)
         self._step_ends(self._remember(waiting) if num_carried else waiting)
         return collected
 
     def state_dict(self) -> dict[str, Any]:
         """The list of every rank, and the place in the stream; collective."""
         index = {id(prompt): number for number, prompt in enumerate(self.prompts)}
+        in_flight = [one.to_row(index[id(one.taken.prompt)]) for one in self.in_flight]
+        sums = {"counters": dict(self._counters), "sums": dict(self._sums)}
         thresholds = self.rollouts.thresholds
         waiting = [group.to_row(index[id(group.prompt)]) for group in self.waiting]
         rounds = [*(self.ahead.taken if self.ahead is not None else ()), *self._unasked]
@@ -170,7 +185,7 @@ class Collector:
             "num_rounds": self._num_rounds,
             "threshold_policy": thresholds.state_dict() if thresholds else None,
             "ranks": self.distributed.gather(
-                [{"waiting": waiting, "counters": dict(self._counters), "unasked": unasked}]
+                [{"waiting": waiting, "in_flight": in_flight, "unasked": unasked, **sums}]
             ),
         }
 
@@ -180,17 +195,31 @@ class Collector:
         self._num_taken, self._num_rounds = state["num_taken"], state["num_rounds"]
         if len(state["ranks"]) == self.distributed.world_size:
             mine = state["ranks"][self.distributed.rank]
-            rows, self._counters = mine["waiting"], Counter(mine["counters"])
-            unasked = mine.get("unasked", [])
+            rows, in_flight, unasked = mine["waiting"], mine.get("in_flight", []), mine.get("unasked", [])
+            sums = [mine]
         else:
             rows = self.distributed.share([row for rank in state["ranks"] for row in rank["waiting"]])
-            counters = [rank["counters"] for rank in state["ranks"]] if self.distributed.is_main else []
-            self._counters = sum(map(Counter, counters), Counter())
+            sums = state["ranks"] if self.distributed.is_main else []
             everyones = zip(*(rank.get("unasked", []) for rank in state["ranks"]), strict=True)
             unasked = [self.distributed.share([one for mine in rounds for one in mine]) for rounds in everyones]
+            in_flight = [row for rank in state["ranks"] for row in rank.get("in_flight", [])]
+            in_flight = self.distributed.share(sorted(in_flight, key=lambda row: row["number"]))
+        self._counters = sum((Counter(rank["counters"]) for rank in sums), Counter())
+        self._sums = sum((Counter(rank.get("sums", {})) for rank in sums), Counter())
         self.waiting = [RolloutGroup.from_row(row, self.prompts) for row in rows]
         self._unasked = deque([TakenPrompt(self.prompts[i], *rest) for i, *rest in taken] for taken in unasked)
+        self.in_flight = [InFlight.from_row(row, self.prompts) for row in in_flight]
+        self._keep_to_mode()
         self._load_thresholds(state.get("threshold_policy"))
+
+    def _keep_to_mode(self) -> None:
+        """A checkpoint of a run that rolled out in another way: its prompts in flight begin anew."""
+        if self.config.partial:
+            self.in_flight += [InFlight(one) for taken in self._unasked for one in taken]
+            self._unasked.clear()
+        elif self.distributed.sum(len(self.in_flight))[0]:
+            self._unasked.append([one.taken for one in self.in_flight])
+            self.in_flight = []
 
     def _load_thresholds(self, state: dict[str, Any] | None) -> None:
         policy = self.rollouts.thresholds
@@ -205,13 +234,16 @@ class Collector:
 
     def _step_ends(self, waiting: list[RolloutGroup]) -> None:
         """Last of all: what fails before leaves a step that is half collected."""
-        self.waiting, self._counters, self._num_rounds, self._ahead_sums = waiting, Counter(), 0, Counter()
+        self.waiting, self._counters, self._num_rounds, self._sums = waiting, Counter(), 0, Counter()
 
     def _is_useful(self, group: RolloutGroup) -> bool:
         return self.config.reason_to_drop(group) is None
 
-    def _roll_out_round(self, step: int, num_prompts: int) -> None:
-        if self.ahead is None:
+    def _roll_out_round(self, step: int, missing: int, oldest: int) -> None:
+        num_prompts = math.ceil(missing * self.config.oversampling)
+        if self.config.partial:
+            groups, counters = self._go_on(step, missing, num_prompts, oldest)
+        elif self.ahead is None:
             groups, counters = self.rollouts.roll_out(self._take_round(step, num_prompts), step)
         else:
             if not len(self.ahead):
@@ -219,33 +251,59 @@ class Collector:
             with self.rollouts.timings.phase("wait_for_rollouts"):
                 done = self.ahead.next()
             groups, counters = done.groups, done.counters
-            self._ahead_sums.update(done.seconds)
+            self._sums.update(done.seconds)
         self.waiting = [*self.waiting, *groups]
         self._counters.update(counters)
         self._num_rounds += 1
 
+    def _go_on(
+        self, step: int, missing: int, num_prompts: int, oldest: int
+    ) -> tuple[list[RolloutGroup], dict[str, int]]:
+        """Have so many prompts in flight over all ranks, until each rank has its share of the groups that are missing.
+
+        What a round leaves unfinished stays with its rank; new prompts go where the fewest are.
+        """
+        counts = self.distributed.gather([len(self.in_flight)])
+        for taken in self._take(step, max(num_prompts - sum(counts), 0)):
+            owner = counts.index(min(counts))
+            counts[owner] += 1
+            if owner == self.distributed.rank:  # kept at once: should decoding fail, none is lost
+                self.in_flight.append(InFlight(taken))
+        rank, total = self.distributed.rank, sum(counts)
+        num_wanted = missing * sum(counts[: rank + 1]) // total - missing * sum(counts[:rank]) // total
+        rollout = PartialRollout(self.rollouts, self.in_flight, step, num_wanted, oldest)
+        self.in_flight = rollout.run()
+        self._sums["partial/continued"] += rollout.num_continued
+        self._sums["partial/waited_for"] += rollout.num_waited_for
+        return rollout.groups, rollout.counters
+
     def _take_round(self, step: int, num_prompts: int) -> Sequence[TakenPrompt]:
         """This rank's share of a round: of one that was interrupted, else of the stream."""
-        if self._unasked:
-            return self._unasked.popleft()
+        return self._unasked.popleft() if self._unasked else self.distributed.share(self._take(step, num_prompts))
+
+    def _take(self, step: int, num_prompts: int) -> list[TakenPrompt]:
+        """The next prompts of the stream, the same on every rank."""
         first, self._num_taken = self._num_taken, self._num_taken + num_prompts
-        # Ahead, nobody knows the step that a group will belong to; its number is its own.
-        source = (step, self._num_rounds) if self.ahead is None else (first,)
-        taken = [
+        # Ahead and in flight, nobody knows the step that a group will belong to; its number is its own.
+        is_of_step = self.ahead is None and not self.config.partial
+        source = (step, self._num_rounds) if is_of_step else (first,)
+        return [
             TakenPrompt(self.prompts[index], first + n, stable_seed(self.seed, *source, n))
             for n, index in enumerate(self.stream.take(num_prompts))
         ]
-        return self.distributed.share(taken)
 
     def _drop_older(self, oldest: int) -> None:
         if self.ahead is not None:
             kept = [group for group in self.waiting if group.sampled_at >= oldest]
-            self._ahead_sums["groups/too_old"] += len(self.waiting) - len(kept)
+            self._sums["groups/too_old"] += len(self.waiting) - len(kept)
             self.waiting = kept
 
-    def _ahead_metrics(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         """This rank's; seconds are those of its engine, while the trainer may have trained."""
-        return dict(self._ahead_sums) if self.ahead is not None else {}
+        if not self.config.partial:
+            return dict(self._sums)
+        kept = sum(one.num_tokens for one in self.in_flight)
+        return {"partial/continued": 0, "partial/waited_for": 0, **self._sums, "partial/tokens_kept": kept}
 
     def _shared_out(self, groups: list[RolloutGroup]) -> tuple[list[RolloutGroup], list[RolloutGroup], int]:
         """This rank's fair share of the earliest groups, those too many on it, and how many are too many on all.

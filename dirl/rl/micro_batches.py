@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Generator, Tensor
 
-from dirl.diffusion.packing import DiffusionScheme, ViewedDocument, Views, pack
+from dirl.diffusion.packing import Actions, DiffusionScheme, ViewedDocument, Views, pack
 from dirl.errors import UserError
 from dirl.rl.actions import PolicyBatch
 from dirl.rl.objective import ObjectiveConfig
@@ -186,20 +186,30 @@ def _policy_batch(
     row_T = torch.arange(len(branch_T)) - first_T + at_actions([part.first_row for part in parts])
     view_T = packed.actions.view_T
     step_T = view_T - view_T[first_T] + at_actions([part.first_step for part in parts])
+    remembered_T = _remembered(branch_T, row_T, parts, objective)
     batch = replace(
         PolicyBatch.blank(packed),
         completion_T=at_actions([part.number for part in parts]),
         row_T=row_T,
         step_T=step_T,
-        sampled_at_T=at_actions([part.group.sampled_at for part in parts]),
+        sampled_at_T=_at_tokens(packed.actions, [part.group.sampled_at_of(part.completion) for part in parts]),
         length_T=at_actions([len(part.completion.token_ids) for part in parts]).float(),
         num_covered_T=at_actions([part.num_covered for part in parts]).float(),
         num_parts_T=at_actions([part.num_parts for part in parts]).float(),
         is_split=any(part.num_parts > 1 for part in parts),
-        behavior_logprob_T=_remembered(branch_T, row_T, parts, objective),
+        behavior_logprob_T=remembered_T,
+        is_remembered_T=~remembered_T.isnan(),
     )
     _refuse_cut_corrections(batch, objective)
     return batch
+
+
+def _at_tokens(actions: Actions, values: Sequence[Sequence[float]]) -> Tensor:
+    """Of the (R,) values of each completion's tokens, those of the actions' tokens."""
+    lengths = torch.tensor([len(of_one) for of_one in values])
+    first_N = lengths.cumsum(0) - lengths
+    value = torch.cat([torch.tensor(of_one) for of_one in values])
+    return value[first_N[actions.branch_T] + actions.completion_index_T]
 
 
 def _remembered(branch_T: Tensor, row_T: Tensor, parts: Sequence[_Part], objective: ObjectiveConfig) -> Tensor:

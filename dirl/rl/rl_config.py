@@ -109,10 +109,13 @@ class RLConfig(TrainingConfig, UpdateConfig):
         """Where the policy that sampled is not the one that is trained, what it gave each action must be recorded."""
         objective, cache = self.objective, self.rollout.approximate_cache
         is_recorded = objective.views == "replay" and objective.shrink == 1 and objective.score == "revealed"
-        if self.rollout.max_staleness and not is_recorded:
+        set_to, off = f"max_staleness={self.rollout.max_staleness}", "max_staleness=0"
+        if self.rollout.partial:
+            set_to, off = "partial=true", "partial=false"
+        if set_to != off and not is_recorded:
             raise UserError(
-                f"rollout.max_staleness={self.rollout.max_staleness} needs what the engine recorded of each action: "
-                "objective.views=replay, shrink=1, score=revealed; set these, or max_staleness=0"
+                f"rollout.{set_to} needs what the engine recorded of each action: objective.views=replay, shrink=1, "
+                f"score=revealed; set these, or {off}"
             )
         # Under masks no ratio could be taken: the gauge alone tells.
         if cache != "none" and objective.views == "replay" and objective.importance_sampling_correction == "none":

@@ -46,7 +46,7 @@ class RolloutGroup:
     step_rewards: list[list[float]] = field(default_factory=list)  # (G,) of each denoising step; empty: none were given
     number: int = 0  # of its prompt, counting all that the run has taken from the stream
     seed: int = 0  # of its prompt in this run
-    sampled_at: int = 0  # optimizer steps the weights it was sampled with had taken
+    sampled_at: int = 0  # optimizer steps the weights it was sampled with had taken; the oldest of them
     # (G,) what these weights gave each scored action, in nats; kept where they have moved on since. Else empty.
     behavior_logprobs: list[list[float]] = field(default_factory=list)
     scored_as: str = ""  # which actions these are: `ObjectiveConfig.scored_as`
@@ -74,6 +74,10 @@ class RolloutGroup:
     @property
     def num_right(self) -> int:
         return sum(self.is_right)
+
+    def sampled_at_of(self, completion: Completion) -> list[int]:
+        """(R,) Optimizer steps that the weights which sampled each token of one of its completions had taken."""
+        return completion.sampled_at or [self.sampled_at] * len(completion.token_ids)
 
     def of_first(self, count: int) -> RolloutGroup:
         """The group as if it had only so many completions."""
@@ -103,17 +107,13 @@ class RolloutGroup:
             "scored_as",
         )
         row = {name: getattr(self, name) for name in names}
-        completions = [
-            {**asdict(c), **{name: _json_numbers(getattr(c, name)) for name in _RECORDED}} for c in self.completions
-        ]
+        completions = [completion_row(completion) for completion in self.completions]
         choice = asdict(self.threshold_choice) if self.threshold_choice else None
         return {"prompt": prompt_index, "completions": completions, "threshold_choice": choice, **row}
 
     @classmethod
     def from_row(cls, row: dict[str, Any], prompts: Sequence[Prompt]) -> RolloutGroup:
-        completions = [
-            Completion(**{**c, **{name: _numbers(c.get(name)) for name in _RECORDED}}) for c in row["completions"]
-        ]
+        completions = [completion_from_row(completion) for completion in row["completions"]]
         choice = ThresholdChoice(**chosen) if (chosen := row.get("threshold_choice")) else None
         read = {"prompt": prompts[row["prompt"]], "completions": completions, "threshold_choice": choice}
         return cls(**{**row, **read})
@@ -122,13 +122,23 @@ class RolloutGroup:
 _RECORDED = ("logprobs", "hold_logprobs")  # numbers of an engine
 
 
-def _json_numbers(values: list[float] | None) -> list[float | None] | None:
-    """What an engine recorded, for JSON: null for a number that is none."""
-    return None if values is None else [value if math.isfinite(value) else None for value in values]
+def completion_row(completion: Completion) -> dict[str, Any]:
+    """Plain values for a checkpoint: null for what an engine recorded and is no number."""
+    recorded = {name: getattr(completion, name) for name in _RECORDED}
+    numbers = {
+        name: None if values is None else [value if math.isfinite(value) else None for value in values]
+        for name, values in recorded.items()
+    }
+    return {**asdict(completion), **numbers}
 
 
-def _numbers(values: list[float | None] | None) -> list[float] | None:
-    return None if values is None else [math.nan if value is None else value for value in values]
+def completion_from_row(row: dict[str, Any]) -> Completion:
+    recorded = {name: row.get(name) for name in _RECORDED}
+    numbers = {
+        name: None if values is None else [math.nan if value is None else value for value in values]
+        for name, values in recorded.items()
+    }
+    return Completion(**{**row, **numbers})
 
 
 def render_prompts(

@@ -77,17 +77,21 @@ def metrics_of_all_ranks(collected: Collected, step: int, distributed: Distribut
     counts = distributed.sum(*(collected.counters.get(name, 0) for name in counters)) if counters else []
     metrics["groups/carried_over"] = collected.num_carried
     if collected.metrics:
-        metrics |= _ahead_metrics(collected, step, distributed)
+        metrics |= _stale_metrics(collected, step, distributed)
     return metrics | {f"rewards/{name}": count for name, count in zip(counters, counts, strict=True)}
 
 
-def _ahead_metrics(collected: Collected, step: int, distributed: Distributed) -> dict[str, float]:
-    ages = [step - group.sampled_at for group in collected.groups]
-    total, count, too_old = distributed.sum(sum(ages), len(ages), collected.metrics.get("groups/too_old", 0.0))
-    phases = ("rollout", "reward")  # beside the phases of the trainer, not among them
-    seconds = {f"engine_s/{name}": distributed.max(collected.metrics.get(f"timing_s/{name}", 0.0)) for name in phases}
-    ages_seen = {"staleness/mean": total / max(count, 1.0), "staleness/max": distributed.max(max(ages, default=0))}
-    return {**seconds, **ages_seen, "groups/too_old": too_old}
+def _stale_metrics(collected: Collected, step: int, distributed: Distributed) -> dict[str, float]:
+    """Of steps with rounds ahead, or partial ones."""
+    completions = [(group, completion) for group in collected.groups for completion in group.completions]
+    ages = [step - then for group, completion in completions for then in group.sampled_at_of(completion)]
+    names = sorted(name for name in collected.metrics if not name.startswith("timing_s/"))
+    total, count, *sums = distributed.sum(sum(ages), len(ages), *(collected.metrics[name] for name in names))
+    metrics = {"staleness/mean": total / max(count, 1.0), "staleness/max": distributed.max(max(ages, default=0))}
+    if "groups/too_old" in names:  # the engine's seconds are beside the phases of the trainer, not among them
+        for name in ("rollout", "reward"):
+            metrics[f"engine_s/{name}"] = distributed.max(collected.metrics.get(f"timing_s/{name}", 0.0))
+    return metrics | dict(zip(names, sums, strict=True))
 
 
 def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:

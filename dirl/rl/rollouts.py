@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dirl.config import bounded
+from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
 from dirl.rl.rollout_group import Prompt, RolloutGroup, ThresholdChoice
 from dirl.rl.threshold_policy import ThresholdConfig, ThresholdPolicy
-from dirl.rollout.engine import EngineConfig, RolloutEngine, SamplingConfig
+from dirl.rollout.engine import Completion, EngineConfig, OpenEngine, RolloutEngine, SamplingConfig
 from dirl.rollout.scoring import score
 from dirl.training.metrics import Timings
 from dirl.training.seeds import stable_seed
@@ -40,6 +41,10 @@ class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
     # how many versions older than the trainer's the weights may be that sampled a group; as many rounds of prompts are
     # rolled out while the trainer trains. 0: none, trainer and engine take turns
     max_staleness: int = bounded(0, least=0)
+    # a step's rollouts end when its batch is full, and what is unfinished goes on in the next step, with its weights
+    partial: bool = False
+    # partial: how many versions older than the newest the weights may be that began a group before it is waited for
+    max_partial_age: int = bounded(4, least=1)
     # also drop groups in which a reward function's values differ by less: LightningRL has {tokens_per_step: 0.01}
     min_spread: dict[str, float] = field(default_factory=dict)
 
@@ -55,6 +60,23 @@ class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
             raise UserError("threshold_policy is trained between rollouts: it needs max_staleness=0")
         if self.threshold_policy and self.engine == "lmdeploy":
             raise UserError("threshold_policy: LMDeploy has one for all completions; set rollout.engine=torch")
+        if self.partial:
+            self._check_partial()
+
+    def _check_partial(self) -> None:
+        if self.oversampling == 1:
+            raise UserError(
+                "rollout.partial=true with rollout.oversampling=1 has every prompt in flight waited for; set "
+                "oversampling=2 or so: prompts in flight per group that a step needs"
+            )
+        against = {
+            f"max_staleness={self.max_staleness}": self.max_staleness > 0,
+            "threshold_policy": bool(self.threshold_policy),
+            "mode=server": self.mode == "server",
+            "engine=lmdeploy": self.engine == "lmdeploy",
+        }
+        if refused := [f"rollout.{key}" for key, is_set in against.items() if is_set]:
+            raise UserError(f"rollout.partial=true cannot go with {refused[0]}; remove one of them")
 
     def reason_to_drop(self, group: RolloutGroup) -> DropReason | None:
         """The first reason not to train on a group; None: it teaches."""
@@ -86,11 +108,16 @@ class Rollouts:
         rubric: Rubric,
         config: RolloutConfig,
         timings: Timings,
-        cost_shape: tuple[int, int],  # block length and hidden size of the model that is trained
+        shape: tuple[DiffusionScheme, int],  # how the model that is trained reads masks, and its hidden size
         thresholds: ThresholdPolicy | None = None,
     ) -> None:
+        if config.partial and not (isinstance(engine, OpenEngine) and shape[0].block_length):
+            raise UserError(
+                "rollout.partial=true goes on behind blocks that were decoded before: it needs a model of block-causal "
+                "attention and rollout.engine=torch; set these, or partial=false"
+            )
         self.engine, self.rubric, self.config, self.timings = engine, rubric, config, timings
-        self.cost_shape, self.thresholds = cost_shape, thresholds
+        (self.scheme, self.hidden_size), self.thresholds = shape, thresholds
 
     def roll_out(self, taken: Sequence[TakenPrompt], step: int) -> tuple[list[RolloutGroup], dict[str, int]]:
         """A group for each, in order, and how often the grader gave each verdict."""
@@ -103,6 +130,17 @@ class Rollouts:
                 [stable_seed(one.seed, sample) for one in taken for sample in range(size)],
                 thresholds,
             )
+        return self.scored(taken, completions, step, choices)
+
+    def scored(
+        self,
+        taken: Sequence[TakenPrompt],
+        completions: Sequence[Completion],
+        sampled_at: int,
+        choices: Sequence[ThresholdChoice | None],
+    ) -> tuple[list[RolloutGroup], dict[str, int]]:
+        """The groups that completions make, G for each prompt, and how often the grader gave each verdict."""
+        size = self.config.num_generations
         with self.timings.phase("reward"):
             scores = score(
                 self.rubric,
@@ -121,7 +159,7 @@ class Rollouts:
                 step_rewards=scores.by_step[start : start + size],
                 number=one.number,
                 seed=one.seed,
-                sampled_at=step,
+                sampled_at=sampled_at,
                 threshold_choice=choice,
             )
             for start, one, choice in zip(range(0, len(completions), size), taken, choices, strict=True)
@@ -138,4 +176,4 @@ class Rollouts:
 
     def cost(self, group: RolloutGroup) -> float:
         """Estimated work of training on it."""
-        return group.replay_cost(*self.cost_shape)
+        return group.replay_cost(self.scheme.block_length, self.hidden_size)

@@ -102,6 +102,8 @@ class RLTrainer(Trainer):
             budget=config.max_tokens_per_micro_batch,
             bf16=config.bf16,
         )
+        # Ahead and in parts, the weights that sampled have moved on already; the engine has told what they gave.
+        is_told = self.ahead is not None or config.rollout.partial
         self.collector = self.source = Collector(
             self._prompts(problems),
             self._rollouts(),
@@ -109,8 +111,7 @@ class RLTrainer(Trainer):
             config.seed,
             ahead=self.ahead,
             should_stop=self.signals.is_stop_asked,
-            # Ahead, the weights that sampled a group have moved on already, and the engine has told what they gave it.
-            remember=list if self.ahead is not None else lambda groups: self.updater.remember(groups),
+            remember=list if is_told else lambda groups: self.updater.remember(groups),
         )
         for stage in stages_of(config):
             self._check_lengths(stage.config)
@@ -153,8 +154,9 @@ class RLTrainer(Trainer):
 
     @property
     def _max_age(self) -> int:
-        """Optimizer steps that the weights which sampled a group may be behind."""
-        return self.config.rollout.max_staleness * self.config.steps_per_rollout
+        """Optimizer steps that the weights which sampled a group may be behind; partly: before it is waited for."""
+        rollout = self.config.rollout
+        return (rollout.max_partial_age if rollout.partial else rollout.max_staleness) * self.config.steps_per_rollout
 
     def _push_weights(self, step: int) -> None:
         """Into the engine; they have taken so many optimizer steps."""
@@ -293,9 +295,9 @@ class RLTrainer(Trainer):
         )
 
     def _rollouts(self) -> Rollouts:
-        size = self.model.scheme.block_length, self.model.config.hidden_size  # what replaying a group costs depends on
+        shape = self.model.scheme, self.model.config.hidden_size
         config = replace(self.config.rollout, record_holds=self.config.records_holds)
-        return Rollouts(self.engine, self.rubric, config, self.timings, size, self.thresholds)
+        return Rollouts(self.engine, self.rubric, config, self.timings, shape, self.thresholds)
 
     def _value_model(self) -> ValueModel:
         config = self.config

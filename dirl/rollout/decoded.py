@@ -120,7 +120,8 @@ class HoldRecord:
         assert step.holds_NB is not None
         for request, row in zip(requests, step.holds_NB.tolist(), strict=True):
             assert request is not None
-            self._of.setdefault(request.index, array("f")).extend(hold for hold in row if not math.isnan(hold))
+            before = (request.prefix and request.prefix.hold_logprobs) or ()
+            self._of.setdefault(request.index, array("f", before)).extend(hold for hold in row if not math.isnan(hold))
 
     def pop(self, index: int) -> list[float] | None:
         """A finished one's; None where nothing was recorded."""

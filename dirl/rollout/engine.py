@@ -127,6 +127,12 @@ class Request:
     end: int  # first position that may not be touched
     threshold: float | None = None  # of its own; None: that of the sampling
     is_enough: Callable[[], bool] | None = None  # asked after each block: True ends the completion there
+    prefix: Completion | None = None  # whole blocks of its completion that were decoded before: it goes on behind them
+
+    @property
+    def known_ids(self) -> list[int]:
+        """What stands before the tokens to decode: the prompt, and the prefix."""
+        return [*self.prompt_ids, *(self.prefix.token_ids if self.prefix else ())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +155,8 @@ class Completion:
     # nats, of each position that a step decided to leave masked, in the order of the decisions: by block, by denoising
     # step in it, from left to right, as replay has its holds. None: not recorded
     hold_logprobs: list[float] | None = None
+    # (R,) optimizer steps that the weights which sampled each token had taken; empty: what its group says, for all
+    sampled_at: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:

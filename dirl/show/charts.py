@@ -58,7 +58,8 @@ PANELS = (
     Panel("Stage", "which of the configuration's stages", "plain"),
     Panel("Time per phase", "seconds of a step", "stacked"),
     Panel("Waiting", "share of a step, where rollouts go on while the trainer trains"),
-    Panel("Staleness", "optimizer steps since the weights that sampled a group"),
+    Panel("Staleness", "optimizer steps since the weights that sampled a token"),
+    Panel("In parts", "completions that went on, and groups that were waited for"),
     Panel("Throughput", "tokens per second"),
     Panel("Peak memory", "GB", "plain"),
 )

@@ -24,7 +24,7 @@ from dirl.training.distributed import Distributed
 from dirl.training.metrics import Timings
 from tests.eval.scripted_engine import ScriptedEngine
 
-TOKENIZER = tiny()[1]
+MODEL, TOKENIZER = tiny()
 
 
 def scripted_rewards(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
@@ -43,7 +43,7 @@ def collect(questions: list[str], config: RolloutConfig, *, seed: int = 0) -> tu
     problems = [Problem(question, "1", {}) for question in questions]
     prompts, _ = render_prompts(problems, TOKENIZER, system_prompt="", suffix="", max_length=100)
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_rollout_group:scripted_rewards"]))
-    collector = Collector(prompts, Rollouts(engine, rubric, config, Timings(), (4, 64)), Distributed(), seed)
+    collector = Collector(prompts, Rollouts(engine, rubric, config, Timings(), (MODEL.scheme, 64)), Distributed(), seed)
     return collector.collect(0), engine
 
 
@@ -136,7 +136,7 @@ def test_groups_without_a_right_completion_or_spread_are_dropped_counted_and_rep
     rubric = Rubric(RewardConfig(functions=["tokens_per_step"], combine="normalize_then_sum"))
     rubric.functions["accuracy"], rubric.weights["accuracy"], rubric._parameters["accuracy"] = rightness, 1.0, {}
     engine = ScriptedEngine(TOKENIZER, answer)
-    collector = Collector(prompts, Rollouts(engine, rubric, FILTERED, Timings(), (4, 64)), Distributed(), 0)
+    collector = Collector(prompts, Rollouts(engine, rubric, FILTERED, Timings(), (MODEL.scheme, 64)), Distributed(), 0)
     collected = collector.collect(0)
     assert len(collected.groups) == 4
     assert all(group.num_right and group.spread("tokens_per_step") >= 0.3 for group in collected.groups)
@@ -200,7 +200,7 @@ def test_every_rollout_has_its_own_seed() -> None:
     prompts, _ = render_prompts([Problem("?", "1", {})], TOKENIZER, system_prompt="", suffix="", max_length=100)
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_rollout_group:scripted_rewards"]))
     config = RolloutConfig(prompts_per_step=4, num_generations=4, dynamic_sampling=False)
-    rollouts = Rollouts(ScriptedEngine(TOKENIZER, script), rubric, config, Timings(), (4, 64))
+    rollouts = Rollouts(ScriptedEngine(TOKENIZER, script), rubric, config, Timings(), (MODEL.scheme, 64))
     collector = Collector(prompts, rollouts, Distributed(), 0)
     for step in range(2):
         collector.collect(step)

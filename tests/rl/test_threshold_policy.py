@@ -156,7 +156,7 @@ def test_it_learns_to_spend_steps_where_they_help() -> None:
     head = build_threshold_policy(config, PackedScorer(model), ObjectiveConfig(), distributed, budget=64, bf16=False)
     assert head is not None
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_threshold_policy:scripted_rewards"]))
-    rollouts = Rollouts(ScriptedEngine(tokenizer, script), rubric, config, Timings(), (4, 64), head)
+    rollouts = Rollouts(ScriptedEngine(tokenizer, script), rubric, config, Timings(), (tiny()[0].scheme, 64), head)
     collector = Collector(prompts, rollouts, distributed, 0)
     metrics, collected = [], []
     for step in range(25):

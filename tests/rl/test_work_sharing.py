@@ -20,7 +20,7 @@ from dirl.training.interruption import StopAsked
 from dirl.training.metrics import Timings
 from tests.eval.scripted_engine import ScriptedEngine
 
-TOKENIZER = tiny()[1]
+MODEL, TOKENIZER = tiny()
 
 
 def scripted_rewards(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
@@ -39,7 +39,7 @@ def collector(should_stop: Callable[[], bool] = lambda: False, *, num_asked: int
     prompts, _ = render_prompts(problems, TOKENIZER, system_prompt="", suffix="", max_length=100)
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_work_sharing:scripted_rewards"]))
     config = RolloutConfig(prompts_per_step=4, num_generations=2, max_sampling_rounds=4, oversampling=2.0)
-    rollouts = Rollouts(ScriptedEngine(TOKENIZER, script), rubric, config, Timings(), (4, 64))
+    rollouts = Rollouts(ScriptedEngine(TOKENIZER, script), rubric, config, Timings(), (MODEL.scheme, 64))
     return Collector(prompts, rollouts, Distributed(), 0, should_stop=should_stop, remember=remembered)
 
 

@@ -64,7 +64,11 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     objective = replace(rl.objective, likelihood="trajectory")
     ahead = replace(rl, output_dir=str(folder / "ahead"), rollout=rollout, objective=objective)
     RLTrainer(ahead, model=model, tokenizer=tokenizer, problems=problems).train()
-    rows = [json.loads(line) for run in ("sft", "rl", "ahead") for line in (folder / run / "metrics.jsonl").open()]
+    rollout = replace(rl.rollout, partial=True, oversampling=2.0, threshold_policy=[])
+    parts = replace(rl, output_dir=str(folder / "parts"), rollout=rollout)
+    RLTrainer(parts, model=model, tokenizer=tokenizer, problems=problems).train()
+    runs = ("sft", "rl", "ahead", "parts")
+    rows = [json.loads(line) for run in runs for line in (folder / run / "metrics.jsonl").open()]
     return {key for row in rows for key in row}
 
 

@@ -96,18 +96,22 @@ class TorchEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), self._precision():
-                if queue:
-                    self.observer.started(len(queue))
-                while queue:
-                    has_blocks = self.model.scheme.block_length > 0
-                    ended = (self._decode if has_blocks else self._decode_canvases)(queue, sampling)
-                    for index, completion in ended:
-                        self.observer.finished(completion)
-                        yield index, completion
+            if queue:
+                self.observer.started(len(queue))
+            while queue:
+                has_blocks = self.model.scheme.block_length > 0
+                ended = (self._decode if has_blocks else self._decode_canvases)(queue, sampling)
+                while (found := self._next(ended)) is not None:
+                    self.observer.finished(found[1])
+                    yield found
         finally:
             self.observer.ended()
             self.model.train(was_training)
+
+    def _next(self, ended: Iterator[tuple[int, Completion]]) -> tuple[int, Completion] | None:
+        """In modes that hold while it decodes, and not for whoever takes what has ended."""
+        with torch.inference_mode(), self._precision():
+            return next(ended, None)
 
     def update_weights(self, model: nn.Module) -> None:
         if model is not self.model:
@@ -168,6 +172,8 @@ class TorchEngine:
     def _decode_canvases(self, queue: deque[Request], sampling: SamplingConfig) -> Iterator[tuple[int, Completion]]:
         """The same under full attention, in batches: what has ended leaves room that the next batch takes."""
         requests = [queue.popleft() for _ in range(len(queue))]
+        if any(request.prefix for request in requests):
+            raise ValueError("under full attention no block is ever final: a request can have no prefix")
         kind, length = self.config.approximate_cache, max(request.end for request in requests)
         num_rows = min(
             self.config.max_batch_size,
@@ -236,15 +242,16 @@ class TorchEngine:
         return dict(zip(slots.free(), let_in, strict=False))
 
     def _read_prompts(self, admitted: dict[int, Request], slots: Slots, cache: BlockCache) -> Sequence[_Section]:
-        """The full blocks of admitted prompts, each distinct one once, as a section of the next pass.
+        """The full blocks of what is known of the admitted, each distinct one once, as a section of the next pass.
 
         What goes beyond a pass's budget is read at once.
         """
         scheme = self.model.scheme
         slots_of: dict[tuple[int, ...], list[int]] = {}
         for slot, request in admitted.items():
-            full = len(request.prompt_ids) - scheme.tail(len(request.prompt_ids))
-            slots_of.setdefault(tuple(request.prompt_ids[:full]), []).append(slot)
+            known_ids = request.known_ids
+            full = len(known_ids) - (len(known_ids) + scheme.lead(len(request.prompt_ids))) % scheme.block_length
+            slots_of.setdefault(tuple(known_ids[:full]), []).append(slot)
         slots_of.pop((), None)
         sections = [
             (
@@ -311,6 +318,10 @@ class TorchEngine:
     def _completion(
         self, request: Request, token_ids: list[int], step_map: list[int], logprobs: list[float]
     ) -> tuple[int, Completion]:
+        if (before := request.prefix) is not None:
+            token_ids, step_map = before.token_ids + token_ids, before.step_map + step_map
+            assert before.logprobs is not None
+            logprobs = before.logprobs + logprobs
         completion = make_completion(
             request.prompt_ids,
             token_ids,
@@ -324,6 +335,15 @@ class TorchEngine:
 
 
 def _num_blocks(request: Request, scheme: DiffusionScheme) -> int:
-    """Blocks that its completion touches at most."""
-    prompt_length = len(request.prompt_ids)
-    return (request.end - prompt_length + scheme.tail(prompt_length)) // scheme.block_length
+    """Blocks that are to be decoded of it at most.
+
+    Raises:
+        ValueError: its prefix does not end with a block, or leaves none to decode.
+    """
+    block_length, lead, num_known = scheme.block_length, scheme.lead(len(request.prompt_ids)), len(request.known_ids)
+    if request.prefix and ((lead + num_known) % block_length or num_known >= request.end):
+        raise ValueError(
+            f"request {request.index}: its prefix must end with a block of {block_length} before {request.end}, and "
+            f"ends at {num_known}"
+        )
+    return (lead + request.end) // block_length - (lead + num_known) // block_length

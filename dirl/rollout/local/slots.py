@@ -71,17 +71,17 @@ class Slots:
                 setattr(self, name, padded(value, *shape))
 
     def admit(self, requests: dict[int, Request]) -> None:
-        """Put requests into free slots, each at the block that follows its prompt's full blocks."""
+        """Put requests into free slots, each at the block that follows the full blocks of what is known of it."""
         block_length = self.block_length
         slot_N = torch.tensor(list(requests), device=self.device)
-        lengths, blocks = [], []
+        leads, counted, blocks = [], [], []
         for slot, request in requests.items():
-            self.requests[slot] = request
-            lengths.append(len(request.prompt_ids))
-            tail = list(request.prompt_ids[lengths[-1] - self.scheme.tail(lengths[-1]) :])
+            self.requests[slot], known_ids = request, request.known_ids
+            leads.append(self.scheme.lead(len(request.prompt_ids)))
+            counted.append(leads[-1] + len(known_ids))
+            tail = known_ids[len(known_ids) - counted[-1] % block_length :]
             blocks.append(tail + [self.mask_token_id] * (block_length - len(tail)))
-        lead_N = torch.tensor([self.scheme.lead(length) for length in lengths], device=self.device)
-        counted_N = torch.tensor(lengths, device=self.device) + lead_N
+        lead_N, counted_N = torch.tensor([leads, counted], device=self.device)
         end_N = torch.tensor([request.end for request in requests.values()], device=self.device)
         self.seed_S[slot_N] = torch.tensor([r.seed for r in requests.values()], device=self.device)
         self.threshold_S[slot_N] = torch.tensor([r.threshold or 0.0 for r in requests.values()], device=self.device)
@@ -122,7 +122,7 @@ class Slots:
         for row, slot in enumerate(slot_A.tolist()):
             request, done = self.requests[slot], self.done(slot)
             assert request is not None
-            filed = self.done_ids_SKB[slot].flatten()[done].tolist()
+            filed = request.known_ids[len(request.prompt_ids) :] + self.done_ids_SKB[slot].flatten()[done].tolist()
             tail = max(done.start - done.stop, 0)  # tokens of the prompt in this block
             is_committed = [True] * len(filed) + committed_AB[row][tail:]
             frames.append(Frame(request.index, filed + shown_AB[row][tail:], is_committed))
@@ -180,7 +180,8 @@ class Slots:
         request = self.requests[slot]
         assert request is not None
         num_blocks = int(self.block_S[slot] - self.first_block_S[slot])
-        return slice(self.scheme.tail(len(request.prompt_ids)), num_blocks * self.block_length)
+        counted = self.scheme.lead(len(request.prompt_ids)) + len(request.known_ids)
+        return slice(counted % self.block_length, num_blocks * self.block_length)
 
     def compact(self) -> Tensor:
         """Drop the empty slots; returns the old number of each slot. As few as can be change theirs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ pytest.register_assert_rewrite("tests.rollout.engine_contract")
 from dirl.errors import UserError  # noqa: E402
 from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
 from dirl.rollout.decoded import touched_tokens  # noqa: E402
-from dirl.rollout.engine import EngineConfig, Request, SamplingConfig  # noqa: E402
+from dirl.rollout.engine import Completion, EngineConfig, Request, SamplingConfig  # noqa: E402
 from dirl.rollout.local.block_cache import BlockCache, LayerCache  # noqa: E402
 from dirl.rollout.local.cached_forward import compiled_of  # noqa: E402
 from dirl.rollout.local.engine import TorchEngine  # noqa: E402
@@ -337,3 +338,59 @@ def test_what_is_enough_ends_after_its_block() -> None:
     requests = [Request(i, [1, 2], i, 20, is_enough=(lambda: True) if i == 0 else None) for i in range(2)]
     found = dict(TorchEngine(model, tokenizer).decode(deque(requests), DYNAMIC))
     assert found[0].token_ids == whole[0].token_ids[:2] and found[1].token_ids == whole[1].token_ids
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("cuts", [(1,), (2, 3), (1, 2, 3, 4)], ids=str)
+def test_in_parts_is_at_once(shift: int, cuts: tuple[int, ...]) -> None:
+    """Every other one is cut after so many blocks: the weights stay, so the completion is the same."""
+    model, tokenizer = sharp_tiny_model(shift=shift)
+    prompts = random_prompts([1, 3, 4, 6, 7, 8])
+    engine = TorchEngine(model, tokenizer)
+    whole = engine.generate(prompts, DYNAMIC, range(len(prompts)))
+    found: dict[int, Completion] = {}
+    for cut in (*cuts, 99):
+        queue = deque[Request]()
+        for i, prompt in enumerate(prompts):
+            end, before = (len(prompt) + 20) // 4 * 4, found.get(i)
+            if before is None or len(before.token_ids) < len(whole[i].token_ids):
+                end = min(end, (len(prompt) // 4 + cut) * 4) if i % 2 else end
+                queue.append(Request(i, prompt, i, end, prefix=before))
+        found |= dict(engine.decode(queue, DYNAMIC))
+    for i, expected in enumerate(whole):
+        one = found[i]
+        assert replace(one, logprobs=None) == replace(expected, logprobs=None)
+        assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_frames_of_a_continued_completion_show_all_of_it() -> None:
+    model, tokenizer = sharp_tiny_model()
+    whole = TorchEngine(model, tokenizer).generate([[1, 2]], DYNAMIC, [0])[0]
+    before = TorchEngine(model, tokenizer).generate([[1, 2]], replace(DYNAMIC, max_completion_length=6), [0])[0]
+    frames: list[Frame] = []
+    watch = Observer()
+    watch.stepped = lambda shown: frames.extend(shown())  # type: ignore[method-assign]
+    request = Request(0, [1, 2], 0, 20, prefix=before)
+    dict(TorchEngine(model, tokenizer, observer=watch).decode(deque([request]), DYNAMIC))
+    assert all(frame.token_ids[:6] == whole.token_ids[:6] and all(frame.is_committed[:6]) for frame in frames)
+    assert frames[-1].token_ids == whole.token_ids and all(frames[-1].is_committed)
+
+
+@pytest.mark.parametrize(("length", "end"), [(5, 20), (6, 8), (10, 8)])
+def test_a_prefix_that_is_not_whole_or_leaves_nothing_is_refused(length: int, end: int) -> None:
+    model, tokenizer = sharp_tiny_model()
+    before = TorchEngine(model, tokenizer).generate([[1, 2]], DYNAMIC, [0])[0]
+    cut = replace(before, token_ids=before.token_ids[:length])
+    with pytest.raises(ValueError, match="request 0: its prefix must end with a block of 4 before"):
+        dict(TorchEngine(model, tokenizer).decode(deque([Request(0, [1, 2], 0, end, prefix=cut)]), DYNAMIC))
+    full, tokenizer = sharp_tiny_model(block_length=0)
+    with pytest.raises(ValueError, match="a request can have no prefix"):
+        dict(TorchEngine(full, tokenizer).decode(deque([Request(0, [1, 2], 0, end, prefix=before)]), DYNAMIC))
+
+
+def test_the_modes_of_decoding_hold_for_nobody_else() -> None:
+    """Whoever scores a completion while others are decoded may train a model of its own, or run one in float32."""
+    model, tokenizer = sharp_tiny_model()
+    engine = TorchEngine(model, tokenizer, autocast=torch.bfloat16)
+    for _ in engine.decode(deque(Request(i, [1, 2], i, 20) for i in range(3)), DYNAMIC):
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
