@@ -179,7 +179,7 @@ launch() { # -m dirl.cli ROLE CONFIG key=value ...
     cd "$ROOT"
     # Schedulers send SIGUSR1 to every process: the launcher lives on while the ranks write their checkpoint.
     trap '' USR1
-    [[ ${LAUNCHER[-1]} != python3 ]] || exec "${LAUNCHER[@]}" "$@"
+    [[ ${LAUNCHER[${#LAUNCHER[@]} - 1]} != python3 ]] || exec "${LAUNCHER[@]}" "$@"
     launch_ranks "$@"
 }
 
@@ -206,7 +206,7 @@ launch_ranks() { # -m dirl.cli ROLE CONFIG key=value ...
 
 signal_children() { # SIGNAL PID
     local children
-    children=$(cat /proc/"$2"/task/*/children 2>/dev/null)
+    children=$(cat /proc/"$2"/task/*/children 2>/dev/null || pgrep -P "$2" || true)
     if [[ -n $children ]]; then
         # shellcheck disable=SC2086 # several numbers
         kill -"$1" $children 2>/dev/null || true

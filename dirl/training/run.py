@@ -203,6 +203,8 @@ class Run:
                 f"{final} cannot be written: {one_line(caught, 200)}; make room, or lower save_total_limit, and the "
                 "same command continues from the checkpoint before"
             )
+        except Exception as caught:  # re-raised below
+            error = caught
         if self.distributed.min(float(error is None)) == 0:
             raise error or UserError("another rank could not write its part of the checkpoint")
 

@@ -126,6 +126,12 @@ def test_bad_rows_are_named_or_counted(row: str, words: str, tmp_path: Path, cap
     assert "skipped 1 bad rows, kept 1" in caplog.text
 
 
+def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"question,ground_truth_answer\n{'q' * 200_000},1\n")
+    assert [len(problem.question) for problem in load_problems(str(file))] == [200_000]
+
+
 def test_a_csv_row_with_too_many_cells_is_bad(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("question,ground_truth_answer\nq,1\nq,1,000\n")
