@@ -1,26 +1,28 @@
 """Completion text -> the share of a problem's tests that its Python program passes.
 
 Data format (dLLM-RL): a row says `test_method`. `stdio`: `test_input` and `test_output`, lists of texts; the program
-reads one and prints the other. `function`: `test_list`, statements such as asserts, which run after the program, each
-in a process of its own, or `test_input` (expressions) and `test_output` (the literals they must equal); `prefix`, where
-given, stands before the program. `test_time_limit`: CPU seconds of each test.
+reads one and prints the other. `function`: `test_list`, statements such as asserts, or `test_input` (expressions) and
+`test_output` (the literals they must equal); `prefix`, where given, stands before the program. `test_time_limit`: CPU
+seconds of each test.
 
-What a test expects never enters the program's process where that can be avoided (printed text, and `expression ==
-literal`): `exit()`, an object equal to everything or a patched `assert` gain nothing. Other statements are trusted to
-have passed when the process reports a secret from behind them.
+What a test expects never enters the program's process: printed text is compared here, and statements and expressions
+run in a judge, a process that shares neither interpreter nor files with the program and is handed values as plain data.
+`exit()`, an object equal to everything, a patched `assert`, and reading files or frames gain nothing. A test that hands
+the program what is no data (an object, a function) is refused.
 """
 
 from __future__ import annotations
 
 import ast
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from dirl.reward.killable_pool import count_usable_cores
-from dirl.reward.sandbox import Limits, Program, Sandbox, find_sandbox
+from dirl.reward.sandbox import Limits, Sandbox, find_sandbox
 from dirl.reward.sandbox_child import RESULT, canonical
 
 logger = logging.getLogger(__name__)
@@ -32,22 +34,49 @@ _LANGUAGES = ("python", "py", "python3", "")
 
 @dataclass(frozen=True)
 class CodeTest:
-    """One test: what is run after or fed to the program, and what must come of it."""
+    """One test: what is fed to the program, or run by its judge, and what must come of it."""
 
     text: str  # stdin, an expression, or statements
     expected: str | None  # stdout, or the canonical text of the expression's value; None: statements that must pass
     is_function: bool
 
-    def passes(self, source: str, sandbox: Sandbox, limits: Limits) -> tuple[bool, bool]:
-        """(passed, ran out of time)."""
+    def passes(self, program: str, prefix: str, sandbox: Sandbox, limits: Limits) -> tuple[bool, bool]:
+        """(passed, ran out of time).
+
+        Raises:
+            ValueError: its judge cannot decide it by plain data.
+        """
+        source = f"{prefix.rstrip()}\n{program}" if prefix.strip() else program
         if not self.is_function:
-            outcome = sandbox.run(Program(source, stdin=self.text), limits)
+            outcome = sandbox.run(source, limits, stdin=self.text)
             is_equal = outcome.stdout.split() == (self.expected or "").split()
             return outcome.kind == "finished" and outcome.exit_code == 0 and is_equal, outcome.is_late
         last = self.text if self.expected is None else f"{RESULT} = ({self.text})"
-        outcome = sandbox.run(Program(f"{source}\n\n{last}\n", is_function=True), limits)
-        has_passed = outcome.result is not None and self.expected in (None, outcome.result)
-        return has_passed, outcome.is_late
+        found = sandbox.judge(source, f"{trusted_part(prefix)}\n\n{last}\n", limits)
+        if found.refused:
+            raise ValueError(f"the test {self.text!r:.80} cannot be judged: {found.refused}")
+        return found.result is not None and self.expected in (None, found.result), found.is_late
+
+
+def trusted_part(prefix: str) -> str:
+    """What a judge takes from the data set and not from the program: imports, constants, functions with a body."""
+    try:
+        body = ast.parse(prefix).body
+    except (SyntaxError, ValueError):
+        return ""
+    plain = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    kept = [
+        node for node in body if isinstance(node, plain) or (isinstance(node, ast.FunctionDef) and not _is_stub(node))
+    ]
+    return "\n".join(map(ast.unparse, kept))
+
+
+def _is_stub(function: ast.FunctionDef) -> bool:
+    """Whether a docstring, `pass` or `...` is all there is."""
+    return all(
+        isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for node in function.body
+    )
 
 
 def extract_code(completion: str) -> str | None:
@@ -112,10 +141,9 @@ def score_completion(
     program = extract_code(completion)
     if program is None or not program.strip():
         return 0.0
-    source = f"{prefix.rstrip()}\n{program}" if prefix.strip() else program
     num_passed = num_timeouts = 0
     for test in tests:
-        has_passed, is_late = test.passes(source, sandbox, limits)
+        has_passed, is_late = test.passes(program, prefix, sandbox, limits)
         num_passed += has_passed
         num_timeouts += is_late
         if num_timeouts == MAX_TIMEOUTS:
@@ -163,7 +191,7 @@ def _expression_test(text: str, expected: str) -> CodeTest:
 
 
 def _statement_test(statement: str) -> CodeTest:
-    """`assert expression == literal` is judged outside of the program's process, every other statement inside."""
+    """Of `assert expression == literal` the value is compared as data, every other statement runs as it is."""
     try:
         (body,) = ast.parse(statement.strip()).body
         if isinstance(body, ast.Assert) and isinstance(body.test, ast.Compare):
@@ -172,6 +200,10 @@ def _statement_test(statement: str) -> CodeTest:
                 return CodeTest(ast.unparse(body.test.left), canonical(ast.literal_eval(right)), is_function=True)
     except (ValueError, SyntaxError):
         pass  # several statements, several comparisons, or something to compute on the right
+    try:
+        ast.parse(statement)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"test_list has {statement!r:.80}, which is no Python: {error}") from error
     return CodeTest(statement, None, is_function=True)
 
 
@@ -182,10 +214,12 @@ def warned_sandbox() -> Sandbox:
     """The sandbox of this machine; says once what it does not keep out."""
     global _has_warned
     sandbox = find_sandbox()
-    if sandbox.isolation != "bwrap" and not _has_warned:
+    is_root = os.geteuid() == 0 and sandbox.user is None
+    if (sandbox.isolation != "bwrap" or is_root) and not _has_warned:
         _has_warned = True
         logger.warning(
-            "generated code runs with isolation %r, which is no security boundary; install bubblewrap (bwrap) for one",
+            "generated code runs with isolation %r%s, which is no security boundary; install bubblewrap (bwrap)",
             sandbox.isolation,
+            " as root, for the user cannot be changed: nothing bounds its processes" if is_root else "",
         )
     return sandbox

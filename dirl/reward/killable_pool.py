@@ -31,7 +31,7 @@ TIMEOUT, CRASH = "timeout", "crash"  # what a question gets instead of an answer
 
 Question = tuple[str, ...]
 
-WALL_PER_CPU = 4  # seconds a question may take for each of CPU time: other work must not fail it, nor may it sleep on
+WALL_PER_CPU = 6  # seconds a question may take for each of CPU time: other work must not fail it, nor may it sleep on
 START_SECONDS = 120  # imports take half a second, and a minute on a loaded network file system
 
 _BOOT = (

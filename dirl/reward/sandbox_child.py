@@ -1,12 +1,16 @@
-"""What runs inside a sandbox process: limits, then the guard, then the program; at last a report of its result.
+"""What runs inside a sandbox process: limits, then the guard, then `program.py` of the working directory.
 
-The parent passes this file's text to `python -I -S -c`, so it imports nothing but the standard library. The working
-directory holds `program.py` and `request.json`; the latter is gone before the program starts.
+The parent passes this file's text to `python -I -S -c`, so it imports nothing but the standard library. A program under
+test and its judge are two such processes, each in a sandbox of its own; between them go names, calls, and values as
+plain data. What is no data stays with the program, and the judge holds its number: no method of it runs where it is
+compared.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -17,12 +21,15 @@ import site
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
-REQUEST, PROGRAM, RESULT = "request.json", "program.py", "_dirl_result"
+PROGRAM, RESULT = "program.py", "_dirl_result"
 READY = b"ready\n"
 MAX_REPORT_CHARS = 65536
+MAX_ANSWER_CHARS = 2**24  # of one value
+MAX_ITEMS = 100_000  # of an iterator that stays with the program
 MAX_FILE_BYTES = 2**24
 MAX_OPEN_FILES = 64
 
@@ -81,7 +88,7 @@ def limit_resources(*, seconds: float, wall_seconds: float, memory_mb: int) -> N
         "RLIMIT_AS": (memory_mb * 2**20,) * 2,
         "RLIMIT_FSIZE": (MAX_FILE_BYTES,) * 2,
         "RLIMIT_NOFILE": (MAX_OPEN_FILES,) * 2,
-        "RLIMIT_NPROC": (1, 1),  # neither processes nor threads; the kernel does not count those of root
+        "RLIMIT_NPROC": (1, 1),  # neither processes nor threads; the kernel does not count those of root: `become`
         "RLIMIT_CORE": (0, 0),
     }
     for name, (soft, hard) in limits.items():
@@ -123,22 +130,182 @@ def install_guard(directory: str) -> None:
     sys.addaudithook(guard)
 
 
+class Refused(BaseException):
+    """A test that cannot be judged by data alone; no fault of the program. No `except Exception` of a test hides it."""
+
+
+Keep = Callable[[Any], int]
+
+
+def encode(value: Any, keep: Keep) -> Any:
+    """Plain data as JSON, by no method of the value's own; `keep` numbers everything else."""
+    if value is None or value is True or value is False:
+        return value
+    for kind, plain in _ATOMS.items():
+        if isinstance(value, kind):
+            return plain(value)
+    containers: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for container in containers:
+        if isinstance(value, container):
+            return {container.__name__: [encode(item, keep) for item in container.__iter__(value)]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]}
+    return {"kept": keep(value)}
+
+
+_ATOMS: dict[type, Callable[[Any], Any]] = {
+    int: lambda value: int.__add__(value, 0),
+    float: lambda value: float.__add__(value, 0.0),
+    str: lambda value: str.__getitem__(value, slice(None)),
+    bytes: lambda value: {"bytes": bytes.hex(value)},
+    complex: lambda value: {"complex": [complex.__add__(value, 0).real, complex.__add__(value, 0).imag]},
+}
+_KINDS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
+
+
+def decode(data: Any, kept: Callable[[int], Any]) -> Any:
+    if not isinstance(data, dict):
+        return data
+    ((name, content),) = data.items()
+    if name == "kept":
+        return kept(content)
+    if name == "bytes":
+        return bytes.fromhex(content)
+    if name == "complex":
+        return complex(*content)
+    if name == "dict":
+        return {decode(key, kept): decode(item, kept) for key, item in content}
+    return _KINDS[name](decode(item, kept) for item in content)
+
+
+def serve_calls(namespace: dict[str, Any], calls: int, answers: int) -> None:
+    """The program's side: its names, then what is asked of them, until the judge is gone."""
+    objects: list[Any] = []
+
+    def keep(value: Any) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    def say(content: Any) -> None:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+
+    with open(answers, "w", encoding="utf-8", errors="surrogatepass") as file:
+        public = {name: value for name, value in namespace.items() if not name.startswith("__")}
+        say({name: encode(value, keep) for name, value in public.items()})
+        for line in open(calls, encoding="utf-8", errors="surrogatepass"):  # noqa: SIM115
+            request = json.loads(line)
+            target, arguments, named = (
+                decode(request[key], objects.__getitem__) for key in ("target", "args", "named")
+            )
+            try:
+                value = _ACTS[request["act"]](target, *arguments, **named)
+                say({"value": encode(value, keep), "args": [encode(argument, keep) for argument in arguments]})
+            except Exception as error:
+                say({"raised": type(error).__name__, "text": str(error)[:1000]})
+
+
+_ACTS: dict[str, Callable[..., Any]] = {
+    "call": lambda target, *args, **named: target(*args, **named),
+    "get": getattr,
+    "items": lambda target: list(itertools.islice(target, MAX_ITEMS)),
+}
+
+
+class Program:
+    """The judge's side of the pipes."""
+
+    def __init__(self, calls: int, answers: int) -> None:
+        self.calls, self.answers = open(calls, "w"), open(answers, encoding="utf-8", errors="surrogatepass")  # noqa: SIM115
+
+    def names(self) -> dict[str, Any]:
+        """What the program defines, but no builtins; by the name of a module of Python's, that module."""
+        own = {name: decode(data, self.kept) for name, data in self.hear().items() if not hasattr(builtins, name)}
+        return {name: import_module(name) if name in sys.stdlib_module_names else own[name] for name in own}
+
+    def kept(self, number: int) -> Kept:
+        return Kept(self, number)
+
+    def hear(self) -> Any:
+        line = self.answers.readline(MAX_ANSWER_CHARS)
+        if not line.endswith("\n"):
+            raise EOFError("the program has ended, or says too much")
+        return json.loads(line)
+
+    def ask(self, act: str, target: Kept, *args: Any, **named: Any) -> Any:
+        request = {"act": act, "target": {"kept": target.number}}
+        request |= {"args": encode(list(args), _number), "named": encode(named, _number)}
+        self.calls.write(json.dumps(request) + "\n")
+        self.calls.flush()
+        answer = self.hear()
+        if "raised" in answer:
+            kind = getattr(builtins, answer["raised"], RuntimeError)
+            is_error = isinstance(kind, type) and issubclass(kind, Exception)
+            raise (kind if is_error else RuntimeError)(answer["text"])
+        for argument, data in zip(args, answer["args"], strict=True):
+            _refresh(argument, decode(data, self.kept))
+        return decode(answer["value"], self.kept)
+
+
+class Kept:
+    """An object that stays with the program: it can be called, asked for attributes and items, and handed back."""
+
+    def __init__(self, program: Program, number: int) -> None:
+        self.program, self.number = program, number
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.program.ask("call", self, *args, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.program.ask("get", self, name)
+
+    def __iter__(self) -> Any:
+        return iter(self.program.ask("items", self))
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, Kept):
+        raise Refused(f"it hands the program {type(value).__name__} {value!r:.60}, which is no plain data")
+    return value.number
+
+
+def _refresh(argument: Any, new: Any) -> None:
+    """What the program did to a container that it was handed."""
+    if isinstance(argument, list):
+        argument[:] = new
+    elif isinstance(argument, dict | set):
+        argument.clear()
+        argument.update(new)
+
+
+def become(user: int | None) -> None:
+    """Root's last act: another user, whose processes the kernel counts."""
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+
+
 def main() -> None:
-    """Run `program.py`; the report ends with its result only if the program reached its last line."""
-    with open(REQUEST, encoding="utf-8") as file:
-        request = json.load(file)
-    os.unlink(REQUEST)
-    report = request["report"]
-    if request["is_function"]:  # what it prints is nobody's business
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Run `program.py` as a script, as a program whose functions a judge calls, or as that judge's tests."""
+    request = json.loads(sys.argv[1])
+    report, role = request["report"], request["role"]
     sys.argv[:] = [PROGRAM]
     site.setquit()  # exit() and quit(), which the interpreter lacks without site-packages
     limit_resources(**request["limits"])
+    become(request["user"])
     install_guard(os.getcwd())
     os.write(report, READY)
-    namespace = runpy.run_path(PROGRAM, run_name="program" if request["is_function"] else "__main__")
-    if request["is_function"]:
-        text = json.dumps([request["secret"], canonical(namespace.get(RESULT))[:MAX_REPORT_CHARS]])
+    if role == "script":
+        runpy.run_path(PROGRAM, run_name="__main__")
+    elif role == "program":
+        serve_calls(runpy.run_path(PROGRAM, run_name="program"), *request["pipes"])
+    else:
+        try:
+            namespace = runpy.run_path(PROGRAM, init_globals=Program(*request["pipes"]).names(), run_name="judge")
+            text = json.dumps({"result": canonical(namespace.get(RESULT))[:MAX_REPORT_CHARS]})
+        except Refused as error:
+            text = json.dumps({"refused": str(error)})
         os.write(report, text.encode())
 
 

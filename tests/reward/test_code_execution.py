@@ -19,7 +19,7 @@ import pytest
 from dirl.data.problems import problem_from_row
 from dirl.reward import RewardConfig, RewardError, Rubric, code_execution, sandbox
 from dirl.reward.code_execution import CodeTest, code, extract_code, read_tests
-from dirl.reward.sandbox import Isolation, Limits, Program, Sandbox, find_sandbox
+from dirl.reward.sandbox import Isolation, Limits, Sandbox, find_sandbox
 
 SECRET = "hf_not_a_real_token"
 
@@ -50,7 +50,7 @@ def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip(f"{request.param} is not installed")
     walls = Sandbox(request.param, None)
     try:
-        walls.run(Program(""), Limits())
+        walls.run("", Limits())
     except RuntimeError as error:
         pytest.skip(f"{request.param} does not work here: {error}")
     monkeypatch.setattr(code_execution, "find_sandbox", lambda: walls)
@@ -154,9 +154,10 @@ def test_what_statement_tests_become() -> None:
         "assert f(1) == g(2)",
         "assert 0 < f(1) < 2",
         "x = 1\nassert f(x) == 1",
-        "not python(",
     ):
         assert read(inside) == [CodeTest(inside, None, is_function=True)]
+    with pytest.raises(ValueError, match=r"test_list has 'not python\(', which is no Python: .*never closed"):
+        read("not python(")
 
 
 CHEATS = {
@@ -169,6 +170,37 @@ CHEATS = {
     "false class": "class A:\n    __class__ = int\ndef f(*_): return A()",
     "no assertions": "import builtins\nclass E(Exception): pass\nbuiltins.AssertionError = E\ndef f(*_): pass",
     "swallow the tests": "def f(*_): return 1\n'''",
+    "comparisons that lie": (
+        "class A(int):\n"
+        "    def __lt__(self, other): return True\n"
+        "    __le__ = __gt__ = __ge__ = __ne__ = __bool__ = __lt__\n"
+        "    def __sub__(self, other): return self\n"
+        "    __rsub__ = __abs__ = __sub__\n"
+        "def f(*_): return A(5)"
+    ),
+    "objects that lie": (
+        "class A:\n"
+        "    def __lt__(self, other): return True\n"
+        "    __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __lt__\n"
+        "    def __sub__(self, other): return self\n"
+        "    __rsub__ = __abs__ = __sub__\n"
+        "def f(*_): return A()"
+    ),
+    "builtins and modules of its own": (
+        "import operator as math\nclass math:\n    isclose = lambda *_, **__: True\n"
+        "abs = lambda _: 0\nisinstance = lambda *_: True\ndef f(*_): return -1"
+    ),
+    "the frame": (
+        "import sys\ndef f(*_):\n    frame = sys._getframe()\n"
+        "    while frame:\n        for names in (frame.f_globals, frame.f_locals):\n"
+        "            for text in map(str, names.values()):\n"
+        "                if '4' + '1 <' in text or '=' + '= 42' in text: return 42\n"
+        "        frame = frame.f_back"
+    ),
+    "its own file": (
+        "import os\ndef f(*_):\n    for name in os.listdir():\n"
+        "        text = open(name).read()\n        if '4' + '1 <' in text or '=' + '= 42' in text: return 42"
+    ),
     "result bound early": "_dirl_result = 42\nraise SystemExit",
     "forged report": (
         "import os\nfor fd in range(3, 30):\n"
@@ -181,10 +213,81 @@ CHEATS = {
 }
 
 
+STATEMENTS = (
+    *("assert f(1) == 42", "assert 41 < f(2) < 43", "assert abs(f(2) - 42) < 1e-6"),
+    *("import math\nassert math.isclose(f(2), 42)", "def check(c):\n    assert c(1) == 42\ncheck(f)"),
+    "assert isinstance(f(1), int) and not f(1) != 42",
+)
+
+
+def test_honest_programs_pass_what_cheats_do_not() -> None:
+    assert function("def f(*_): return 42", *STATEMENTS) == 1.0
+
+
 @pytest.mark.parametrize("name", CHEATS)
 def test_cheats_score_zero(name: str) -> None:
-    assert function(CHEATS[name], "assert f(1) == 42", "assert 41 < f(2) < 43") == 0.0
+    assert function(CHEATS[name], *STATEMENTS) == 0.0
     assert stdio(CHEATS[name], ("1", "42")) == 0.0
+
+
+def test_a_judge_gets_data_and_numbers_of_what_is_none() -> None:
+    source = """
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, item): self.items.append(item); return self
+def sort(values, seen): values.sort(); seen["sorted"] = True
+def fail(): raise KeyError("no such")
+def count(): yield from range(3)
+def kinds(): return [1, (2.5, None), {3}, {"a": b"x"}, 1j, "\\udc80", True, float("inf")]
+def same(value): return value
+"""
+    passing = [
+        "values, seen = [3, 1], {}\nsort(values, seen)\nassert values == [1, 3] and seen == {'sorted': True}",
+        "try:\n    fail()\n    assert False\nexcept KeyError as error:\n    assert 'no such' in str(error)",
+        "assert list(count()) == [0, 1, 2]",
+        "assert Stack().push(1).push(2).items == [1, 2]",
+        "assert same(Stack().push(7)).items[0] == 7",
+        "assert kinds() == [1, (2.5, None), {3}, {'a': b'x'}, 1j, '\\udc80', True, float('inf')]",
+        "assert helper(same(2)) == 4 and LIMIT == 9",
+    ]
+    prefix = "LIMIT = 9\ndef helper(x):\n    return 2 * x\ndef same(value):\n    'itself'\n"
+    assert function(source, *passing, prefix=prefix) == 1.0
+    forged = source + "def helper(x): return 5\nLIMIT = 8"
+    assert function(forged, "assert helper(2) == 5", "assert LIMIT == 8", prefix=prefix) == 0.0
+    with pytest.raises(ValueError, match=r"'assert same.* cannot be judged: it hands the program function"):
+        function(source, "assert same(lambda: 1)")
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_without_the_guard_processes_and_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for root, of whom the kernel counts no processes: the walls hold where the guard inside is undone."""
+    walls = find_sandbox()
+    if walls.isolation != "bwrap":
+        pytest.skip("bubblewrap does not work here")
+    unguarded = sandbox._child_source().replace("install_guard(os.getcwd())", "pass")
+    monkeypatch.setattr(sandbox, "_child_source", lambda: unguarded)
+    assert os.geteuid() != 0 or walls.user is not None
+    forks = (
+        "import os\nfor _ in range(200):\n    try:\n        if not os.fork(): os._exit(0)\n        print('forked')\n"
+    )
+    assert walls.run(forks + "    except OSError: print('refused')", Limits()).stdout.split() == ["refused"] * 200
+    files = (
+        "import os\nsize = 0\nfor folder in ('.', '/', '/dev/shm', '/tmp', '/dev', '/proc', '..'):\n"
+        "    try:\n        for n in range(20):\n            with open(f'{folder}/{n}', 'wb') as f:\n"
+        "                for _ in range(16): size += f.write(bytes(2**20)); f.flush()\n"
+        "    except OSError: pass\nprint(size // 2**20)"
+    )
+    assert 0 < int(walls.run(files, Limits(seconds=5)).stdout) <= sandbox.MAX_FILES_MB + 1
+
+
+def test_root_that_cannot_change_its_user_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_execution, "find_sandbox", lambda: Sandbox("bwrap", None))
+    monkeypatch.setattr(code_execution, "_has_warned", False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    code_execution.warned_sandbox()
+    assert "as root, for the user cannot be changed: nothing bounds its processes" in caplog.text
 
 
 def hostile_programs(outside: Path) -> dict[str, str]:
@@ -268,7 +371,7 @@ def test_hostile_programs_are_refused_rather_than_late(
 ) -> None:
     source = hostile_programs(tmp_path)[name]
     told = f"try:\n{textwrap.indent(source, '    ')}\nexcept BaseException as error: print(type(error).__name__, error)"
-    outcome = Sandbox("none", None).run(Program(told), Limits())
+    outcome = Sandbox("none", None).run(told, Limits())
     assert outcome.kind == "finished" and reason in outcome.stdout
 
 
@@ -310,7 +413,7 @@ def test_sleepers_end_and_time_is_not_shared(isolation: Isolation) -> None:
 
 def test_a_program_killed_with_its_group_cannot_linger(isolation: Isolation) -> None:
     outcome = Sandbox(isolation, None).run(
-        Program("import os, time\nos.close(1)\nos.close(2)\ntime.sleep(99)"), Limits(seconds=0.2)
+        "import os, time\nos.close(1)\nos.close(2)\ntime.sleep(99)", Limits(seconds=0.2)
     )
     assert (outcome.kind, outcome.is_late) == ("timeout", True)
     wait_for_children()
@@ -318,11 +421,11 @@ def test_a_program_killed_with_its_group_cannot_linger(isolation: Isolation) -> 
 
 def test_outcomes() -> None:
     walls = find_sandbox()
-    assert walls.run(Program("print(1)\nraise SystemExit(3)"), Limits()).exit_code == 3
-    busy = walls.run(Program("while True: pass"), Limits(seconds=0.2))
+    assert walls.run("print(1)\nraise SystemExit(3)", Limits()).exit_code == 3
+    busy = walls.run("while True: pass", Limits(seconds=0.2))
     assert busy.is_late
     assert -busy.exit_code in (signal.SIGXCPU, signal.SIGKILL)
-    assert walls.run(Program("print('x' * 2000)"), Limits(output_bytes=1000)).kind == "output"
+    assert walls.run("print('x' * 2000)", Limits(output_bytes=1000)).kind == "output"
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="only root changes users")
@@ -330,14 +433,17 @@ def test_root_runs_programs_as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_interpreter", lambda: ["/usr/bin/python3", "-I", "-S", "-B"])
     walls = Sandbox("none", 65534)
     source = "import os\nopen('mine', 'w').write('x')\nprint(os.getuid(), os.getgroups(), os.path.exists('mine'))"
-    uid, *_, exists = walls.run(Program(source), Limits()).stdout.split()
+    uid, *_, exists = walls.run(source, Limits()).stdout.split()
     assert (uid, exists) == ("65534", "True")
+    monkeypatch.undo()
+    if find_sandbox().isolation == "bwrap":  # also where the interpreter lies in a folder that only root may enter
+        assert find_sandbox().run(source, Limits()).stdout.split()[0] == "65534"
 
 
 def test_a_sandbox_that_does_not_start_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_child_source", lambda: "raise SystemExit('broken installation')")
     with pytest.raises(RuntimeError, match="did not start: broken installation"):
-        Sandbox("none", None).run(Program("print(1)"), Limits())
+        Sandbox("none", None).run("print(1)", Limits())
 
 
 def test_rows_without_tests_do_not_apply_and_bad_ones_are_named() -> None:

@@ -256,7 +256,7 @@ def test_four_hanging_answers_do_not_hold_up_sixty_others() -> None:
     with MathGrader(num_workers=2) as grader:
         start = time.monotonic()
         verdicts = grader.grade(golds, [box(answer) for answer in answers])
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 40
     assert [row for row, verdict in enumerate(verdicts) if verdict is Verdict.TIMEOUT] == [0, 1, 33, 63]
     assert verdicts.count(RIGHT) == 60
 
