@@ -98,10 +98,10 @@ def hold_bars(decided: Decisions, rule: UnmaskingRule) -> tuple[Tensor, Tensor]:
 
     (T,) each, float32 and bool.
     """
-    confidence_T, is_reveal_T, view_T, threshold_T = decided
+    confidence_T, is_reveal_T = decided.confidence_T, decided.is_reveal_T
     if not rule.reads_confidence:
         return torch.full_like(confidence_T, torch.inf), torch.zeros_like(is_reveal_T)
-    row_T, threshold_T = _rows_of_views(view_T), threshold_T.nan_to_num(nan=rule.confidence_threshold)
+    row_T, threshold_T = _rows_of_views(decided.view_T), decided.threshold_T.nan_to_num(nan=rule.confidence_threshold)
     revealed_T = confidence_T.masked_fill(~is_reveal_T, torch.inf)
     bar_T = torch.full_like(confidence_T, torch.inf).scatter_reduce(0, row_T, revealed_T, "amin")[row_T]
     if rule.strategy == "low_confidence_dynamic":

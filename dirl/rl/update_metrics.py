@@ -65,8 +65,8 @@ def _mismatch_metrics(
         if max_logp_difference and not mean <= max_logp_difference:  # NaN is too large as well
             raise EngineMismatch(
                 f"max_logp_difference={max_logp_difference}: trainer and engine differ by {mean:.3g} nats a {what} on "
-                "average, so the engine does not hold the trainer's weights, or decodes by other rules; check rollout."
-                "* (approximate_cache is such a rule: none is exact) and the engine"
+                "average, so the engine does not hold the trainer's weights, or decodes by other rules; check the "
+                "engine and rollout.* (approximate_cache is such a rule: none is exact)"
             )
         metrics[f"sampling/{prefix}logp_difference/mean"] = mean
         metrics[f"sampling/{prefix}logp_difference/max"] = max(step.largest[f"{prefix}difference"] for step in steps)

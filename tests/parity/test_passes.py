@@ -60,7 +60,8 @@ def test_rl_computes_an_entropy_where_it_trains_and_not_for_behaviour_or_referen
     config = RLConfig(
         output_dir=str(tmp_path),
         num_iterations=2,
-        objective=ObjectiveConfig(likelihood="trajectory", beta=beta),
+        # With a correction the behaviour is the trainer's own, scored once more than the engine did.
+        objective=ObjectiveConfig(likelihood="trajectory", beta=beta, importance_sampling_correction="token_truncate"),
         rollout=RolloutConfig(prompts_per_step=2, num_generations=4, max_completion_length=12, dynamic_sampling=False),
         reward=RewardConfig(functions=[f"{__file__}:even_length"]),
     )
