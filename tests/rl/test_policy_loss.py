@@ -240,15 +240,19 @@ def test_importance_multiplies_the_surrogate_and_not_the_kl() -> None:
 
 
 def test_the_gauge_sees_ratios_before_they_are_cut() -> None:
-    """Fresh actions are compared with what the policy gives now, older ones with what was remembered of them."""
-    engine_T = torch.tensor([-1.0, -1.0, -1.0, math.nan])
+    """Fresh actions are compared with what the policy gives now, older ones with what was remembered of them.
+
+    Nothing is remembered of the last: its behaviour is what the engine recorded, or the newest weights give.
+    """
+    engine_T = torch.tensor([-1.0, -1.0, -1.0, math.nan, -1.0])
     batch = table(
-        4,
+        5,
         engine_logprob_T=engine_T,
-        sampled_at_T=torch.tensor([5, 5, 3, 5]),
-        behavior_logprob_T=torch.tensor([math.nan, math.nan, -1.5, math.nan]),
+        sampled_at_T=torch.tensor([5, 5, 3, 5, 3]),
+        behavior_logprob_T=torch.tensor([math.nan, math.nan, -1.5, math.nan, -9.0]),
+        is_remembered_T=torch.tensor([False, False, True, False, False]),
     )
-    logprob_T = torch.tensor([-1.0, 1.0, 7.0, 0.0])
+    logprob_T = torch.tensor([-1.0, 1.0, 7.0, 0.0, 7.0])
     objective = ObjectiveConfig(importance_sampling_correction="token_truncate", importance_sampling_clip_max=2.0)
     result = loss_of(logprob_T, batch, objective, fresh_since=5)
     assert int(result.sums["compared"]) == 3
