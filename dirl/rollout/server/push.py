@@ -120,7 +120,7 @@ class Pusher:
             try:
                 there = pool.map(lambda server: server.call(PUSH, to_json(push))["weights"], servers)
                 takers = [server for server, name in zip(servers, there, strict=True) if name != self.weights]
-                if group is not None:
+                if group is not None and len(takers) == len(servers):
                     return group.send(named, PushedPart(self.weights, self._process))
                 for part, bucket in enumerate(buckets(named) if takers else ()):
                     body = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in bucket})

@@ -177,7 +177,8 @@ async def _weights(rollouts: RolloutServer, request: Request) -> Response:
 
 
 def _die_with_parent(folder: str) -> None:
-    """Wait for the end of the process that alone may call here, and of its folder, where it had no time for that."""
-    sys.stdin.buffer.read()
+    """End with the process that alone calls here, and remove the folder that it may have had no time to remove."""
+    while os.read(sys.stdin.fileno(), 4096):  # not by its buffer, whose lock would block the end
+        pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

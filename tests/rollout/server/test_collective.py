@@ -102,6 +102,16 @@ def test_two_servers_and_a_trainer() -> None:
     assert [(c.token_ids, c.step_map) for c in found] == [(c.token_ids, c.step_map) for c in expected]
 
 
+def test_nobody_waits_for_what_is_there_already() -> None:
+    with serving(OTHER, TOKENIZER) as (_, url):
+        start = time.monotonic()
+        for _ in range(2):
+            pusher = Pusher([Server(url, KEY)], trainer=TRAINER, config=ONLY)
+            pusher.push(MODEL)
+            pusher.release()
+        assert time.monotonic() - start < 60
+
+
 def test_a_group_listens_at_the_loopback_alone() -> None:
     before = listening()
     with serving(MODEL, TOKENIZER) as (_, url):
