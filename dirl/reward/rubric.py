@@ -35,7 +35,9 @@ class RewardConfig(Config):
     weights: list[float] = field(default_factory=list)  # one per function; empty: all 1
     parameters: dict[str, dict[str, float]] = field(default_factory=dict)  # by function name, e.g. cosine.longest_right
     combine: Combine = "sum_then_normalize"  # normalize_then_sum: each reward is scaled in its group before it is added
-    answer_extraction: Literal["boxed", "text"] = "boxed"  # text: math-verify may look for an answer anywhere
+    answer_extraction: Literal["boxed", "text"] = (
+        "boxed"  # text: math-verify may look for one anywhere; golds are never searched
+    )
     grader_workers: int = bounded(0, least=0)  # processes that check answers; 0: one per usable core, at most 4
     grader_timeout_seconds: float = bounded(1.5, above=0)  # CPU time per answer; real ones take 0.01
     grader_memory_limit_mb: int = bounded(1024, least=1)  # address space per process

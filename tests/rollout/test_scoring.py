@@ -30,7 +30,7 @@ def score_prompts(prompts: list[Prompt], texts: list[str], functions: list[str])
 
 def test_a_template_that_opens_the_thought_counts_for_the_format(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %}\n<think>\n{% endif %}"
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}{{ '\\n<think>\\n' if add_generation_prompt }}"
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"question": "1+1=", "ground_truth_answer": "2"}] * 2))
     prompts, _ = render_prompts(load_problems(str(file)), tokenizer, system_prompt="", suffix="?", max_length=99)
