@@ -140,7 +140,8 @@ class RLConfig(TrainingConfig, UpdateConfig):
     def records_holds(self) -> bool:
         """Whether the engine records holds: it was told to, or what it gave them counts in training."""
         rollout = self.rollout
-        is_off_policy = rollout.max_staleness > 0 or rollout.oversampling > 1 or self.steps_per_rollout > 1
+        is_old = rollout.partial or rollout.max_staleness > 0 or rollout.oversampling > 1
+        is_off_policy = is_old or self.steps_per_rollout > 1
         is_weighed = self.objective.importance_sampling_correction != "none"
         is_read = self.objective.likelihood == "trajectory" and (is_off_policy or is_weighed)
         return rollout.record_holds or is_read

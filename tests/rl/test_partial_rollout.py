@@ -84,7 +84,7 @@ def collector(config: RolloutConfig, should_stop: Callable[[], bool] = lambda: F
     prompts, _ = render_prompts(PROBLEMS, tokenizer, system_prompt="", suffix="", max_length=100)
     engine = TorchEngine(model, tokenizer, EngineConfig(max_cached_tokens=100_000), observer=(passes := Passes()))
     rubric = Rubric(RewardConfig(functions=["tests.rl.test_partial_rollout:even_length"]))
-    rollouts = Rollouts(engine, rubric, config, Timings(), (4, 128))
+    rollouts = Rollouts(engine, rubric, config, Timings(), (model.scheme, 128))
     return Collector(prompts, rollouts, Distributed(), 0, should_stop=should_stop), passes
 
 
@@ -203,9 +203,12 @@ def check_part(model: Any, tokenizer: Any, group: RolloutGroup, place: int, vers
     assert completion.logprobs[part] == pytest.approx(logprob_R[part].tolist(), abs=2e-5)
 
 
+@pytest.mark.parametrize("likelihood", ["reveal", "trajectory"])
 @pytest.mark.parametrize("correction", ["none", "token_truncate"])
-def test_an_action_knows_its_weights_and_what_they_gave_it(tmp_path: Path, correction: Any) -> None:
-    ours = trainer(tmp_path, objective=ObjectiveConfig(importance_sampling_correction=correction))
+def test_an_action_knows_its_weights_and_what_they_gave_it(tmp_path: Path, correction: Any, likelihood: Any) -> None:
+    several = {"confidence_threshold": 0.1} if likelihood == "trajectory" else {}  # steps with holds
+    objective = ObjectiveConfig(importance_sampling_correction=correction, likelihood=likelihood)
+    ours = trainer(tmp_path, objective=objective, rollout=several)
     tables: list[tuple[int, Sequence[RolloutGroup], Any]] = []
     table = ours.updater._table
 
@@ -224,6 +227,9 @@ def test_an_action_knows_its_weights_and_what_they_gave_it(tmp_path: Path, corre
         at = list(zip(batch.completion_T.tolist(), actions.completion_index_T.tolist(), strict=True))
         assert batch.sampled_at_T.tolist() == [completions[number].sampled_at[token] for number, token in at]
         recorded_T = torch.tensor([completions[number].logprobs[token] for number, token in at])
+        recorded_T[~actions.is_reveal_T] = torch.tensor(
+            [hold for number in dict(at) for hold in completions[number].hold_logprobs or ()]
+        )
         assert torch.equal(batch.engine_logprob_T, recorded_T)
         stale_T = batch.sampled_at_T < now
         assert torch.equal(~batch.behavior_logprob_T.isnan(), stale_T)
@@ -348,7 +354,7 @@ def test_what_does_not_go_with_it_is_refused(rollout: dict[str, Any], words: str
         replace(PARTIAL, **rollout)
 
 
-@pytest.mark.parametrize("objective", [{"likelihood": "trajectory"}, {"shrink": 2}, {"views": "masks"}], ids=str)
+@pytest.mark.parametrize("objective", [{"score": "masked"}, {"shrink": 2}, {"views": "masks"}], ids=str)
 def test_what_the_engine_does_not_record_is_refused(objective: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"rollout\.partial=true needs what the engine recorded"):
         RLConfig(rollout=PARTIAL, objective=ObjectiveConfig(**objective))
@@ -363,7 +369,8 @@ def test_an_engine_or_a_model_that_cannot_go_on_is_refused() -> None:
 
     for engine, block_length in ((Closed(), 4), (old.engine, 0)):
         with pytest.raises(UserError, match=r"partial=true goes on behind blocks .*; set these, or partial=false"):
-            Rollouts(engine, old.rubric, PARTIAL, Timings(), (block_length, 128))  # type: ignore[arg-type]
+            scheme = replace(old.scheme, block_length=block_length)
+            Rollouts(engine, old.rubric, PARTIAL, Timings(), (scheme, 128))  # type: ignore[arg-type]
 
 
 def killed_at_pass(count: int, output_dir: Path) -> None:

@@ -340,27 +340,30 @@ def test_what_is_enough_ends_after_its_block() -> None:
     assert found[0].token_ids == whole[0].token_ids[:2] and found[1].token_ids == whole[1].token_ids
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(("shift", "origin"), [(0, "start"), (1, "start"), (1, "prompt_end")])
 @pytest.mark.parametrize("cuts", [(1,), (2, 3), (1, 2, 3, 4)], ids=str)
-def test_in_parts_is_at_once(shift: int, cuts: tuple[int, ...]) -> None:
+def test_in_parts_is_at_once(shift: int, origin: Any, cuts: tuple[int, ...]) -> None:
     """Every other one is cut after so many blocks: the weights stay, so the completion is the same."""
-    model, tokenizer = sharp_tiny_model(shift=shift)
-    prompts = random_prompts([1, 3, 4, 6, 7, 8])
+    model, tokenizer = sharp_tiny_model(shift=shift, block_origin=origin)
+    prompts, sampling = random_prompts([1, 3, 4, 6, 7, 8]), replace(DYNAMIC, record_holds=True)
     engine = TorchEngine(model, tokenizer)
-    whole = engine.generate(prompts, DYNAMIC, range(len(prompts)))
+    whole = engine.generate(prompts, sampling, range(len(prompts)))
+    sizes = touched_tokens(prompts, range(len(prompts)), sampling, model.scheme)
     found: dict[int, Completion] = {}
     for cut in (*cuts, 99):
         queue = deque[Request]()
         for i, prompt in enumerate(prompts):
-            end, before = (len(prompt) + 20) // 4 * 4, found.get(i)
+            size, before = sizes[i], found.get(i)
             if before is None or len(before.token_ids) < len(whole[i].token_ids):
-                end = min(end, (len(prompt) // 4 + cut) * 4) if i % 2 else end
+                size = min(size, 4 * cut - model.scheme.tail(len(prompt))) if i % 2 else size
+                end = len(prompt) + size
                 queue.append(Request(i, prompt, i, end, prefix=before))
-        found |= dict(engine.decode(queue, DYNAMIC))
+        found |= dict(engine.decode(queue, sampling))
     for i, expected in enumerate(whole):
-        one = found[i]
-        assert replace(one, logprobs=None) == replace(expected, logprobs=None)
+        one, nothing = found[i], {"logprobs": None, "hold_logprobs": None}
+        assert replace(one, **nothing) == replace(expected, **nothing)
         assert one.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+        assert one.hold_logprobs == pytest.approx(expected.hold_logprobs, abs=1e-5)
 
 
 def test_frames_of_a_continued_completion_show_all_of_it() -> None:
