@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     model, (_, tokenizer) = build_model(options.model).eval(), tiny()
+    model.config.mask_token_id = tokenizer.mask_token_id  # as a server has it
     with ExitStack() as stack:
         pushes = {}
         for how in ("http", "collective"):
