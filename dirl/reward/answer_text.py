@@ -137,6 +137,14 @@ def write_out_exponent(text: str) -> str:
     return _SCIENTIFIC.sub(lambda m: rf"{m[1]} \times 10^{{{sign.get(m[2], '')}{m[3]}}}", text)
 
 
+_BARE_POINT = re.compile(r"(?<![0-9.])\.(?=[0-9])")
+
+
+def write_leading_zero(text: str) -> str:
+    """.5 as 0.5."""
+    return _BARE_POINT.sub("0.", text)
+
+
 _PERCENT = re.compile(rf"\s*(?:{_TEXT}\{{\s*)?(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])\s*\}}?")
 _BASE_TEN = re.compile(r"(?<=[0-9])_(?:\{10\}|10(?![0-9]))|(?<=[0-9])_\{?\\text\{ten\}\}?")
 _NAMED_BASE = re.compile(r"(?<=[0-9A-F])\s*(?:\\text\s*\{\s*)?(?:in )?base\s*([0-9]{1,2})\s*\}?$")
@@ -211,7 +219,15 @@ def part_solutions(text: str) -> str:
 
 RULES = (
     *(fold_unicode, undouble_commands, join_thousands, drop_delimiters, unwrap_text, write_bases_and_percents),
-    *(write_out_scales, drop_fonts, spell_functions, write_out_exponent, drop_units, part_solutions),
+    *(
+        write_out_scales,
+        drop_fonts,
+        spell_functions,
+        write_leading_zero,
+        write_out_exponent,
+        drop_units,
+        part_solutions,
+    ),
 )
 
 
@@ -251,7 +267,10 @@ _RATIONAL = re.compile(
     r"|(?P<over>[0-9]{1,300})/(?P<under>[0-9]{1,300}))"
 )
 _DECIMAL = re.compile(r"[-+]?[0-9]{0,100}\.?[0-9]{1,100}")
-_BASED = re.compile(r"(?:[a-zA-Z]\s*=\s*)?\(?([0-9][0-9A-F]*)\)?_\{?([0-9]{1,2})\}?")
+_BASED = re.compile(
+    r"(?:[a-zA-Z]\s*=\s*)?(?:\\left\s*)?\(?\s*([0-9][0-9A-F]*)\s*(?:\\right\s*)?\)?"
+    r"_\{?([0-9]{1,2})\}?\s*(?:\\right\s*)?\)?"
+)
 
 
 def _read_rational(answer: str) -> Fraction | None:
