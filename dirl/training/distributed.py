@@ -7,11 +7,12 @@ The only file that knows accelerate and torch.distributed; which engine shards w
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,10 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as load_shards
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -291,6 +295,37 @@ class Distributed:
 
     def _numbers(self, *values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+
+def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of the first module in what `save_state` wrote, by its names: whole, in main memory, in any one process.
+
+    Args:
+        dtype: what the module computed in; DeepSpeed has kept float32 numbers, which it rounded to that at each step.
+    Raises:
+        UserError: DeepSpeed wrote it, and is not installed.
+    """
+    if (directory / "pytorch_model").is_dir():
+        return {name: tensor.to(dtype) for name, tensor in _read_zero(directory).items()}
+    shards = directory / "pytorch_model_fsdp_0"
+    return _read_shards(shards) if shards.is_dir() else load_file(directory / "model.safetensors")
+
+
+def _read_zero(directory: Path) -> dict[str, Tensor]:
+    try:
+        from deepspeed.utils import zero_to_fp32
+    except ImportError as error:
+        raise UserError(f"{directory} was written by DeepSpeed: pip install 'dirl[deepspeed]' to read it") from error
+    with redirect_stdout(io.StringIO()):  # it prints its progress
+        return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), "pytorch_model")
+
+
+def _read_shards(directory: Path) -> dict[str, Tensor]:
+    reader = FileSystemReader(directory)
+    described = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in described.items()}  # type: ignore[union-attr]
+    load_shards(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _is_set(name: str) -> bool:

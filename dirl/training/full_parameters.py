@@ -6,7 +6,7 @@ of the model never exists where the caller does not make one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,6 +62,21 @@ def named_adapter_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tenso
     return state
 
 
+def merged_state(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """The whole state dict of a model -> that of a model without LoRA, by the same rule as `named_full_parameters`.
+
+    Args:
+        scaling: lora_alpha / r; read where there are adapters.
+    """
+    merged = {_plain_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, a in state.items():
+        owner, _, adapter = name.partition(".lora_A.")
+        if adapter:
+            b = state[f"{owner}.lora_B.{adapter}"]
+            merged[f"{owner}.weight"] = _sum_of(merged[f"{owner}.weight"], a, b, scaling)
+    return merged
+
+
 def _bare(model: nn.Module) -> nn.Module:
     """The module inside DDP's or DeepSpeed's wrapper, whose parameters have the checkpoint's names."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
@@ -84,9 +99,11 @@ def _merged(layer: Any) -> Tensor:
     (adapter,) = layer.lora_A.keys()
     base, a, b = layer.base_layer.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     with _gathered([base, a, b]):
-        full = _full(base)
-        delta = _full(b).float() @ _full(a).float()
-        return (full.float() + layer.scaling[adapter] * delta).to(full.dtype)
+        return _sum_of(_full(base), _full(a), _full(b), layer.scaling[adapter])
+
+
+def _sum_of(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return (base.float() + scaling * (b.float() @ a.float())).to(base.dtype)
 
 
 def _full(parameter: Tensor) -> Tensor:
