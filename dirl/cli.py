@@ -131,7 +131,7 @@ def _run_runs(options: argparse.Namespace) -> None:
 
     from dirl.console.list_runs import list_runs
 
-    list_runs(options.folder, Console())
+    list_runs(options.folder, Console(width=None if sys.stdout.isatty() else 200))  # a file has room
 
 
 def _run_export(options: argparse.Namespace) -> None:

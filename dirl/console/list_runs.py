@@ -50,7 +50,9 @@ def list_runs(folder: str, console: Console) -> None:
     lines = [line for run in runs if (line := line_of(run, str(run.relative_to(root)))) is not None]
     if not lines:
         raise UserError(f"{folder}: no run of dirl sft or dirl rl under it")
-    table = Table("run", "stage", "step", "best", "accuracy", "tokens/step", "time", "cost", box=box.SIMPLE_HEAD)
+    table = Table("run", box=box.SIMPLE_HEAD)
+    for heading in ("stage", "step", "best", "accuracy", "tokens/step", "time", "cost"):
+        table.add_column(heading, no_wrap=True)
     for one in lines:
         table.add_row(one.run, one.stage, one.step, one.best, one.accuracy, one.tokens_per_step, one.time, one.cost)
     console.print(table)

@@ -85,7 +85,7 @@ def find_model(path: str, within: tuple[Path, ...] = ()) -> ModelFiles:
         if CHECKPOINT_NAME.fullmatch(found.resolve().name):
             return _of_checkpoint(found, within)
         return _of_run(found, within) if is_run(found) else ModelFiles(path)
-    if at and name and is_run(expand(name)):
+    if at and name and expand(name).is_dir():
         return _of_checkpoint(_checkpoint_at(expand(name), which), within)
     return ModelFiles(path)
 

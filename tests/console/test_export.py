@@ -30,6 +30,10 @@ from dirl.model.checkpoint import ModelConfig
 from dirl.model.lora import LoraConfig
 from dirl.model.model_path import find_model
 from dirl.model.tiny import save_tiny_model
+from dirl.reward.rubric import RewardConfig
+from dirl.rl.rl_config import RLConfig, RLDataConfig, RLEvalConfig
+from dirl.rl.rollouts import RolloutConfig
+from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 from tests.launching import launch_script
@@ -270,6 +274,37 @@ def test_commands_take_each_form(run: Path, tmp_path: Path, capsys: pytest.Captu
         weights.append(json.loads((tmp_path / f"eval_{number}/samples_header.json").read_text())["model.weights"])
     assert weights == [digest_of_weights(dirl.load(f"{run}@{step}")[0]) for step in (2, 4)]
     assert weights[0] != weights[1]
+
+
+def even_length(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+    return [float(len(completion) % 2 == 0) for completion in completions]
+
+
+def test_the_best_evaluates_to_what_the_run_logged(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"question": "{"?" * n}", "answer": "0"}}\n' for n in range(1, 9)))
+    rollout = RolloutConfig(prompts_per_step=3, num_generations=4, max_completion_length=12)
+    config = RLConfig(
+        output_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tmp_path / "base")),
+        max_steps=4,
+        learning_rate=1e-2,
+        eval_steps=1,
+        metric_for_best_model="eval/accuracy",
+        save_total_limit=1,
+        data=RLDataConfig(path=str(tmp_path / "rows.jsonl")),
+        eval=RLEvalConfig(path=str(tmp_path / "rows.jsonl")),
+        rollout=rollout,
+        reward=RewardConfig(functions=[f"{__file__}:even_length"]),
+    )
+    RLTrainer(config).train()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [{name: row[name] for name in row if name.startswith("eval/")} for row in rows]
+    best = max(logged, key=lambda row: row["eval/accuracy"])
+    for name, expected in (("best", best), ("4", logged[-1])):
+        again = replace(config, model=ModelConfig(path=f"{tmp_path}/run@{name}"), output_dir=str(tmp_path / "again"))
+        assert RLTrainer(again).evaluate() == expected
+    assert best != logged[-1]
 
 
 def shown(folder: Path) -> str:
