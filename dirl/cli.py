@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (run, help_text) in runs.items():
         command = commands.add_parser(name, help=help_text)
-        words = "; or a model's directory or hub id, to serve it as it is" if name == "serve" else ""
+        words = "; or a model's directory, hub id or run, to serve it as it is" if name == "serve" else ""
         command.add_argument(
             "config", metavar="CONFIG", type=_path, help=f"YAML file, such as configs/tiny/{name}.yaml{words}"
         )
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--estimate-memory", action="store_true", help=estimate)
     _add_report(commands)
     _add_talk(commands)
+    _add_runs(commands)
     doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
     doctor.set_defaults(run=_run_doctor)
     convert = commands.add_parser("convert", help="make a block-diffusion model of an autoregressive one")
@@ -153,7 +154,8 @@ def _add_talk(commands: Any) -> None:
     talks = {"generate": (_run_generate, "answer one question"), "chat": (_run_chat, "talk to a model")}
     for name, (run, help_text) in talks.items():
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("model", metavar="MODEL", type=_path, help="Hugging Face directory or hub id")
+        words = "Hugging Face directory, hub id, RUN, RUN@STEP or RUN@best"
+        command.add_argument("model", metavar="MODEL", type=_path, help=words)
         if name == "generate":
             command.add_argument("prompt", metavar="PROMPT")
             command.add_argument("--quiet", action="store_true", help="print the answer only")
@@ -163,6 +165,33 @@ def _add_talk(commands: Any) -> None:
         words = "sampling keys, such as temperature=0 max_completion_length=512"
         command.add_argument("overrides", metavar="key=value", nargs="*", help=words)
         command.set_defaults(run=run)
+
+
+def _add_runs(commands: Any) -> None:
+    runs = commands.add_parser("runs", help="the runs under a folder: stage, step, best, accuracy, time, cost")
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", default="outputs", help="default: outputs")
+    runs.set_defaults(run=_run_runs)
+    export = commands.add_parser("export", help="write a checkpoint of any backend as a Hugging Face directory")
+    words = "RUN (its final/, or its newest checkpoint), RUN@STEP, RUN@best, or the directory of a checkpoint"
+    export.add_argument("model", metavar="RUN[@STEP|@best]", help=words)
+    export.add_argument("output", metavar="OUT", help="directory to write; an earlier export there is replaced")
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, in peft's form")
+    export.set_defaults(run=_run_export)
+
+
+def _run_runs(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dirl.console.list_runs import list_runs
+
+    list_runs(options.folder, Console(width=None if sys.stdout.isatty() else 200))  # a file has room
+
+
+def _run_export(options: argparse.Namespace) -> None:
+    from dirl.console.export import export
+
+    of_what = export(options.model, options.output, adapter=options.adapter)
+    _say(f"{'adapters' if options.adapter else 'model'}: {options.output} ({of_what} of {options.model})")
 
 
 def _run_report(options: argparse.Namespace) -> None:
@@ -254,7 +283,8 @@ def _run_serve(options: argparse.Namespace) -> None:
     from dirl.rollout.server.wire import ServeConfig
 
     named = options.config
-    if Path(named).is_dir() or is_hub_id(named):
+    of_run, at, _ = named.rpartition("@")
+    if Path(named).is_dir() or is_hub_id(named) or (at and of_run and Path(of_run).is_dir()):
         config = with_changes(load_config(ServeConfig, None, options.overrides), {"model.path": named}, "command line")
     else:
         config = load_config(ServeConfig, named, options.overrides)

@@ -14,8 +14,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from dirl.data.chat import load_tokenizer, render_messages, stop_token_ids, token_texts
+from dirl.data.chat import render_messages, stop_token_ids, token_texts
 from dirl.model.checkpoint import ModelConfig, default_device, load_model
+from dirl.model.model_path import tokenizer_of
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import ApproximateCache, Completion, EngineConfig, SamplingConfig
 from dirl.rollout.watch import Frame, Observer
@@ -64,7 +65,7 @@ class Talker:
 
     def __init__(self, model_path: str, sampling: TalkConfig, *, seed: int, console: Console) -> None:
         disable_progress_bar()  # of loading: people wait for an answer
-        self.tokenizer = load_tokenizer(model_path)
+        self.tokenizer = tokenizer_of(model_path)
         model = load_model(ModelConfig(path=model_path), self.tokenizer).eval()
         model.to(default_device())  # type: ignore[arg-type]
         drafts = Drafts(self.tokenizer, console) if console.is_terminal else None

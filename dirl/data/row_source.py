@@ -24,7 +24,6 @@ from dirl.files import expand, is_hub_id
 
 PIECE = 1 << 17  # bytes of a JSON array read at once
 BATCH_ROWS = 100  # of a parquet file, written and read together
-csv.field_size_limit(1 << 30)  # a cell may hold a book; the default of 128 KiB is none of ours
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 

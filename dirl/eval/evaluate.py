@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.boxed import extract_boxed
 from dirl.config import PATH, Config, bounded, config_to_dict, save_config
-from dirl.data.chat import load_tokenizer, prompt_text, render_prompt
+from dirl.data.chat import prompt_text, render_prompt
 from dirl.data.problems import TESTS, Problem
 from dirl.errors import UserError
 from dirl.eval.benchmarks import Benchmark, load_benchmarks
@@ -35,6 +35,7 @@ from dirl.eval.sample_store import SampleStore, Which
 from dirl.model.checkpoint import ModelConfig, load_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.registry import published_decoder
+from dirl.model.model_path import tokenizer_of
 from dirl.presets import Presets
 from dirl.reward.code_execution import extract_code
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
@@ -213,7 +214,7 @@ def run_evaluation(config: EvalConfig) -> Path:
     directory = Path(config.output_dir)
     data = config.data
     benchmarks = load_benchmarks(data.datasets, limit=data.limit, seed=data.seed, skip_bad_rows=data.skip_bad_rows)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = tokenizer_of(config.model.path)
     model = load_model(config.model, tokenizer)
     chunk_size = config.chunk_size * distributed.world_size
     results = []

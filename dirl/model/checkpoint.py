@@ -6,17 +6,17 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
-from dirl.data.chat import find_mask_token_id, load_tokenizer, mask_token_id, save_tokenizer
+from dirl.data.chat import find_mask_token_id, mask_token_id, save_tokenizer
 from dirl.diffusion.packing import BlockOrigin
 from dirl.errors import MissingFileError, UserError, one_line
 from dirl.files import is_hub_id, write_json
@@ -26,6 +26,7 @@ from dirl.model.families.registry import family_of, family_with_config, read_pub
 from dirl.model.flex_attention import AttentionName
 from dirl.model.kernels import Kernels, use_fused_kernels
 from dirl.model.lora import LoraConfig, save_adapters
+from dirl.model.model_path import ModelFiles, find_model, tokenizer_of
 from dirl.training.full_parameters import full_state_dict, named_adapter_parameters
 
 
@@ -33,7 +34,8 @@ from dirl.training.full_parameters import full_state_dict, named_adapter_paramet
 class ModelConfig(Config):
     """Where the model comes from and how it is run."""
 
-    path: str = field(default="outputs/tiny/base", metadata=PATH)  # Hugging Face directory, or a hub id
+    # Hugging Face directory, hub id, RUN, RUN@STEP, RUN@best, or a checkpoint's directory
+    path: str = field(default="outputs/tiny/base", metadata=PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     attention: AttentionName = "auto"  # training forward: flex on CUDA, sdpa elsewhere
     kernels: Kernels = "auto"  # RMSNorm, SwiGLU, rotary: liger where a GPU and the package are there, else torch
@@ -50,15 +52,15 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Block
         MissingFileError: no config.json at a path that is not a hub id.
         UserError: another kind of model, damaged or incomplete files, or a tokenizer that does not fit.
     """
-    family, published, model_config = _read_config(config, tokenizer)
+    files, dtype = find_model(config.path), getattr(torch, config.dtype)
+    family, published, model_config = _read_config(config, files, tokenizer)
     with damage_named(config.path):
-        loaded: Any = family.model_class.from_pretrained(
-            config.path, config=model_config, dtype=getattr(torch, config.dtype), output_loading_info=True
-        )
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
-        raise UserError(f"model.path: the weights in {config.path!r} lack {missing[:3]}; get or save them again")
+        if files.checkpoint is None:
+            model: Any = _load_pretrained(family, model_config, files.directory, dtype)
+        else:
+            model = model_with(family, model_config, files.read_weights(), dtype)
+            with suppress(OSError):  # it has none: the model's own
+                model.generation_config = GenerationConfig.from_pretrained(files.directory)
     check_finite(model, config.path)
     if family.keeps_published_config:
         model.published_config = published
@@ -75,29 +77,63 @@ def check_finite(model: torch.nn.Module, path: str) -> None:
             raise UserError(f"model.path: {name} in {path!r} holds NaN or infinities; get or save the weights again")
 
 
+def _load_pretrained(family: Family, model_config: Any, directory: str, dtype: torch.dtype) -> Any:
+    loaded: Any = family.model_class.from_pretrained(
+        directory, config=model_config, dtype=dtype, output_loading_info=True
+    )
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UserError(f"model.path: the weights in {directory!r} lack {missing[:3]}; get or save them again")
+    return model
+
+
+def model_with(
+    family: Family, model_config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> BlockDiffusionModel:
+    """A model of these weights, which are named as its own parameters are.
+
+    Raises:
+        RuntimeError: they are those of another model.
+    """
+    with torch.device("meta"):
+        model: Any = family.model_class(model_config)
+    kept = model._keep_in_fp32_modules_strict or ()
+    found = {name: t if any(part in name for part in kept) else t.to(dtype) for name, t in weights.items()}
+    if model_config.tie_word_embeddings:  # files hold one of the two
+        tied = {"model.embed_tokens.weight", "lm_head.weight"}
+        found |= dict.fromkeys(tied, found[min(tied & found.keys())])
+    model.load_state_dict(found, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model_config)  # its frequencies are in no file
+    return model.eval()
+
+
 def random_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDiffusionModel:
     """The model `load_model` would return with other weights, for one who will be sent them; reads config.json alone.
 
     Raises:
         MissingFileError, UserError: as `load_model`.
     """
-    family, _, model_config = _read_config(config, tokenizer)
+    family, _, model_config = _read_config(config, find_model(config.path), tokenizer)
     model: Any = family.model_class._from_config(model_config, dtype=getattr(torch, config.dtype))
     return model
 
 
-def _read_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Family, dict[str, Any], Any]:
+def _read_config(
+    config: ModelConfig, files: ModelFiles, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Family, dict[str, Any], Any]:
     """The family, its config.json as it is published, and the configuration of our class."""
-    path = config.path
+    path = files.directory
     if not Path(path, "config.json").is_file() and not is_hub_id(path):
-        raise MissingFileError(f"model.path: no config.json in {path!r}; give a Hugging Face directory or a hub id")
+        raise MissingFileError(f"model.path: no config.json in {path!r}; name a Hugging Face directory, hub id or run")
     with damage_named(path):
         published = read_published(path)
         family = family_of(published, path)
         model_config = family.read(published)
     model_config.mask_token_id = _mask_token_id(family, published, tokenizer)
     model_config.tokenizer_length = len(tokenizer)
-    model_config.block_size = config.block_length or model_config.block_size
+    model_config.block_size = config.block_length or files.block_length or model_config.block_size
     if config.block_origin != "auto":
         model_config.block_origin = config.block_origin
     if getattr(model_config, "full_attention", False) and getattr(model_config, "block_origin", "start") != "start":
@@ -145,8 +181,8 @@ def default_device() -> torch.device:
 def load(
     path: str, *, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a Hugging Face directory or hub id, ready to generate."""
-    tokenizer = load_tokenizer(path)
+    """The model and tokenizer of a Hugging Face directory, hub id, run or checkpoint, ready to generate."""
+    tokenizer = tokenizer_of(path)
     return load_model(ModelConfig(path=path, dtype=dtype), tokenizer).eval(), tokenizer
 
 

@@ -23,7 +23,7 @@ from dirl.config import Config, bounded
 from dirl.data.chat import add_mask_token, load_tokenizer
 from dirl.errors import MissingFileError, UserError
 from dirl.files import is_hub_id
-from dirl.model.checkpoint import damage_named, save_model
+from dirl.model.checkpoint import damage_named, model_with, save_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.family import Family
 from dirl.model.families.registry import AUTOREGRESSIVE, family_of, read_published
@@ -134,11 +134,6 @@ def _with_weights(
     for name in ("model_type", "architectures", "quantization_config"):
         described.pop(name, None)
     config = family.config_class.from_dict({**described, **values, "vocab_size": len(weights["lm_head.weight"])})
-    with torch.device("meta"):
-        model: Any = family.model_class(config)
-    model.to(autoregressive.dtype)
-    model.load_state_dict(weights, assign=True, strict=True)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are in no file
+    model = model_with(family, config, weights, autoregressive.dtype)
     model.generation_config = autoregressive.generation_config
-    return model.eval()
+    return model

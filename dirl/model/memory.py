@@ -25,6 +25,7 @@ from dirl.model.dry_run import DryModel, PassBytes
 from dirl.model.families.registry import family_of, read_published
 from dirl.model.flex_attention import FLEX_TILE
 from dirl.model.lora import LoraConfig
+from dirl.model.model_path import find_model
 from dirl.model.stand_ins import nominal_actions, nominal_tokens
 
 _UNITS: Mapping[str, float] = {"GB": 1e9, "MB": 1e6}
@@ -265,10 +266,11 @@ class RunMemory:
 
 def read_shape(config: ModelConfig) -> Any:
     """The configuration of our class that the checkpoint's config.json describes."""
-    if not Path(config.path).is_dir() and not is_hub_id(config.path):
+    directory = find_model(config.path).directory
+    if not Path(directory).is_dir() and not is_hub_id(directory):
         raise UserError(f"model.path={config.path}: no such directory; give a Hugging Face directory or a hub id")
     try:
-        published = read_published(config.path)
+        published = read_published(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.path}: no readable config.json: {one_line(error, 200)}") from error
     return family_of(published, config.path).read(published)

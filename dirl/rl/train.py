@@ -18,7 +18,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.data.chat import load_tokenizer
 from dirl.data.problem_sources import load_problems
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import ScoringRule
@@ -30,6 +29,7 @@ from dirl.model.checkpoint import load_model, write_final
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import adapters_off, add_adapters
+from dirl.model.model_path import tokenizer_of
 from dirl.reward.rubric import Rubric
 from dirl.rl.advantage import advantages_of
 from dirl.rl.ahead import RolloutsAhead
@@ -70,7 +70,7 @@ class RLTrainer(Trainer):
     ) -> None:
         super().__init__(config)
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
-        self.tokenizer = tokenizer or load_tokenizer(config.model.path)
+        self.tokenizer = tokenizer or tokenizer_of(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
         self.tags = self.model.tags
         self._first_block_length = self.model.config.block_size

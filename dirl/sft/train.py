@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dirl.config import PATH, Config, bounded
-from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document
 from dirl.data.document_source import DocumentSource, ListedDocuments, open_documents
 from dirl.data.document_stream import DocumentStream, Fit, none_fits
@@ -35,6 +34,7 @@ from dirl.model.families.registry import published_noise
 from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.lora import LoraConfig, add_adapters
 from dirl.model.memory import Workload
+from dirl.model.model_path import tokenizer_of
 from dirl.presets import Presets
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, packed_tokens, view_document
 from dirl.sft.block_starts import count_block_starts, next_token_loss, with_noisy_starts
@@ -106,7 +106,7 @@ class SFTTrainer(Trainer):
         documents: Sequence[Document] | None = None,
     ) -> None:
         super().__init__(config)
-        self.tokenizer = tokenizer or load_tokenizer(config.model.path)
+        self.tokenizer = tokenizer or tokenizer_of(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
         self.tags = self.model.tags
         self._first_block_length = self.model.config.block_size

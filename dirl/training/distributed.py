@@ -27,6 +27,8 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as load_shards
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -312,6 +314,15 @@ def first_to_fail() -> str | None:
 def from_main(item: Item) -> Item:
     """The main rank's object, on every rank of the run that this process is in, if it is in one."""
     return broadcast_object_list([item])[0] if torch.distributed.is_initialized() else item
+
+
+def read_shards(directory: Path) -> dict[str, Tensor]:
+    """The tensors that FSDP2 saved in parts, whole, in any one process."""
+    reader = FileSystemReader(directory)
+    described = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in described.items()}  # type: ignore[union-attr]
+    load_shards(state, storage_reader=reader, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _is_set(name: str) -> bool:

@@ -6,12 +6,18 @@ of the model never exists where the caller does not make one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from dirl.errors import UserError
+from dirl.training.distributed import read_shards
 
 
 def named_full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -67,6 +73,44 @@ def named_adapter_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tenso
     return state
 
 
+def merged_state(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """The whole state dict of a model -> that of a model without LoRA, by the same rule as `named_full_parameters`.
+
+    Args:
+        scaling: lora_alpha / r; read where there are adapters.
+    """
+    merged = {_plain_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, a in state.items():
+        owner, _, adapter = name.partition(".lora_A.")
+        if adapter:
+            b = state[f"{owner}.lora_B.{adapter}"]
+            merged[f"{owner}.weight"] = _sum_of(merged[f"{owner}.weight"], a, b, scaling)
+    return merged
+
+
+def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of the first module in what `Distributed.save_state` wrote, by its names, whole and in main memory.
+
+    Args:
+        dtype: what the module computed in; DeepSpeed has kept float32 numbers, which it rounded to that at each step.
+    Raises:
+        UserError: DeepSpeed wrote it, and is not installed.
+    """
+    if (directory / "pytorch_model").is_dir():
+        return {name: tensor.to(dtype) for name, tensor in _read_zero(directory).items()}
+    shards = directory / "pytorch_model_fsdp_0"
+    return read_shards(shards) if shards.is_dir() else load_file(directory / "model.safetensors")
+
+
+def _read_zero(directory: Path) -> dict[str, Tensor]:
+    try:
+        from deepspeed.utils import zero_to_fp32
+    except ImportError as error:
+        raise UserError(f"{directory} was written by DeepSpeed: pip install 'dirl[deepspeed]' to read it") from error
+    with redirect_stdout(io.StringIO()):  # it prints its progress
+        return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), "pytorch_model")
+
+
 def _bare(model: nn.Module) -> nn.Module:
     """The module inside DDP's or DeepSpeed's wrapper, whose parameters have the checkpoint's names."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
@@ -89,9 +133,11 @@ def _merged(layer: Any) -> Tensor:
     (adapter,) = layer.lora_A.keys()
     base, a, b = layer.base_layer.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     with _gathered([base, a, b]):
-        full = _full(base)
-        delta = _full(b).float() @ _full(a).float()
-        return (full.float() + layer.scaling[adapter] * delta).to(full.dtype)
+        return _sum_of(_full(base), _full(a), _full(b), layer.scaling[adapter])
+
+
+def _sum_of(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return (base.float() + scaling * (b.float() @ a.float())).to(base.dtype)
 
 
 def _full(parameter: Tensor) -> Tensor:

@@ -252,6 +252,7 @@ def write_run_json(output_dir: str | Path, config: Mapping[str, Any]) -> Path:
             **{name: installed_version(name) for name in ("dirl", "torch", "transformers", "accelerate")},
         },
         "hardware": hardware_summary(),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "config": hide_secrets(config),
     }
     return write_whole(Path(output_dir) / "run.json", json.dumps(record, indent=2, default=str) + "\n")

@@ -68,6 +68,15 @@ def stages_of(config: StagedSchema) -> list[RunStage[StagedSchema]]:
     return found
 
 
+def value_after(config: Mapping[str, Any], key: str, step: int) -> Any:
+    """A dotted key's value in a run's written configuration, in the stage that its finished step `step` was in."""
+    flat = dict(_flat({name: value for name, value in config.items() if name != "stages"}))
+    for entry in config.get("stages", []):
+        if entry["from_step"] < step:
+            flat |= dict(_flat(entry))
+    return flat[key]
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values; sections may be written either way."""
     for key, value in values.items():

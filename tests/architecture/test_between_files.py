@@ -48,7 +48,6 @@ LEFTOVERS = {
     "console/report_runs.py": "the one report that may need a tokenizer, which show/ must not know",
     "data/problem_sources.py": "reads whatever a path names; problems.py may not know the tasks that make problems",
     "eval/accuracy_picture.py": "`dirl.plot_thresholds`: which numbers of an evaluation stand in its pictures",
-    "training/stages.py": "which configuration holds when: pure, and read by every kind of run",
     "training/seeds.py": "the one mixer of seeds: all rooms above share it",
 }
 # Names of files that stand in several folders -> why a reader is not lost between them.

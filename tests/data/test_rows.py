@@ -198,9 +198,3 @@ def test_a_null_hides_no_column_beside_it(tmp_path: Path) -> None:
         load_problems(str(file))
     file.write_text(json.dumps({**rows[0], "prompt": "1+1?"}) + "\n" + json.dumps(rows[1]) + "\n", encoding="utf-8")
     assert [(problem.question, problem.answer) for problem in load_problems(str(file))] == [("1+1?", "2")] * 2
-
-
-def test_a_cell_may_hold_a_book(tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
-    file.write_text(f"question,answer\n{'x' * 200_000},1\n", encoding="utf-8")
-    assert len(load_problems(str(file))[0].question) == 200_000

@@ -21,6 +21,7 @@ from dirl.model.families.fast_dllm_v2 import FAST_DLLM_V2
 from dirl.model.families.llada import LLADA, LLADA_MOE
 from dirl.model.families.llada2 import LLADA2
 from dirl.model.families.sdar import SDAR, SDAR_MOE
+from dirl.model.model_path import find_model
 
 FAMILIES = (
     *(SDAR, SDAR_MOE, LLADA2, FAST_DLLM_V2, LLADA, LLADA_MOE, DREAM),
@@ -41,13 +42,13 @@ REFUSED = {
 
 
 def read_published(path: str) -> dict[str, Any]:
-    """The config.json of a directory or hub id, as it is.
+    """The config.json of what `model.path` names, as it is.
 
     Raises:
         OSError: there is none.
         ValueError: it is no JSON object.
     """
-    file = cached_file(path, "config.json")
+    file = cached_file(find_model(path).directory, "config.json")
     published = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     if not isinstance(published, dict):
         raise ValueError("config.json holds no JSON object")

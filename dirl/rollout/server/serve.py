@@ -28,10 +28,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dirl.data.chat import load_tokenizer
 from dirl.errors import UserError, one_line
 from dirl.files import write_whole
 from dirl.model.checkpoint import default_device, load_model, random_model
+from dirl.model.model_path import tokenizer_of
 from dirl.rollout.build import build_engine, chosen_engine
 from dirl.rollout.engine import Completion
 from dirl.rollout.server.api import Api
@@ -92,7 +92,7 @@ def serve(config: ServeConfig) -> None:
 
 def load(config: ServeConfig) -> Api:
     """The model and its engine, and what OpenAI's clients see of them."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = tokenizer_of(config.model.path)
     if config.empty:
         model = random_model(config.model, tokenizer).eval()
     else:
