@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -321,7 +322,9 @@ def read_shards(directory: Path) -> dict[str, Tensor]:
     reader = FileSystemReader(directory)
     described = reader.read_metadata().state_dict_metadata
     state = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in described.items()}  # type: ignore[union-attr]
-    load_shards(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process reads it, as is meant
+        load_shards(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 

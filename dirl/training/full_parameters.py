@@ -68,8 +68,9 @@ def named_adapter_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tenso
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             with _gathered([parameter]):
+                whole = _full(parameter)  # on every rank: FSDP2 gathers here
                 if keep:
-                    state[name] = _full(parameter).cpu().clone()
+                    state[name] = whole.cpu().clone()
     return state
 
 

@@ -291,6 +291,7 @@ def test_the_best_evaluates_to_what_the_run_logged(tmp_path: Path) -> None:
         learning_rate=1e-2,
         eval_steps=1,
         metric_for_best_model="eval/accuracy",
+        greater_is_better=False,  # the reward is learned: what is best by this is not the end
         save_total_limit=1,
         data=RLDataConfig(path=str(tmp_path / "rows.jsonl")),
         eval=RLEvalConfig(path=str(tmp_path / "rows.jsonl")),
@@ -300,11 +301,11 @@ def test_the_best_evaluates_to_what_the_run_logged(tmp_path: Path) -> None:
     RLTrainer(config).train()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     logged = [{name: row[name] for name in row if name.startswith("eval/")} for row in rows]
-    best = max(logged, key=lambda row: row["eval/accuracy"])
+    best = min(logged, key=lambda row: row["eval/accuracy"])
     for name, expected in (("best", best), ("4", logged[-1])):
         again = replace(config, model=ModelConfig(path=f"{tmp_path}/run@{name}"), output_dir=str(tmp_path / "again"))
         assert RLTrainer(again).evaluate() == expected
-    assert best != logged[-1]
+    assert best["eval/accuracy"] < logged[-1]["eval/accuracy"]
 
 
 def shown(folder: Path) -> str:
