@@ -25,5 +25,6 @@ cores=$(getconf _NPROCESSORS_ONLN)
 workers=$((cores < 4 ? cores : 4)) # each takes about 2 GB with the processes it starts
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 WANDB_MODE=offline
 cd "$ROOT"
-# Later options win: `bash scripts/test.sh -m matrix` runs the further backends and long runs, `-n 0` one test at a time.
-exec python3 -m pytest -n "$workers" --dist loadfile -m "not matrix" "$@"
+# Later options win: `bash scripts/test.sh -m slow` runs the long tests, `-m matrix` further backends and long runs, `-n 0`
+# one test at a time.
+exec python3 -m pytest -n "$workers" --dist loadfile -m "not matrix and not slow" "$@"
