@@ -119,7 +119,7 @@ def best_of(run: Path, settings: Mapping[str, Any]) -> tuple[int, float] | None:
     Checkpoints know the values of all steps before them, metrics.jsonl those that came after they were written.
     """
     complete = {step: path for step, path in checkpoints_by_step(run / "checkpoints").items() if not missing_in(path)}
-    lines, name = run / "metrics.jsonl", settings["metric_for_best_model"]
+    lines, name = run / "metrics.jsonl", settings.get("metric_for_best_model")  # older runs have none
     if not complete or not name:
         return None
     newest, rows = max(complete), read_metrics(lines) if lines.is_file() else []
@@ -168,7 +168,7 @@ def _checkpoint_at(run: Path, which: str) -> Path:
     settings, steps = read_settings(run), checkpoints_by_step(run / "checkpoints")
     step = int(which) if which.isdecimal() else -1
     if which == "best":
-        if not settings["metric_for_best_model"]:
+        if not settings.get("metric_for_best_model"):
             raise UserError(f"{run}@best: the run kept no best, metric_for_best_model was empty; name a step instead")
         step, _ = best_of(run, settings) or (-1, 0.0)
     if step not in steps:

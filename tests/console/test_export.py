@@ -339,7 +339,7 @@ def test_runs_are_listed_from_their_files(run: Path, capsys: pytest.CaptureFixtu
 
 
 def test_time_and_cost_of_steps_that_were_not_logged(tmp_path: Path) -> None:
-    record = {"config": {"max_steps": 20, "rollout": {}, "metric_for_best_model": "", "num_iterations": 2}}
+    record: dict[str, Any] = {"config": {"max_steps": 20, "rollout": {}, "num_iterations": 2}}  # of an older run
     record |= {"hardware": {"gpus": ["H100"] * 8, "cpu_cores": 2}, "num_processes": 16}
     (tmp_path / "run.json").write_text(json.dumps(record))
     rows = [{"step": step, "timing_s/step": 360.0, "timing_s/save": 40.0} for step in (10, 20)]
