@@ -76,7 +76,8 @@ def gauge(batch: PolicyBatch, own_T: Tensor, objective: ObjectiveConfig, fresh_s
     if fresh_since is not None:
         is_fresh_T = batch.sampled_at_T >= fresh_since
         then_T = torch.where(is_fresh_T, own_T, batch.behavior_logprob_T)
-        is_compared_T = ~batch.engine_logprob_T.isnan() & (is_fresh_T | batch.is_remembered_T)
+        is_remembered_T = batch.is_remembered_T & (correction != "none")
+        is_compared_T = ~batch.engine_logprob_T.isnan() & (is_fresh_T | is_remembered_T)
     difference_T = (then_T - batch.engine_logprob_T).abs()
     ratio_T = _raw_ratios(then_T, batch.engine_logprob_T, batch.completion_T, correction)
     is_cut_T = is_compared_T & (ratio_T > objective.importance_sampling_clip_max) & (correction != "none")

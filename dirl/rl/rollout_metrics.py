@@ -189,5 +189,9 @@ def completion_rows(
                 "reward": group.rewards[index],
                 "rewards": {name: values[index] for name, values in group.reward_parts.items()},
                 **vars(completion),
-                "logprobs": completion.logprobs if all(map(math.isfinite, completion.logprobs or ())) else None,
+                **{name: _all_finite(getattr(completion, name)) for name in ("logprobs", "hold_logprobs")},
             }
+
+
+def _all_finite(values: list[float] | None) -> list[float] | None:
+    return values if all(map(math.isfinite, values or ())) else None

@@ -536,7 +536,7 @@ def test_numbers_of_an_engine_that_are_none_survive_a_checkpoint(tmp_path: Path)
     again.collector.load_state_dict(state)
     assert str(again.collector.waiting[0].completions) == str(waiting[0].completions)
     groups = [*trained.last.groups, *trained.last.dropped] if trained.last else []
-    assert all(row["logprobs"] is None for row in completion_rows(groups, trained.tokenizer, 4))
+    assert all(row["logprobs"] is None for row in completion_rows(groups, trained.tokenizer, trained.model.scheme))
 
 
 def test_a_rank_without_work_adds_nothing_whatever_the_model_says() -> None:

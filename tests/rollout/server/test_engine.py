@@ -326,7 +326,8 @@ def test_answers_are_plain_json() -> None:
     engine = over_threads(*likely_to_stop())
     whole = json.loads(GenerateRequest(engine._pusher.weights, DYNAMIC, [PromptRow(3, [1, 2], seed=4)]).to_json())
     answer = engine.servers[0].call("/generate", json.dumps(whole).encode())
-    assert [row.keys() for row in answer["completions"]] == [{"id", "token_ids", "step_map", "logprobs"}]
+    fields = {"id", "token_ids", "step_map", "logprobs", "hold_logprobs"}
+    assert [row.keys() for row in answer["completions"]] == [fields]
     for broken, words in (([{"id": 3, "seed": 4}], "TypeError: .*'prompt_ids'"), ([{"idd": 3}], "TypeError: .*'idd'")):
         with pytest.raises(RolloutError, match=words):
             engine.servers[0].call("/generate", json.dumps({**whole, "requests": broken}).encode())
