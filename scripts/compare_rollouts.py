@@ -3,9 +3,10 @@
     python scripts/compare_rollouts.py --sft outputs/tiny/sft/final --seeds 0,1,2
     python scripts/compare_rollouts.py --sft DIR --arms synchronous,ahead_1 --output docs/benchmarks/cpu.jsonl
 
-Each arm is the tiny recipe with the engine in a process of its own (`rollout.mode=server`), so that two cores can hold
-one phase each; arms differ in `rollout.max_staleness` and no more. For times, run it on a machine that does nothing else;
-accuracy alone depends on that with a staleness above 1 only, and `rollout.mode=colocate` takes one core.
+Each arm is the tiny recipe with the engine in a process of its own (`rollout.mode=server`), so that two cores can
+hold one phase each; arms differ in `rollout.max_staleness` and no more. For times, run it on a machine that does
+nothing else; accuracy alone depends on that with a staleness above 1 only, and `rollout.mode=colocate` takes one
+core.
 """
 
 from __future__ import annotations
