@@ -16,7 +16,7 @@ Line = dict[str, Any]
 # benchmark -> (columns that describe the work, columns that were measured)
 COLUMNS: dict[str, tuple[list[str], list[str]]] = {
     "train_step": (
-        ["model", "liger", "config", "prompt", "completion", "group", "layout"],
+        ["model", "liger", "config", "prompt", "completion", "group", "layout", "attention", "padding"],
         [
             "tokens",
             "computed_tiles",
@@ -30,7 +30,7 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "sft_step": (
-        ["model", "liger", "documents", "mean_length", "row_length", "layout"],
+        ["model", "liger", "documents", "mean_length", "row_length", "layout", "attention", "padding"],
         ["tokens", "seconds_min", "ratio", "peak_memory_gb", "tflops", "mfu"],
     ),
     "rollout": (
@@ -60,6 +60,19 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
             "approximate_cache",
         ],
         ["seconds_min", "speedup", "logp_difference_mean", "logp_difference_max", "greedy_equal"],
+    ),
+    "rollouts_ahead": (
+        ["mode", "arm", "seed", "steps"],
+        [
+            "accuracy",
+            "accuracy_of_last_three",
+            "seconds_to_0.95",
+            "seconds_per_step",
+            "engine_seconds",
+            "trainer_seconds",
+            "over_longer_phase",
+            "staleness_mean",
+        ],
     ),
     "push": (["model", "dtype", "gigabytes", "weight_transfer"], ["seconds_min", "ratio", "peak_memory_gb"]),
 }

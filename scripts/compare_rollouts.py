@@ -41,7 +41,7 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> Path:
     return output
 
 
-def line_of(arm: str, seed: int, output: Path) -> dict[str, object]:
+def line_of(arm: str, seed: int, output: Path, options: argparse.Namespace) -> dict[str, object]:
     """What one run was like; times are of its steps, evaluations and saves left out."""
     rows = read_metrics(output / "metrics.jsonl")
     seconds, reached = 0.0, None
@@ -58,6 +58,7 @@ def line_of(arm: str, seed: int, output: Path) -> dict[str, object]:
     trainer = mean("timing_s/train") + mean("timing_s/update_weights")
     return {
         "benchmark": "rollouts_ahead",
+        "mode": "colocate" if "rollout.mode=colocate" in options.override else "server",
         "arm": arm,
         "seed": seed,
         "steps": len(rows),
@@ -86,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     for seed in map(int, options.seeds.split(",")):
         for arm in options.arms.split(","):
-            line = line_of(arm, seed, run(arm, seed, options))
+            line = line_of(arm, seed, run(arm, seed, options), options)
             print(line, flush=True)
             if options.output:
                 append_json_lines(Path(options.output), [line])
