@@ -55,16 +55,18 @@ def make_example(
     return Example(trajectory, scored_KB)
 
 
-def packed_tokens(prompt_length: int, completion_length: int, *, block_length: int, num_views: int, window: int) -> int:
+def packed_tokens(
+    prompt_length: int, completion_length: int, *, scheme: DiffusionScheme, num_views: int, window: int
+) -> int:
     """Tokens that a document takes in a pack: its clean ones, and `num_views` noisy copies of each completion block.
 
-    Under full attention (block_length 0) the copies are of the whole document, and there is no clean one.
+    Under full attention the copies are of the whole document, and there is no clean one.
     """
-    length = prompt_length + completion_length
-    if not block_length:
-        return num_views * (length + -completion_length % window)
-    filled = length + -length % block_length
-    return filled + num_views * (filled - prompt_length // block_length * block_length)
+    if scheme.is_full:
+        return num_views * (prompt_length + completion_length + -completion_length % window)
+    tail = scheme.tail(prompt_length)
+    noisy = tail + completion_length + -(tail + completion_length) % scheme.block_length
+    return prompt_length - tail + (1 + num_views) * noisy
 
 
 def batch_noise_levels(examples: Sequence[Example], noise: NoiseConfig, seed: int) -> list[Tensor]:

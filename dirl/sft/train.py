@@ -253,7 +253,7 @@ class SFTTrainer(Trainer):
     def _fit(self) -> Fit:
         config, block_length = self.config, self.model.scheme.block_length
         num_views = 2 if config.noise.complementary else 1
-        size = partial(packed_tokens, block_length=block_length, num_views=num_views, window=config.data.fill_window)
+        size = partial(packed_tokens, scheme=self.model.scheme, num_views=num_views, window=config.data.fill_window)
         return Fit(config.data.max_length, block_length or 1, config.max_tokens_per_micro_batch, size)
 
     def _open(self) -> DocumentSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -72,16 +73,15 @@ def test_noise_levels_depend_on_the_seed_and_spread_over_the_batch(noise_level: 
 
 
 @pytest.mark.parametrize("complementary", [False, True])
-@pytest.mark.parametrize("block_length", [0, 4, 8])
-def test_what_a_document_takes_in_a_pack_is_known_before(block_length: int, complementary: bool) -> None:
+@pytest.mark.parametrize(("block_length", "origin"), [(0, "start"), (4, "start"), (8, "start"), (8, "prompt_end")])
+def test_what_a_document_takes_in_a_pack_is_known_before(block_length: int, origin: Any, complementary: bool) -> None:
     noise = NoiseConfig(complementary=complementary)
+    scheme = DiffusionScheme(block_length=block_length, mask_token_id=3, block_origin=origin)
     for prompt_length in (0, 1, 4, 9):
         for length in (1, 4, 7, 20):
             document = Document([1] * prompt_length, [2] * length)
-            example = make_example(document, block_length, 0, score_fill=True, window=6)
+            example = make_example(document, scheme, 0, score_fill=True, window=6)
             levels_K = batch_noise_levels([example], noise, seed=0)[0]
             viewed = view_document(example, levels_K, 3, noise=noise, seed=0)
-            known = packed_tokens(
-                prompt_length, length, block_length=block_length, num_views=1 + complementary, window=6
-            )
+            known = packed_tokens(prompt_length, length, scheme=scheme, num_views=1 + complementary, window=6)
             assert known == viewed.packed_length(block_length)
