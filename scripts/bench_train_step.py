@@ -131,9 +131,8 @@ def build_layouts(trajectories: Sequence[Trajectory], mask: int, arguments: argp
     layouts = {PACKED: packed_layout(trajectories, mask, arguments.max_tokens_per_micro_batch)}
     for name in arguments.layouts:
         num_rows, doubles_prompt, own = kinds[name]
-        for padding in arguments.padding:
-            if padding == "own" and own is lengths:
-                continue  # it pads nothing
+        # What pads nothing is the same either way.
+        for padding in dict.fromkeys("none" if own is lengths else padding for padding in arguments.padding):
             widths = own if padding == "own" else lengths
             rows = [
                 ([i], row)

@@ -58,18 +58,18 @@ long=(--prompt 1024 --completion 8192 --max-prompt 1024 --max-completion 8192 "$
 rollout=(--batch-sizes 64 256 --completion-length 64 --plain-sequences 1 --repeats 2)
 # Small models first. The seconds are caps, reckoned and not measured; the last three parts run where time is left.
 part tests 120 python3 -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}"
-part train_1.7b_short 110 python3 scripts/bench_train_step.py --model 1.7b "${short[@]}" --repeats 1
-part sft_1.7b 80 python3 scripts/bench_sft_step.py --model 1.7b "${budget[@]}" --repeats 1
+part train_1.7b_short 110 python3 scripts/bench_train_step.py --model 1.7b "${short[@]}" --padding own --repeats 1
+part sft_1.7b 80 python3 scripts/bench_sft_step.py --model 1.7b "${budget[@]}" --attention tiles --padding own --repeats 1
 part rollout_1.7b 60 python3 scripts/bench_rollout.py --model 1.7b "${rollout[@]}"
 if python3 -c 'import lmdeploy' 2>/dev/null && [[ -f scripts/gpu_check_lmdeploy.py ]]; then
     part lmdeploy 200 python3 scripts/gpu_check_lmdeploy.py
 fi
-part train_8b_short 110 python3 scripts/bench_train_step.py --model 8b "${short[@]}" --layouts dirl --repeats 1
+part train_8b_short 110 python3 scripts/bench_train_step.py --model 8b "${short[@]}" --padding own --layouts dirl --repeats 1
 part rollout_8b 70 python3 scripts/bench_rollout.py --model 8b "${rollout[@]}"
-part train_8b_long 170 python3 scripts/bench_train_step.py --model 8b "${long[@]}" --layouts dirl --repeats 1
+part train_8b_long 170 python3 scripts/bench_train_step.py --model 8b "${long[@]}" --padding own --layouts dirl --repeats 1
 part rollout_8b_compiled 100 python3 scripts/bench_rollout.py --model 8b --compile "${rollout[@]}"
-part train_1.7b_long 100 python3 scripts/bench_train_step.py --model 1.7b "${long[@]}" --layouts dirl --repeats 1
-part train_4b_short 90 python3 scripts/bench_train_step.py --model 4b "${short[@]}" --layouts dirl --repeats 1
+part train_1.7b_long 100 python3 scripts/bench_train_step.py --model 1.7b "${long[@]}" --padding own --layouts dirl --repeats 1
+part train_4b_short 90 python3 scripts/bench_train_step.py --model 4b "${short[@]}" --padding own --layouts dirl --repeats 1
 
 if [[ -s $work/gpu.jsonl ]]; then cat "$OUT/gpu.md"; fi
 echo "finished after $SECONDS s; results in $OUT"
