@@ -177,14 +177,15 @@ def _check_role(tokenizer: PreTrainedTokenizerBase, template: str, role: str) ->
     """Raises DataError where the chat template says nothing of messages of this role."""
     from jinja2 import TemplateError
 
-    said = [{"role": "user", "content": "a"}, {"role": role, "content": "dirl asks"}]
-    try:
-        said = said if role != "system" else said[::-1]
-        text = str(tokenizer.apply_chat_template(said, chat_template=template, tokenize=False))
-    except TemplateError:  # of a conversation like this one; what it says of the real one is heard there
-        return
-    if "dirl asks" not in text:
-        raise DataError(f"the chat template leaves out messages of role {role!r}; name the role as the template does")
+    user, asked = {"role": "user", "content": "a"}, {"role": role, "content": "dirl asks"}
+    for said in ([asked], [user, asked], [asked, user]):
+        try:
+            text = str(tokenizer.apply_chat_template(said, chat_template=template, tokenize=False))
+        except TemplateError:  # of a conversation like this one; what it says of the real one is heard there
+            return
+        if "dirl asks" in text:
+            return
+    raise DataError(f"the chat template leaves out messages of role {role!r}; name the role as the template does")
 
 
 def check_unmasked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
