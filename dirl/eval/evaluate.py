@@ -298,7 +298,7 @@ def sample_settings(
     shape: Any = model.config
     for name in ("block_size", "mask_token_id", "tokenizer_length", "rope_parameters"):
         settings[f"config.json {name}"] = getattr(shape, name)
-    settings["config.json block_origin"] = model.scheme.block_origin
+    settings["config.json block_origin"] = getattr(shape, "block_origin", "start")
     settings["tokenizer.chat_template"] = str(tokenizer.chat_template)
     return {**settings, "model.weights": digest_of_weights(model)}
 

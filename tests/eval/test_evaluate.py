@@ -61,7 +61,7 @@ class World:
         self.model = nn.Linear(2, 2)
         self.model.config = SDARConfig()  # type: ignore[assignment]
         self.engines: list[ScriptedEngine] = []
-        monkeypatch.setattr(evaluate, "load_tokenizer", lambda path: TOKENIZER)
+        monkeypatch.setattr(evaluate, "tokenizer_of", lambda path: TOKENIZER)
         monkeypatch.setattr(evaluate, "load_model", lambda config, tokenizer: self.model)
         monkeypatch.setattr(evaluate, "build_engine", self._build)
 

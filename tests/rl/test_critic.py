@@ -410,10 +410,10 @@ def test_a_run_goes_on_with_a_critic_or_without_as_it_began(tmp_path: Path) -> N
     trainer(with_critic).train()
     trainer(without).train()
     longer = replace(without, output_dir=with_critic.output_dir, max_steps=2)
-    with pytest.raises(UserError, match=r"step_000001 has a critic, this run has none: resume with the objective"):
+    with pytest.raises(UserError, match=r"was written with objective\.likelihood=trajectory, this run has reveal"):
         trainer(longer).train()
     longer = replace(with_critic, output_dir=without.output_dir, max_steps=2)
-    with pytest.raises(UserError, match=r"this run has a critic, .*step_000001 has none: resume with the objective"):
+    with pytest.raises(UserError, match=r"was written with objective\.likelihood=reveal, this run has trajectory"):
         trainer(longer).train()
 
 

@@ -45,8 +45,8 @@ def trainer(config: RLConfig, problems: Sequence[Problem] = PROBLEMS) -> RLTrain
 def test_a_run_with_a_reward_from_a_file(tmp_path: Path) -> None:
     reward = tmp_path / "my_reward.py"
     reward.write_text(
-        "def hinted(prompts, completions, *, completion_ids, step_maps, hint, answer, **_):\n"
-        "    assert [len(p) for p in prompts] == [len(h) for h in hint] and set(answer) == {'0'}\n"
+        "def hinted(prompts, completions, *, completion_ids, step_maps, hint, answer, question, **_):\n"
+        "    assert [len(q) for q in question] == [len(h) for h in hint] and set(answer) == {'0'}\n"
         "    assert [len(ids) for ids in completion_ids] == [len(steps) for steps in step_maps]\n"
         "    return [float(len(c) % 2 == 0) for c in completions]\n"
     )
