@@ -166,15 +166,6 @@ def with_changes(config: Schema, changes: Mapping[str, Any], where: str) -> Sche
     return _build(type(config), values, "", _Source(where, (), _aliases(type(config))), config)
 
 
-def settings_of(config: Config, prefix: str = "") -> dict[str, Any]:
-    """Every key, dotted, with its value."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), prefix + field.name
-        found |= settings_of(value, f"{key}.") if isinstance(value, Config) else {key: value}
-    return found
-
-
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dictionaries and lists."""
     return dataclasses.asdict(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +37,13 @@ class Benchmark:
 
     name: str
     problems: list[Problem]
+
+    @property
+    def digest(self) -> str:
+        """A hash of its problems."""
+        problems = [[problem.question, problem.answer, problem.columns] for problem in self.problems]
+        text = json.dumps(problems, default=str, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def judge(self) -> Literal["code", "reasoning_gym"] | None:

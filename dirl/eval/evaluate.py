@@ -8,8 +8,6 @@ process. Several processes share each chunk; the main one keeps the files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +17,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.boxed import extract_boxed
@@ -44,6 +40,7 @@ from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, Samplin
 from dirl.rollout.scoring import score
 from dirl.rollout.watch import EvaluationProgress
 from dirl.training.distributed import Distributed
+from dirl.training.full_parameters import digest_of_weights
 from dirl.training.run_lock import check_free, hold
 from dirl.training.run_state import write_run_json
 from dirl.training.seeds import stable_seed
@@ -294,28 +291,13 @@ def sample_settings(
     settings |= {f"data.{key}": sections["data"][key] for key in ("system_prompt", "suffix")}
     settings |= {f"sampling.{key}": value for key, value in sections["sampling"].items()}
     settings |= {f"reward.{key}": value for key, value in sections["reward"].items() if not key.startswith("grader_")}
-    settings |= {f"problems.{benchmark.name}": _digest_of_problems(benchmark) for benchmark in benchmarks}
+    settings |= {f"problems.{benchmark.name}": benchmark.digest for benchmark in benchmarks}
     shape: Any = model.config
     for name in ("block_size", "mask_token_id", "tokenizer_length", "rope_parameters"):
         settings[f"config.json {name}"] = getattr(shape, name)
     settings["config.json block_origin"] = getattr(shape, "block_origin", "start")
     settings["tokenizer.chat_template"] = str(tokenizer.chat_template)
     return {**settings, "model.weights": digest_of_weights(model)}
-
-
-def digest_of_weights(model: nn.Module) -> str:
-    """A hash of names and values; about a second per GB."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _digest_of_problems(benchmark: Benchmark) -> str:
-    problems = [[problem.question, problem.answer, problem.columns] for problem in benchmark.problems]
-    text = json.dumps(problems, default=str, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _evaluate_resumably(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
@@ -27,6 +28,8 @@ _OBJECTIVE_KEYS = (
     *("likelihood", "epsilon", "epsilon_high", "beta", "kl_estimator", "loss_type", "scale_rewards"),
     *("importance_sampling_correction", "importance_sampling_clip_max"),
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,30 @@ class RLConfig(TrainingConfig, UpdateConfig):
     def has_critic(self) -> bool:
         """Whether values of a critic make the advantages."""
         return self.objective.advantage == "gae"
+
+
+def check_lengths(config: RLConfig, longest_prompt: int, block_length: int) -> None:
+    """A completion that is decoded token by token may not fit a micro-batch, and is then split.
+
+    Args:
+        block_length: of the model; 0: full attention.
+    Raises:
+        UserError: the KV cache has no room for the longest.
+    """
+    tokens = longest_prompt + config.rollout.max_completion_length * (1 + block_length)
+    longest = longest_prompt + config.rollout.max_completion_length
+    if 0 < config.rollout.max_cached_tokens < longest:
+        raise UserError(
+            f"rollout.max_cached_tokens={config.rollout.max_cached_tokens} has no room for the longest prompt with "
+            f"a completion, {longest} tokens; raise it, or lower data.max_prompt_length or "
+            "rollout.max_completion_length"
+        )
+    if tokens > config.max_tokens_per_micro_batch:
+        logger.warning(
+            "max_tokens_per_micro_batch=%d: the longest prompt with a completion of one token a step takes %d, and "
+            "is split over micro-batches that repeat its clean tokens",
+            *(config.max_tokens_per_micro_batch, tokens),
+        )
 
 
 def rl_workload(config: RLConfig) -> Workload:

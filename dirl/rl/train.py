@@ -35,7 +35,7 @@ from dirl.rl.advantage import advantages_of
 from dirl.rl.ahead import RolloutsAhead
 from dirl.rl.collector import Collected, Collector
 from dirl.rl.critic import Critic, ValueModel, value_model_of
-from dirl.rl.rl_config import RLConfig
+from dirl.rl.rl_config import RLConfig, check_lengths
 from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
 from dirl.rl.rollouts import Rollouts
@@ -113,8 +113,7 @@ class RLTrainer(Trainer):
             should_stop=self.signals.is_stop_asked,
             remember=list if is_told else lambda groups: self.updater.remember(groups),
         )
-        for stage in stages_of(config):
-            self._check_lengths(stage.config)
+        self._check_lengths()
         self.heldout = self._heldout()
         self._probe: RolloutGroup | None = None  # a group of the newest weights, where none that is trained on is
         self.last: Collected | None = None  # the rollouts of the last step, to look at
@@ -264,24 +263,11 @@ class RLTrainer(Trainer):
             nn.Module.to(decoded, self.distributed.device)
         return reference, decoded
 
-    def _check_lengths(self, config: RLConfig) -> None:
-        """A completion that is decoded token by token may not fit a micro-batch, and is then split."""
+    def _check_lengths(self) -> None:
         longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
-        block_length = 0 if self.model.scheme.is_full else config.model.block_length or self._first_block_length
-        tokens = longest_prompt + config.rollout.max_completion_length * (1 + block_length)
-        longest = longest_prompt + config.rollout.max_completion_length
-        if 0 < config.rollout.max_cached_tokens < longest:
-            raise UserError(
-                f"rollout.max_cached_tokens={config.rollout.max_cached_tokens} has no room for the longest prompt with "
-                f"a completion, {longest} tokens; raise it, or lower data.max_prompt_length or "
-                "rollout.max_completion_length"
-            )
-        if tokens > config.max_tokens_per_micro_batch:
-            logger.warning(
-                "max_tokens_per_micro_batch=%d: the longest prompt with a completion of one token a step takes %d, and "
-                "is split over micro-batches that repeat its clean tokens",
-                *(config.max_tokens_per_micro_batch, tokens),
-            )
+        for now in (stage.config for stage in stages_of(self.config)):
+            block_length = 0 if self.model.scheme.is_full else now.model.block_length or self._first_block_length
+            check_lengths(now, longest_prompt, block_length)
 
     def _updater(self) -> PolicyUpdater:
         config = self.config

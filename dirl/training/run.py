@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 
-from dirl.config import save_config, settings_of
+from dirl.config import save_config
 from dirl.errors import RunInterrupted, UserError, one_line
 from dirl.files import force_to_disk, write_json
 from dirl.show.report.write import refresh_report
@@ -22,6 +22,7 @@ from dirl.training.interruption import PhaseClock, SignalWatch
 from dirl.training.metrics import MetricsLogger, Timings, Value
 from dirl.training.optimizer import Learner
 from dirl.training.run_state import RunConfig, hide_secrets, resolve_resume, save_checkpoint, write_run_json
+from dirl.training.stages import settings_of
 
 logger = logging.getLogger(__name__)
 

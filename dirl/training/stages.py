@@ -11,7 +11,7 @@ on nothing else, so that a run resumes in the stage it was in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from dirl.config import Config, with_changes
@@ -84,3 +84,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def settings_of(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Every key, dotted, with its value."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value, key = getattr(config, each.name), prefix + each.name
+        found |= settings_of(value, f"{key}.") if isinstance(value, Config) else {key: value}
+    return found

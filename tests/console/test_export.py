@@ -24,7 +24,6 @@ from dirl.console.export import export
 from dirl.console.list_runs import line_of, list_runs
 from dirl.data.conversations import Document
 from dirl.errors import UserError
-from dirl.eval.evaluate import digest_of_weights
 from dirl.files import append_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.lora import LoraConfig
@@ -35,7 +34,7 @@ from dirl.rl.rl_config import RLConfig, RLDataConfig, RLEvalConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
-from dirl.training.full_parameters import full_state_dict
+from dirl.training.full_parameters import digest_of_weights, full_state_dict
 from tests.launching import launch_script
 
 IDS = torch.arange(40, 64)[None]

@@ -19,7 +19,7 @@ from dirl.data.problems import Problem
 from dirl.data.tasks import noisy_sums_problems, tiny_tokenizer
 from dirl.errors import UserError
 from dirl.eval import evaluate
-from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, decoding_modes, digest_of_weights
+from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, decoding_modes
 from dirl.files import read_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.sdar import SDARConfig
@@ -28,6 +28,7 @@ from dirl.reward import code_execution
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rollout.engine import EngineConfig, SamplingConfig
 from dirl.rollout.watch import Observer
+from dirl.training.full_parameters import digest_of_weights
 from tests.eval.scripted_engine import Script, ScriptedEngine
 
 CONFIGS = Path(__file__).parents[2] / "configs"

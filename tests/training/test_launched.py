@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from dirl.model.tiny import save_tiny_model
+from tests.launching import launch_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,21 +36,12 @@ def started(
     """A run of the tiny model in a group of its own, of which nothing is left at the end."""
     if not (folder / "model").exists():
         save_tiny_model(folder / "model")
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")},
-        "NUM_PROCESSES": str(num_processes),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "NO_VENV": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     config = f"configs/tiny/{stage}.yaml"
     keys = [f"model.path={folder}/model", f"output_dir={folder}/run", "data.limit=60", *overrides]
     command = ["bash", "-c", 'source "$0"; launch "$@"', str(ROOT / "scripts/launch.sh"), "-m", "dirl.cli", stage]
     process = subprocess.Popen(
         [*command, config, *keys],
-        env=environment,
+        env=launch_environment(num_processes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

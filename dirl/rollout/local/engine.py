@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import stop_token_ids
-from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import suppressed_by
@@ -32,7 +31,7 @@ from dirl.rollout.engine import Completion, EngineConfig, Request, RolloutError,
 from dirl.rollout.local.block_cache import BlockCache, BlockRows, PromptRows, QueryRows
 from dirl.rollout.local.cached_forward import CachedForward
 from dirl.rollout.local.canvas import PASS_TOKENS, Canvases
-from dirl.rollout.local.slots import Slots
+from dirl.rollout.local.slots import Slots, num_blocks_of
 from dirl.rollout.watch import Observer
 from dirl.rollout.weights import check_shapes
 from dirl.training.balance import consecutive
@@ -141,7 +140,7 @@ class TorchEngine:
         length = max(r.end for r in queue)
         num_tokens = self._tokens_that_fit(length)
         num_slots = min(self.config.max_batch_size, len(queue), num_tokens // length)
-        num_blocks = max(_num_blocks(r, scheme) for r in queue)
+        num_blocks = max(num_blocks_of(r, scheme) for r in queue)
         carried = like.new_zeros(num_slots, self.model.config.hidden_size if scheme.shift else 0)
         slots = Slots(num_slots, num_blocks, scheme, carried)
         cache = BlockCache(self.model, num_slots, length, self.autocast)
@@ -234,7 +233,7 @@ class TorchEngine:
                 break
             let_in.append(queue.popleft())
         length = max(cache.keys.shape[1], *(request.end for request in let_in), 0)
-        num_blocks = max(slots.num_blocks, *(_num_blocks(request, self.model.scheme) for request in let_in), 0)
+        num_blocks = max(slots.num_blocks, *(num_blocks_of(request, self.model.scheme) for request in let_in), 0)
         if len(let_in) > num_free or length > cache.keys.shape[1] or num_blocks > slots.num_blocks:
             cache.keep_slots(slots.compact())
             cache.resize(self.model, num_active + len(let_in), length)
@@ -332,18 +331,3 @@ class TorchEngine:
             confidence_threshold=request.threshold,
         )
         return request.index, completion
-
-
-def _num_blocks(request: Request, scheme: DiffusionScheme) -> int:
-    """Blocks that are to be decoded of it at most.
-
-    Raises:
-        ValueError: its prefix does not end with a block, or leaves none to decode.
-    """
-    block_length, lead, num_known = scheme.block_length, scheme.lead(len(request.prompt_ids)), len(request.known_ids)
-    if request.prefix and ((lead + num_known) % block_length or num_known >= request.end):
-        raise ValueError(
-            f"request {request.index}: its prefix must end with a block of {block_length} before {request.end}, and "
-            f"ends at {num_known}"
-        )
-    return (lead + request.end) // block_length - (lead + num_known) // block_length

@@ -25,6 +25,21 @@ def padded(tensor: Tensor, *shape: int) -> Tensor:
     return larger
 
 
+def num_blocks_of(request: Request, scheme: DiffusionScheme) -> int:
+    """Blocks that are to be decoded of it at most.
+
+    Raises:
+        ValueError: its prefix does not end with a block, or leaves none to decode.
+    """
+    block_length, lead, num_known = scheme.block_length, scheme.lead(len(request.prompt_ids)), len(request.known_ids)
+    if request.prefix and ((lead + num_known) % block_length or num_known >= request.end):
+        raise ValueError(
+            f"request {request.index}: its prefix must end with a block of {block_length} before {request.end}, and "
+            f"ends at {num_known}"
+        )
+    return (lead + request.end) // block_length - (lead + num_known) // block_length
+
+
 class Slots:
     """S sequences in flight.
 

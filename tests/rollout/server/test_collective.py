@@ -85,7 +85,7 @@ def test_another_process_has_the_same_bits(tmp_path: Path, head: str, ours: str,
             parameter.data.mul_(2)
         engine.update_weights(donor)
         engine.close()
-    found = torch.load(tmp_path / "weights")
+    found = torch.load(tmp_path / "weights", weights_only=True)
     assert found.keys() == dict(donor.named_parameters()).keys()
     for name, parameter in donor.named_parameters():
         assert torch.equal(found[name], parameter.to(found[name].dtype)), name
@@ -304,6 +304,6 @@ def test_a_sharded_trainer(tmp_path: Path) -> None:
     with server_process(tmp_path / "weights", "tied", "float32") as (_, url):
         run = [sys.executable, str(tmp_path / "sharded.py"), url, str(port)]
         subprocess.run(run, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])})
-    found, (model, _) = torch.load(tmp_path / "weights"), sharp_tiny_model()
+    found, (model, _) = torch.load(tmp_path / "weights", weights_only=True), sharp_tiny_model()
     for name, parameter in model.named_parameters():
         assert torch.equal(found[name], parameter * 3), name
