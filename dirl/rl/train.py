@@ -47,7 +47,7 @@ from dirl.rollout.watch import RolloutProgress
 from dirl.training.loop import Trainer
 from dirl.training.optimizer import Learner
 from dirl.training.run import Run
-from dirl.training.stages import RunStage
+from dirl.training.stages import RunStage, stages_of
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ class RLTrainer(Trainer):
 
     def _check_lengths(self) -> None:
         longest_prompt = max(len(prompt.token_ids) for prompt in self.collector.prompts)
-        for now in (stage.config for stage in self.stages):
+        for now in (stage.config for stage in stages_of(self.config)):
             block_length = 0 if self.model.scheme.is_full else now.model.block_length or self._first_block_length
             check_lengths(now, longest_prompt, block_length)
 
