@@ -20,6 +20,7 @@ from dirl.errors import ConfigError, UserError
 from dirl.eval.evaluate import EvalConfig
 from dirl.model.checkpoint import ModelConfig, load, load_model, random_model, save_model
 from dirl.model.families.a2d import A2DQwen2Config, A2DQwen2LMHeadModel
+from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.registry import FAMILIES, family_of, read_published
 from dirl.model.kernels import use_fused_kernels
 from dirl.model.lora import LoraConfig, adapted_layers
@@ -100,6 +101,20 @@ def test_saved_it_is_what_was_published(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
     assert (read.get_vocab(), mask_token_id(read)) == (tokenizer.get_vocab(), MASK_ID)
     assert "auto_map" not in (tmp_path / "saved/tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["a2d_qwen3_moe", "llada2"])
+def test_experts_are_computed_alike_whatever_was_made_before(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers hands a class the answer that it once found for its parent."""
+    path = written(PUBLISHED[name](), tmp_path)
+    model_class = family_of(config_in(tmp_path), "").model_class
+    if (remembered := "_can_set_experts_implementation_cached_value") in vars(model_class):
+        monkeypatch.delattr(model_class, remembered)
+    (parent,) = (base for base in model_class.__bases__ if base is not BlockDiffusionModel)
+    assert parent._can_set_experts_implementation()  # and remembers it, for all classes made of it
+    assert load(path)[0].config._experts_implementation == "eager"
 
 
 def test_every_family_is_among_them() -> None:

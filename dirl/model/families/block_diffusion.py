@@ -68,6 +68,9 @@ class BlockDiffusionModel(PreTrainedModel):
     confidence: ClassVar[Confidence] = "tempered"
     holds_at_threshold: ClassVar[bool] = False
     published_config = None  # the config.json it was loaded from, where saving repeats its keys
+    # A mixture's experts are computed one by one. transformers asks the source file of a class, or remembers its
+    # parent's answer, so that memory would depend on which models were made before.
+    _can_set_experts_implementation_cached_value = False
 
     def __init__(self, config: Any) -> None:
         config._attn_implementation = ATTENTION_NAME

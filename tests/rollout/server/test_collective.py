@@ -210,7 +210,8 @@ def test_a_group_that_broke_is_formed_again(monkeypatch: pytest.MonkeyPatch, cap
             engine.update_weights(model)
             for name, tensor in rollouts.model.named_parameters():
                 assert torch.equal(tensor, model.get_parameter(name))
-        assert "the network is down" in caplog.text and caplog.text.count("; weights are pushed over HTTP") == 1
+        # The end that breaks says why; the other one only that its connection is gone.
+        assert times[0] >= 5 and caplog.text.count("; weights are pushed over HTTP") == 1
         assert engine._pusher._group is not None
         engine.close()
 
