@@ -37,7 +37,7 @@ def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize(("prompt", "group"), [(10, 1), (13, 3)])
+@pytest.mark.parametrize(("prompt", "group"), [(10, 1), pytest.param(13, 3, marks=pytest.mark.slow)])
 def test_train_step_layouts_score_alike(prompt: int, group: int) -> None:
     sizes = ["--prompt", str(prompt), "--completion", "42", "--max-prompt", "32", "--max-completion", "64"]
     options = ["--group", str(group), "--repeats", "1", "--attention", "tiles", "dense"]

@@ -155,7 +155,7 @@ def test_a_head_is_scored_in_chunks_and_with_holds_and_entropy(
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("llada", 0.9, 1.1), ("sdar", 0.85, 1.2)])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rollout_takes_what_is_counted(name: str, low: float, high: float, bf16: bool, tmp_path: Path) -> None:
     """Canvases are counted as they are; of a pass over a cache, the layers without its bookkeeping."""
     write_tokenizer(PUBLISHED[name](), tmp_path)

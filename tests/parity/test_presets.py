@@ -16,6 +16,8 @@ from dirl.rl.train import RLTrainer
 from dirl.show.metric_table import TABLE
 
 PRESETS = sorted(path.stem for path in (CONFIGS / "objectives").glob("*.yaml"))
+# One of a kind: replayed, with holds, with a critic, masks drawn, one full mask, weighted draws.
+KINDS = ("dipo", "dipo_exact", "tracerl_value", "coupled_grpo", "diffu_grpo", "espo")
 # Two passes over each batch of rollouts, and groups that wait.
 OVERRIDES = [
     *("num_iterations=2", "max_steps=4", "save_steps=2", "learning_rate=1e-3", "max_tokens_per_micro_batch=160"),
@@ -51,7 +53,9 @@ def weights(trained: RLTrainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trained.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in PRESETS]
+)
 def test_a_preset_trains_and_resumes(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trainer(preset, tmp_path / "whole")
     before = weights(whole)

@@ -32,8 +32,8 @@ ROOT = Path(__file__).parents[2]
 # idle: one document or prompt a step, so that one of two ranks has none; thresholds: a policy chooses them
 # full: full attention, shifted; blocks: shifted predictions in blocks that a stage of SFT enlarges
 CASES = (
-    *("usual", "idle", "thresholds"),
-    *(pytest.param(name, marks=pytest.mark.matrix) for name in ("full", "blocks")),
+    "usual",
+    *(pytest.param(name, marks=pytest.mark.matrix) for name in ("idle", "thresholds", "full", "blocks")),
 )
 STAGES: dict[str, list[dict[str, Any]]] = {
     "usual": [{"from_step": 1, "data.max_length": 20, "global_batch_size": 4}],

@@ -72,7 +72,10 @@ def watched(ours: RLTrainer) -> tuple[dict[int, Any], list[list[RolloutGroup]]]:
 TRAJECTORY = ObjectiveConfig(likelihood="trajectory")
 
 
-@pytest.mark.parametrize(("max_staleness", "objective"), [(1, ObjectiveConfig()), (1, TRAJECTORY), (2, TRAJECTORY)])
+@pytest.mark.parametrize(
+    ("max_staleness", "objective"),
+    [*(pytest.param(1, one, marks=pytest.mark.slow) for one in (ObjectiveConfig(), TRAJECTORY)), (2, TRAJECTORY)],
+)
 def test_every_group_is_what_its_weights_give(tmp_path: Path, max_staleness: int, objective: ObjectiveConfig) -> None:
     """An oracle that keeps the weights of every version decodes each group again, and scores it by replay."""
     ours = trainer(tmp_path, max_staleness, objective=objective)

@@ -152,8 +152,8 @@ def test_a_launcher_that_is_told_to_stop_waits_for_the_checkpoint_and_ends_well(
     ("stage", "override", "message"),
     [
         ("rl", f"reward.functions=[{__file__}:fails_on_rank_1]", "rank 1: reward function"),
-        ("sft", "data.path=absent.jsonl", "data file absent.jsonl does not exist"),
-        ("sft", "max_stpes=3", "override 'max_stpes=3': unknown key"),
+        pytest.param("sft", "data.path=absent.jsonl", "data file absent.jsonl does not exist", marks=pytest.mark.slow),
+        pytest.param("sft", "max_stpes=3", "override 'max_stpes=3': unknown key", marks=pytest.mark.slow),
     ],
 )
 def test_an_error_is_told_once_whichever_rank_has_it(stage: str, override: str, message: str, tmp_path: Path) -> None:

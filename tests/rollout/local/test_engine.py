@@ -135,7 +135,7 @@ def test_a_mixture_of_experts_records_the_logprobs_of_the_states_it_visits() -> 
         assert completion.logprobs == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("make_model", [likely_to_stop, tiny_moe])
+@pytest.mark.parametrize("make_model", [likely_to_stop, pytest.param(tiny_moe, marks=pytest.mark.slow)])
 def test_compiled_layers_decode_the_same_and_are_compiled_once(
     make_model: Callable[[], tuple[BlockDiffusionModel, PreTrainedTokenizerBase]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
