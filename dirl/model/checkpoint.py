@@ -78,6 +78,10 @@ def check_finite(model: torch.nn.Module, path: str) -> None:
 
 
 def _load_pretrained(family: Family, model_config: Any, directory: str, dtype: torch.dtype) -> Any:
+    for index in Path(directory).glob("*.index.json"):
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if Path(name).name != name:
+                raise UserError(f"model.path: {index} names {name!r}; the files of a model lie beside its index")
     loaded: Any = family.model_class.from_pretrained(
         directory, config=model_config, dtype=dtype, output_loading_info=True
     )

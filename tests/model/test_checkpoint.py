@@ -218,6 +218,16 @@ def test_other_forms_of_weights_that_are_damaged_are_named(name: str, content: b
     assert_one_line(error, "model.path", str(tmp_path))
 
 
+def test_an_index_names_files_beside_it(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    weights = (tmp_path / "model/model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(weights), "../outside.safetensors")}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path=str(tmp_path / "model")), TOKENIZER)
+    assert_one_line(error, "index.json", "'../outside.safetensors'", "beside its index")
+
+
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     save_tiny_model(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
