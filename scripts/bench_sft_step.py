@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dirl.data.chat import load_tokenizer
 from dirl.data.conversations import Document
+from dirl.data.data_config import DataSource
 from dirl.data.document_source import open_documents
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
@@ -110,7 +111,7 @@ class Bench:
 def load_examples(arguments: argparse.Namespace, vocabulary: int) -> list[Example]:
     if arguments.data:
         tokenizer = load_tokenizer(arguments.tokenizer)
-        source = open_documents(arguments.data, tokenizer, limit=arguments.documents)
+        source = open_documents(DataSource(path=arguments.data, limit=arguments.documents), tokenizer)
         documents = [document for index in range(len(source)) if (document := source[index]) is not None]
         clip = [
             Document([t % vocabulary for t in d.prompt_ids], [t % vocabulary for t in d.completion_ids])

@@ -57,6 +57,19 @@ def count_documents(row: Mapping[str, object]) -> int:
     return 1
 
 
+def is_text(row: Mapping[str, object]) -> bool:
+    """Whether a row that `count_documents` has found good is a text, which may be cut."""
+    return row.get("messages") is None and len(_text_keys(row)) == 1
+
+
+def question_of(row: Mapping[str, object]) -> str:
+    """What such a row asks: all that its user says, or its prompt; a text is one question."""
+    messages = row.get("messages")
+    if isinstance(messages, list):
+        return "\n".join(str(m["content"]) for m in messages if m["role"] not in ("system", "assistant"))
+    return str(row[_text_keys(row)[0]])
+
+
 def document_of(
     row: Mapping[str, object], number: int, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str
 ) -> Document:

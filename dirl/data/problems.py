@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import NamedTuple
 
 from dirl.boxed import read_gold
 from dirl.data.published import from_published
@@ -22,6 +23,15 @@ TESTS = "test_method"  # the column that marks a row whose answer is a program
 COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"), ("question", TESTS))
 
 
+class Origin(NamedTuple):
+    """Where a problem comes from."""
+
+    path: str = "the given problems"
+    row: int = 0  # as people count; 0: of no file
+    source: int = 0  # which of data.sources
+    weight: float = 0.0  # of that source
+
+
 @dataclass(frozen=True)
 class Problem:
     """One question with a checkable answer."""
@@ -29,6 +39,7 @@ class Problem:
     question: str
     answer: str  # the gold, as text; "" where tests decide
     columns: dict[str, object]  # every other column of the row
+    origin: Origin = field(default=Origin(), compare=False)
 
 
 def problem_from_row(row: dict[str, object]) -> Problem:

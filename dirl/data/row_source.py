@@ -1,8 +1,8 @@
 """A data path -> a source of rows: it goes through them once in order, and reads single ones again from their places.
 
 A path is a local .json, .jsonl, .parquet or .csv file, or a hub id `owner/name`, with `owner/name:config` for data sets
-of several configurations. Rows stay where they are, on disk: a place is the byte a row begins at, or its index in
-a table (parquet files, hub data sets).
+of several configurations and `@revision` at the end for a branch, tag or commit. Rows stay where they are, on disk: a
+place is the byte a row begins at, or its index in a table (parquet files, hub data sets).
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ def open_rows(path: str, *, split: str) -> RowSource:
         DataError: the path is missing, unreadable or of an unknown kind.
     """
     file = expand(path)
-    name, colon, configuration = path.partition(":")
+    hub = re.fullmatch(r"(?P<name>[^:@]+)(:(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?", path)
     if file.is_dir():
         raise DataError(f"{path} is a directory; name one file ending in {', '.join(SOURCES)}")
     if file.is_file():
         if file.suffix not in SOURCES:
             raise DataError(f"{file} has the unknown suffix {file.suffix!r}; expected one of {', '.join(SOURCES)}")
         return SOURCES[file.suffix](file)
-    if not is_hub_id(name) or (colon and not re.fullmatch(r"[\w.-]+", configuration)):
+    if hub is None or not is_hub_id(hub["name"]):
         raise DataError(f"data file {path} does not exist")
-    return _open_hub(path, name, configuration, split=split)
+    return _open_hub(path, **hub.groupdict(), split=split)
 
 
 class _TextFile:
@@ -316,11 +316,11 @@ def _from_json(line: str) -> object:
         return NotJson(line.strip())  # refused or counted as a bad row
 
 
-def _open_hub(path: str, name: str, configuration: str, *, split: str) -> RowSource:
+def _open_hub(path: str, name: str, configuration: str | None, revision: str | None, *, split: str) -> RowSource:
     from datasets import load_dataset
 
     try:
-        return ListedRows(load_dataset(name, configuration or None, split=split))
+        return ListedRows(load_dataset(name, configuration, split=split, revision=revision))
     except (OSError, ValueError) as error:
         reason = one_line(error, 200)
         raise DataError(f"{path} is no local file, and loading it from the hub failed: {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from dirl.errors import UserError
@@ -34,11 +34,14 @@ def convert_rows(
     rows: Iterable[FoundRow],
     convert: Callable[[dict[str, object]], T],
     *,
+    columns: Mapping[str, str],
     limit: int,
     skip_bad_rows: bool,
 ) -> Iterator[tuple[FoundRow, T]]:
     """The first `limit` (0: all) good rows and what `convert` makes of them; bad ones are counted and said at the end.
 
+    Args:
+        columns: of `row_columns`.
     Raises:
         DataError: a row that `convert` refuses with a ValueError (unless skipped), or no good row at all.
     """
@@ -47,7 +50,7 @@ def convert_rows(
         if limit and num_good == limit:
             break
         try:
-            item = convert(_columns(row.content))
+            item = convert(row_columns(row.content, columns))
         except ValueError as error:
             if not skip_bad_rows:
                 raise bad_row(path, row.number, error) from error
@@ -66,14 +69,36 @@ def bad_row(path: str, number: int, error: ValueError) -> DataError:
     return DataError(f"{path} row {number} {error} (fix it, or set data.skip_bad_rows=true to leave bad rows out)")
 
 
-def _columns(content: object) -> dict[str, object]:
+def row_columns(content: object, columns: Mapping[str, str]) -> dict[str, object]:
+    """A row as dirl reads it: columns under the names that are wanted, lists of text parts as texts.
+
+    Args:
+        columns: wanted name -> name in the data; a column that bears a wanted name itself is left out.
+    Raises:
+        ValueError: saying what is wrong with the row.
+    """
     if isinstance(content, NotJson):
         raise UserError(f"is not valid JSON: {shorten(str(content))}")
     if not isinstance(content, dict):
         raise UserError(f"is not an object of named columns: {shorten(content)}")
-    for value in content.values():
+    if missing := [name for name in columns.values() if name not in content]:
+        raise UserError(f"has the columns {', '.join(content)}; data.columns={dict(columns)} names {missing[0]!r} too")
+    taken = {*columns, *columns.values()}
+    row = {name: _joined(value) for name, value in content.items() if name not in taken}
+    row |= {wanted: _joined(content[name]) for wanted, name in columns.items()}
+    for value in row.values():
         check_text(value)
-    return content
+    return row
+
+
+def _joined(value: object) -> object:
+    """Text parts [{"type": "text", "text": ...}, ...] as one text, also where they are the content of messages."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, Mapping) for item in value):
+        return value
+    if all(item.get("type") == "text" and isinstance(item.get("text"), str) for item in value):
+        return "".join(item["text"] for item in value)
+    is_said = [isinstance(item.get("content"), list) for item in value]  # messages with parts
+    return [{**m, "content": _joined(m["content"])} if said else m for m, said in zip(value, is_said, strict=True)]
 
 
 def check_text(value: object) -> None:

@@ -23,6 +23,7 @@ from dirl.reward.math_answer import MathGrader, Verdict, count_verdicts
 Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
+ARGUMENTS = ("prompts", "completions", "completion_ids", "step_maps", "is_right")  # of every reward function
 JUDGES = ("accuracy", "code", "reasoning_gym")  # functions whose full score, 1, says that an answer is right
 
 
@@ -107,7 +108,7 @@ class Rubric:
         """
         arguments: dict[str, Sequence[Any]] = {"prompts": prompts, "completions": completions}
         arguments |= {"completion_ids": completion_ids, "step_maps": step_maps}
-        if taken := columns.keys() & {*arguments, "is_right"}:
+        if taken := columns.keys() & {*ARGUMENTS}:
             raise RewardError(f"columns {sorted(taken)} bear names that reward functions get otherwise; rename them")
         arguments |= columns
         for name, values in arguments.items():

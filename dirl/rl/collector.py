@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dirl.data.prompt_stream import PromptStream, fingerprint
+from dirl.data.mixture import prompt_stream
+from dirl.data.prompt_stream import fingerprint
 from dirl.data.rows import shorten
 from dirl.errors import UserError
 from dirl.rl.ahead import RolloutsAhead
@@ -82,7 +83,7 @@ class Collector:
         self.prompts, self.rollouts, self.distributed, self.seed = prompts, rollouts, distributed, seed
         self.config = rollouts.config
         data = fingerprint((p.token_ids, p.problem.answer, p.problem.columns) for p in prompts)
-        self.stream = PromptStream(len(prompts), seed, data)
+        self.stream = prompt_stream([(p.problem.origin.source, p.problem.origin.weight) for p in prompts], seed, data)
         self.waiting: list[RolloutGroup] = []  # rolled out on this rank and not trained on yet
         self.in_flight: list[InFlight] = []  # of this rank, the earliest first
         self.ahead = ahead

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from dirl.config import CONFIGS, PATH, Config, bounded
+from dirl.data.data_config import DataConfig
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
@@ -33,22 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLDataConfig(Config):
+class RLDataConfig(DataConfig):
     """The problems that are practised on."""
 
-    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
-    limit: int = bounded(0, least=0)  # rows read; 0: all
     max_prompt_length: int = bounded(1024, least=1)  # tokens; longer prompts are left out and counted
-    system_prompt: str = ""
     suffix: str = ""  # appended to each question
-    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLEvalConfig(Config):
     """The evaluation during training: the sampling of the rollouts on held-out problems."""
 
-    path: str = field(default="", metadata=PATH)  # as data.path; empty: no evaluation
+    path: str = field(default="", metadata=PATH)  # as data.path; empty: what data.heldout keeps apart, if anything
+    split: str = "test"  # of a hub data set
     limit: int = bounded(64, least=0)  # problems; 0: all
     num_samples: int = bounded(4, least=1)  # completions a problem
     greedy: bool = True  # also one greedy completion a problem
@@ -72,7 +70,7 @@ class RLConfig(TrainingConfig, UpdateConfig):
 
     FIXED: ClassVar[tuple[str, ...]] = (
         *("seed", "model.dtype", "model.block_length", "lora", "objective", "critic.backbone"),
-        *("data.limit", "data.max_prompt_length", "data.system_prompt", "data.suffix"),
+        *("data.limit", "data.heldout", "data.max_prompt_length", "data.system_prompt", "data.suffix"),
         *(f"rollout.{f.name}" for f in fields(SamplingConfig)),
         *("reward.functions", "reward.weights", "reward.parameters", "reward.combine", "reward.answer_extraction"),
     )

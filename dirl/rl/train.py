@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.data.problem_sources import load_problems
+from dirl.data.problem_sources import load_problems, load_sources, split_problems
 from dirl.data.problems import Problem
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
@@ -74,6 +74,10 @@ class RLTrainer(Trainer):
         self.model = model or load_model(config.model, self.tokenizer)
         self.tags = self.model.tags
         self._first_block_length = self.model.config.block_size
+        self.heldout = self._evaluation()
+        prompts = self._prompts(problems)
+        self.count_steps(len(prompts), "rollout.prompts_per_step", config.steps_per_rollout)
+        config = self.config
         self._reference, self._decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)
         values = self._value_model() if config.has_critic else None  # before the weights are sharded
@@ -105,7 +109,7 @@ class RLTrainer(Trainer):
         # Ahead and in parts, the weights that sampled have moved on already; the engine has told what they gave.
         is_told = self.ahead is not None or config.rollout.partial
         self.collector = self.source = Collector(
-            self._prompts(problems),
+            prompts,
             self._rollouts(),
             self.distributed,
             config.seed,
@@ -114,7 +118,6 @@ class RLTrainer(Trainer):
             remember=list if is_told else lambda groups: self.updater.remember(groups),
         )
         self._check_lengths()
-        self.heldout = self._heldout()
         self._probe: RolloutGroup | None = None  # a group of the newest weights, where none that is trained on is
         self.last: Collected | None = None  # the rollouts of the last step, to look at
 
@@ -122,6 +125,8 @@ class RLTrainer(Trainer):
         return super().learners() | ({"critic": self.critic.learner} if self.critic is not None else {})
 
     def begin(self) -> None:
+        if self.distributed.is_main and (line := self._overlaps.write(self.config.output_dir)):
+            self.terminal.say(line)
         self._push_weights(self.steps_done)
 
     def step(self) -> dict[str, float]:
@@ -308,21 +313,24 @@ class RLTrainer(Trainer):
         with adapters_off(self.model):
             return self.learner.module(packed, rule)
 
-    def _load(self, path: str, split: str, limit: int) -> list[Problem]:
-        data = self.config.data
-        return load_problems(path, split=split, limit=limit, skip_bad_rows=data.skip_bad_rows, seed=self.config.seed)
-
-    def _heldout(self) -> list[Problem]:
-        path, limit = self.config.eval.path, self.config.eval.limit
-        split = "heldout" if path.startswith("task:") else "test"  # of a hub data set; files have none
-        return self._load(path, split, limit) if path else []
+    def _evaluation(self) -> list[Problem]:
+        """What `eval.path` names."""
+        named, skip, seed = self.config.eval, self.config.data.skip_bad_rows, self.config.seed
+        if not named.path:
+            return []
+        split = "heldout" if named.path.startswith("task:") else named.split
+        return load_problems(named.path, split=split, limit=named.limit, skip_bad_rows=skip, seed=seed)
 
     def _prompts(self, problems: Sequence[Problem] | None) -> list[Prompt]:
+        """What is practised on; what is kept apart of it is the evaluation's where that has nothing else."""
         data = self.config.data
-        if problems is None:
-            problems = self._load(data.path, "train", data.limit)
+        split = split_problems(
+            load_sources(data, self.config.seed) if problems is None else problems, data, self.heldout
+        )
+        self._overlaps = split.overlaps
+        self.heldout = self.heldout or split.heldout[: self.config.eval.limit or None]
         prompts, num_too_long = render_prompts(
-            problems,
+            split.trained,
             self.tokenizer,
             system_prompt=data.system_prompt,
             suffix=data.suffix,
@@ -330,6 +338,8 @@ class RLTrainer(Trainer):
         )
         if num_too_long:
             logger.warning("%d prompts are longer than data.max_prompt_length and left out", num_too_long)
-        if not prompts:
-            raise UserError(f"data.max_prompt_length={data.max_prompt_length} leaves no prompt to train on; raise it")
+        if lost := {p.origin.path for p in split.trained} - {prompt.problem.origin.path for prompt in prompts}:
+            raise UserError(
+                f"data.max_prompt_length={data.max_prompt_length} leaves no prompt of {min(lost)} to train on; raise it"
+            )
         return prompts

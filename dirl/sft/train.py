@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dirl.config import PATH, Config, bounded
+from dirl.config import bounded
 from dirl.data.conversations import Document
-from dirl.data.document_source import DocumentSource, ListedDocuments, open_documents
-from dirl.data.document_stream import DocumentStream, Fit, none_fits
+from dirl.data.document_source import DocumentSource, JoinedDocuments, ListedDocuments, open_documents
+from dirl.data.document_stream import Fit, none_fits
+from dirl.data.mixture import document_stream
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.noising import NoiseConfig
@@ -39,27 +40,12 @@ from dirl.presets import Presets
 from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro_batches, packed_tokens, view_document
 from dirl.sft.block_starts import count_block_starts, next_token_loss, with_noisy_starts
 from dirl.sft.loss import decile_sums, nelbo_loss
+from dirl.sft.sft_data import SFTDataConfig, split_documents
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget, whole_cost
 from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
 from dirl.training.seeds import stable_seed
 from dirl.training.stages import RunStage, stages_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTDataConfig(Config):
-    """What is imitated."""
-
-    path: str = field(default="task:noisy_sums", metadata=PATH)  # .json/.jsonl/.parquet, hub id, or task:NAME
-    limit: int = bounded(0, least=0)  # rows read; 0: all
-    num_heldout: int = bounded(128, least=0)  # documents set aside for the held-out loss
-    # tokens of prompt + completion; longer documents are left out when they are drawn and counted, texts are cut
-    max_length: int = bounded(4096, least=1)
-    system_prompt: str = ""
-    skip_bad_rows: bool = False
-    score_fill: bool = True  # also learn what fills the last block after EOS, so that the decoder ends in few steps
-    # full attention: completions are filled with EOS to a multiple of so many tokens, as generation windows are
-    fill_window: int = bounded(32, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +60,8 @@ class SFTConfig(TrainingConfig):
     PRESETS: ClassVar[Mapping[str, Presets]] = {"noise": published_noise}
     FIXED: ClassVar[tuple[str, ...]] = (
         *("seed", "model.dtype", "model.block_length", "lora", "noise", "autoregressive_weight"),
-        *("data.limit", "data.num_heldout", "data.max_length", "data.system_prompt", "data.score_fill"),
-        "data.fill_window",
+        *("data.limit", "data.num_heldout", "data.heldout"),
+        *("data.max_length", "data.system_prompt", "data.score_fill", "data.fill_window"),
     )
 
     output_dir: str = "outputs/sft"
@@ -115,9 +101,14 @@ class SFTTrainer(Trainer):
         starts, scheme = {stage.config.noise.block_start for stage in stages_of(config)}, self.model.scheme
         if "noisy" in starts and (scheme.is_full or not scheme.shift):
             raise UserError("noise.block_start=noisy needs blocks and rows that predict the next token; leave it clean")
-        self.documents: DocumentSource = self._open() if documents is None else ListedDocuments(documents)
-        trained, self._heldout_indices = self._split()
-        self.stream = self.source = DocumentStream(self.documents, trained, config.seed)
+        self.documents = JoinedDocuments(self._sources() if documents is None else [ListedDocuments(documents)])
+        self.split = split_documents(self.documents, config.data, config.seed)
+        weights = [0.0] if documents is not None else [source.weight for source in config.data.all_sources()]
+        self.stream = self.source = document_stream(self.documents.sources, self.split.trained, weights, config.seed)
+        if config.num_train_epochs and any(source.has_texts for source in self.documents.sources):
+            raise UserError("num_train_epochs counts documents, and texts are cut into several; give max_steps instead")
+        self.count_steps(sum(map(len, self.split.trained)), "global_batch_size")
+        config = self.config
         self.heldout = self._heldout()
         add_adapters(self.model, config.lora, config.seed)
         self.learner = Learner(
@@ -147,6 +138,10 @@ class SFTTrainer(Trainer):
         if is_autoregressive:
             metrics["loss_autoregressive"] = outcome.sums.get("next_token", 0.0)
         return outcome.metrics | {"num_tokens": outcome.sums.get("tokens", 0.0)} | metrics
+
+    def begin(self) -> None:
+        if self.distributed.is_main and (line := self.split.overlaps.write(self.config.output_dir)):
+            self.terminal.say(line)
 
     def begin_stage(self, stage: RunStage[Any]) -> None:
         self.model.config.block_size = self.config.model.block_length or self._first_block_length
@@ -256,31 +251,26 @@ class SFTTrainer(Trainer):
         size = partial(packed_tokens, scheme=self.model.scheme, num_views=num_views, window=config.data.fill_window)
         return Fit(config.data.max_length, block_length or 1, config.max_tokens_per_micro_batch, size)
 
-    def _open(self) -> DocumentSource:
+    def _sources(self) -> list[DocumentSource]:
         data = self.config.data
-        return open_documents(
-            data.path,
-            self.tokenizer,
-            limit=data.limit,
-            seed=self.config.seed,
-            skip_bad_rows=data.skip_bad_rows,
-            system_prompt=data.system_prompt,
-        )
-
-    def _split(self) -> tuple[list[int], list[int]]:
-        """Which documents are trained on and which are held out: the last of a fixed shuffle."""
-        count, num_heldout = len(self.documents), self.config.data.num_heldout
-        if count <= num_heldout:
-            raise UserError(f"data.num_heldout={num_heldout} leaves none of {count} documents to train on; lower it")
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed)).tolist()
-        return order[: count - num_heldout], order[count - num_heldout :]
+        return [
+            open_documents(
+                source,
+                self.tokenizer,
+                seed=self.config.seed,
+                skip_bad_rows=data.skip_bad_rows,
+                system_prompt=data.system_prompt,
+            )
+            for source in data.all_sources()
+        ]
 
     def _heldout(self) -> list[Example]:
         """The held-out documents that fit."""
-        drawn = [document for i in self._heldout_indices if (document := self.documents[i]) is not None]
+        indices = self.split.heldout
+        drawn = [document for i in indices if (document := self.documents[i]) is not None]
         fitting = [piece for document in drawn for piece in self._fit.pieces(document)]
-        if self._heldout_indices and not fitting:
-            raise none_fits(f"{self.documents.name}, held out", len(self._heldout_indices), self._fit)
+        if indices and not fitting:
+            raise none_fits(f"{self.documents.name}, held out", len(indices), self._fit)
         return self.examples(fitting)
 
 

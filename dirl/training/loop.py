@@ -7,9 +7,10 @@ evaluation are; when they happen, what survives a stop, what is written and show
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dirl.training.optimizer import Learner, OptimizerConfig
 from dirl.training.run import Resumable, Run, logger
 from dirl.training.run_lock import check_free, hold
 from dirl.training.run_state import RunConfig
-from dirl.training.stages import RunStage, StagedConfig, stages_of
+from dirl.training.stages import RunStage, StagedConfig, settings_of, stages_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,27 @@ class Trainer(ABC):
         self.signals = SignalWatch(self.distributed.max)
         self.terminal = Terminal(is_main=self.distributed.is_main)
         self.steps_done = 0  # optimizer steps
+
+    def count_steps(self, num_items: int, batch_key: str, steps_per_batch: int = 1) -> None:
+        """Have `max_steps` say how many steps `num_train_epochs` are; nothing where that is not set.
+
+        Args:
+            num_items: what is drawn in an epoch.
+            batch_key: of the configuration, how many of them a batch draws.
+            steps_per_batch: optimizer steps that a batch is trained on for.
+        Raises:
+            UserError: batches do not keep one size.
+        """
+        epochs = self.config.num_train_epochs
+        if not epochs:
+            return
+        if any(batch_key in stage.changes for stage in self.stages):
+            raise UserError(f"num_train_epochs={epochs:g}: a stage changes {batch_key}; give max_steps instead")
+        batches = max(math.ceil(epochs * num_items / settings_of(self.config)[batch_key]), 1)
+        steps = batches * steps_per_batch
+        self.terminal.say(f"num_train_epochs={epochs:g}: {num_items} rows or turns an epoch, max_steps={steps}")
+        self.stages = stages_of(replace(self.config, max_steps=steps, num_train_epochs=0.0))
+        self.now, self.config = self.stages[0], self.stages[0].config
 
     @abstractmethod
     def step(self) -> dict[str, float]:

@@ -25,7 +25,8 @@ from dirl.training.distributed import Distributed
 class OptimizerConfig(Config):
     """AdamW and its schedule, under the names of transformers."""
 
-    max_steps: int = bounded(100, least=1)  # optimizer steps
+    max_steps: int = bounded(-1, least=-1)  # optimizer steps; -1: as num_train_epochs says, or 100 without it
+    num_train_epochs: float = bounded(0.0, least=0)  # in place of max_steps: passes over the data; see docs/data.md
     learning_rate: float = bounded(1e-5, least=0)
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch"  # 8 bit: needs bitsandbytes
     offload_optimizer: bool = False  # keep optimizer states in main memory; DeepSpeed ZeRO only
@@ -42,6 +43,15 @@ class OptimizerConfig(Config):
     max_tokens_per_micro_batch: int = bounded(8192, least=1)
 
     def check(self) -> None:
+        if self.max_steps == 0:
+            raise UserError("max_steps must be at least 1, got 0")
+        if self.max_steps > 0 and self.num_train_epochs > 0:
+            raise UserError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs:g} are both given; keep one "
+                "(max_steps=-1 is none)"
+            )
+        if self.max_steps < 0 and not self.num_train_epochs:
+            object.__setattr__(self, "max_steps", 100)
         check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from dirl.data.chat import decode, load_tokenizer, stop_token_ids
 from dirl.data.conversations import Document
+from dirl.data.data_config import DataSource
 from dirl.data.document_source import open_documents
 from dirl.data.problem_sources import load_problems
 from dirl.data.prompt_stream import PromptStream
@@ -27,7 +28,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 def read_documents(path: str, tokenizer: Any, **settings: Any) -> list[Document]:
     """All documents of a path, drawn one after another."""
-    source = open_documents(path, tokenizer, **settings)
+    source = open_documents(DataSource(path=path), tokenizer, **settings)
     return [document for index in range(len(source)) if (document := source[index]) is not None]
 
 
@@ -64,8 +65,8 @@ def test_bad_forms_are_named_before_anything_is_tokenised(tmp_path: Path) -> Non
     rows = [{"prompt": "q", "completion": "a" * length} for length in (3, 50)]
     path = write(tmp_path / "d.jsonl", [*rows, {"prompt": "", "completion": "a"}])
     with pytest.raises(DataError, match=r"d\.jsonl row 3 .*prompt=''"):
-        open_documents(path, tiny_tokenizer())
-    assert len(open_documents(path, tiny_tokenizer(), skip_bad_rows=True)) == 2
+        open_documents(DataSource(path=path), tiny_tokenizer())
+    assert len(open_documents(DataSource(path=path), tiny_tokenizer(), skip_bad_rows=True)) == 2
 
 
 def test_a_text_is_a_document_without_a_prompt(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_a_text_is_a_document_without_a_prompt(tmp_path: Path) -> None:
     assert tokenizer.decode(rendered.completion_ids) == "<|user|>q<|assistant|>a<|im_end|>"
     for row, words in (({"text": " "}, "text=' '"), ({"text": f"a{tokenizer.mask_token}"}, "has the mask token")):
         with pytest.raises(DataError, match=rf"row 1 has {words}|row 1 {words}"):
-            open_documents(write(tmp_path / "d.jsonl", [row]), tokenizer)
+            open_documents(DataSource(path=write(tmp_path / "d.jsonl", [row])), tokenizer)
 
 
 def test_a_completion_is_never_cut_at_a_stop_token_within(tmp_path: Path) -> None:

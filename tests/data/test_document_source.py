@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pyarrow import Table, parquet
 
+from dirl.data.data_config import DataSource
 from dirl.data.document_source import open_documents
 from dirl.data.row_source import open_rows
 from dirl.data.rows import DataError
@@ -50,14 +51,14 @@ def test_rows_are_read_again_from_their_places(suffix: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_the_first_rows_alone(suffix: str, tmp_path: Path) -> None:
-    source = open_documents(write_rows(tmp_path / f"rows{suffix}"), tiny_tokenizer(), limit=7)
+    source = open_documents(DataSource(path=write_rows(tmp_path / f"rows{suffix}"), limit=7), tiny_tokenizer())
     assert len(source) == 7 and source[6] is not None
 
 
 def test_every_format_is_the_same_data(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     sources = [
-        open_documents(write_rows(tmp_path / f"rows{suffix}"), tokenizer)
+        open_documents(DataSource(path=write_rows(tmp_path / f"rows{suffix}")), tokenizer)
         for suffix in (".json", ".jsonl", ".csv", ".parquet")
     ]
     assert len({source.fingerprint for source in sources}) == 1
@@ -90,7 +91,7 @@ def test_documents_are_counted_without_a_tokenizer(tmp_path: Path, monkeypatch: 
     tokenizer = tiny_tokenizer()
     drawn: list[int] = []
     monkeypatch.setattr("dirl.data.document_source.document_of", lambda row, number, *_, **__: drawn.append(number))
-    source = open_documents(str(file), tokenizer)
+    source = open_documents(DataSource(path=str(file)), tokenizer)
     assert len(source) == 4 and drawn == []
     for index in range(4):
         source[index]
@@ -102,18 +103,18 @@ def test_the_fingerprint_is_of_rows_tokenizer_and_system_prompt(tmp_path: Path) 
     plain, same, other = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
     other.chat_template = str(other.chat_template) + "\n"
     prints = [
-        open_documents(path, plain).fingerprint,
-        open_documents(path, other).fingerprint,
-        open_documents(path, plain, system_prompt="s").fingerprint,
-        open_documents(path, plain, limit=5).fingerprint,
+        open_documents(DataSource(path=path), plain).fingerprint,
+        open_documents(DataSource(path=path), other).fingerprint,
+        open_documents(DataSource(path=path), plain, system_prompt="s").fingerprint,
+        open_documents(DataSource(path=path, limit=5), plain).fingerprint,
     ]
     assert len(set(prints)) == 4
-    assert open_documents(path, same, skip_bad_rows=True).fingerprint == prints[0]
+    assert open_documents(DataSource(path=path), same, skip_bad_rows=True).fingerprint == prints[0]
 
 
 def test_a_file_that_changes_under_a_run_is_an_error(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
-    source = open_documents(path, tiny_tokenizer())
+    source = open_documents(DataSource(path=path), tiny_tokenizer())
     Path(path).write_text("x" * Path(path).stat().st_size)
     with pytest.raises(DataError, match=r"rows\.jsonl row 5 is not what it was at the start"):
         source[2]

@@ -82,19 +82,24 @@ def test_missing_paths(path: str, words: str) -> None:
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def refuse(name: str, configuration: str | None, *, split: str) -> None:
-        asked.append((name, configuration, split))
+    def refuse(name: str, configuration: str | None, *, split: str, revision: str | None) -> None:
+        asked.append((name, configuration, split, revision))
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    for path in ("owner/name:main", "owner/name"):
+    for path in ("owner/name:main", "owner/name", "owner/name:main@refs/pr/1", "owner/name@v1.0"):
         with pytest.raises(DataError, match=f"{path} is no local file, .* no route to the hub"):
             load_problems(path, split="test")
-    assert asked == [("owner/name", "main", "test"), ("owner/name", None, "test")]
+    assert asked == [
+        ("owner/name", "main", "test", None),
+        ("owner/name", None, "test", None),
+        ("owner/name", "main", "test", "refs/pr/1"),
+        ("owner/name", None, "test", "v1.0"),
+    ]
 
 
 def test_rows_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, split: {"test": ROWS}[split])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, split, revision: {"test": ROWS}[split])
     assert load_problems("owner/name", split="test") == PROBLEMS
 
 
@@ -180,7 +185,17 @@ def test_the_real_benchmarks(name: str, num: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["./owner/rows", "~/rows", "/owner/rows", "owner/rows.json:a", "owner/rows:", "rows:a"]
+    "path",
+    [
+        "./owner/rows",
+        "~/rows",
+        "/owner/rows",
+        "owner/rows.json:a",
+        "owner/rows:",
+        "rows:a",
+        "owner/rows@",
+        "owner/rows@a:b",
+    ],
 )
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(path: str) -> None:
     with pytest.raises(DataError, match=f"data file {path} does not exist"):

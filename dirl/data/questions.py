@@ -1,0 +1,111 @@
+"""Questions -> which rows are kept apart to evaluate on, and which training rows ask what the evaluation asks.
+
+Two texts ask the same where they share 13 words in a row, whatever their case and punctuation; a text of fewer words
+must be the same as a whole, up to case and spaces. Words that stand in many evaluation questions are a template, and
+tell nothing.
+
+Source: Language Models are Few-Shot Learners (GPT-3), appendix C: the 13 words, and the 10 texts of a template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dirl.files import write_whole
+
+NUM_WORDS = 13
+TEMPLATE = 10  # evaluation questions that words in a row may stand in; in more they are a template
+FILE = "contaminated_rows.jsonl"
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A training row that asks what the evaluation asks."""
+
+    path: str
+    row: int  # as people count
+    words: str  # that it shares
+    evaluation: str  # the question that has them too
+
+
+def question_key(question: str) -> int:
+    """64 bits, the same for the same question up to case and spaces."""
+    digest = hashlib.blake2b("".join(_plain(question).split()).encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def kept_apart(keys: Sequence[int], amount: float) -> list[int]:
+    """The indices of the rows that are kept apart, the lowest key first: rows of one question stay together.
+
+    Args:
+        keys: `question_key` of each row.
+        amount: below 1 a share of all possible keys, so that rows that are added move no other; else a number of rows
+            (or more, where the last question has several).
+    """
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    last = amount * 2**64 if amount < 1 else keys[order[min(int(amount), len(order)) - 1]] + 1
+    return [row for row in order if keys[row] < last]
+
+
+class EvaluationQuestions:
+    """What an evaluation asks, to be looked up by the words of a training row."""
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        self._questions = list(dict.fromkeys(questions))
+        self._asked_by: dict[tuple[str, ...], int] = {}  # words in a row -> number of the first question with them
+        counts: Counter[tuple[str, ...]] = Counter()
+        for number, question in enumerate(self._questions):
+            for words in set(_words_in_rows(question)):
+                counts[words] += 1
+                self._asked_by.setdefault(words, number)
+        for words in [words for words, count in counts.items() if count > TEMPLATE]:
+            del self._asked_by[words]
+
+    def find(self, path: str, row: int, question: str) -> Overlap | None:
+        """What this question of a row shares with them; None: nothing."""
+        if self._asked_by.keys().isdisjoint(_words_in_rows(question)):  # in C: few rows share anything
+            return None
+        words = next(words for words in _words_in_rows(question) if words in self._asked_by)
+        return Overlap(path, row, " ".join(words), self._questions[self._asked_by[words]])
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """All of a run's, and what became of them."""
+
+    found: Sequence[Overlap]
+    num_rows: int  # that were looked at
+    is_dropped: bool
+
+    def write(self, output_dir: str) -> str:
+        """List them beside the run; a line that counts them, empty where there are none."""
+        file = Path(output_dir, FILE)
+        if not self.found:
+            file.unlink(missing_ok=True)  # of a run that trained on other rows
+            return ""
+        write_whole(file, "".join(json.dumps(asdict(overlap)) + "\n" for overlap in self.found))
+        done = "left out" if self.is_dropped else "trained on; data.decontaminate=drop leaves them out"
+        return (
+            f"{len(self.found)} of {self.num_rows} training rows share {NUM_WORDS} words in a row, or a whole short "
+            f"question, with the evaluation data: {done} (listed in {file})"
+        )
+
+
+def _words_in_rows(text: str) -> Iterable[tuple[str, ...]]:
+    """Every 13 words in a row; of a shorter text all that it says, punctuation too: 9+7 is not 9-7."""
+    words = _WORD.findall(plain := _plain(text))
+    if len(words) < NUM_WORDS:
+        return [("".join(plain.split()),)]
+    return zip(*(words[start:] for start in range(NUM_WORDS)), strict=False)
+
+
+def _plain(text: str) -> str:
+    return (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
