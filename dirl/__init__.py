@@ -34,7 +34,7 @@ _HOMES = {
     "ModelConfig": "dirl.model.checkpoint",
     "SFTConfig": "dirl.sft.train",
     "SFTTrainer": "dirl.sft.train",
-    "SFTDataConfig": "dirl.sft.train",
+    "SFTDataConfig": "dirl.sft.sft_data",
     "RLDataConfig": "dirl.rl.rl_config",
     "RLConfig": "dirl.rl.rl_config",
     "RLTrainer": "dirl.rl.train",
@@ -80,7 +80,8 @@ if TYPE_CHECKING:
     from dirl.rollout.engine import Completion, SamplingConfig
     from dirl.rollout.generate import Completions, generate, with_texts
     from dirl.rollout.replay import logprobs
-    from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+    from dirl.sft.sft_data import SFTDataConfig
+    from dirl.sft.train import SFTConfig, SFTTrainer
     from dirl.show.pictures import plot_run
     from dirl.show.report.write import write_report
     from dirl.show.trajectory_picture import plot_trajectory

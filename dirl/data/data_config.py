@@ -52,7 +52,7 @@ class DataConfig(RowsConfig):
     skip_bad_rows: bool = False
 
     def check(self) -> None:
-        if self.heldout > 1 and not self.heldout.is_integer():
+        if self.heldout > 1 and self.heldout % 1:
             raise UserError(f"heldout={self.heldout} must be a share below 1 or a whole number of rows")
         self.all_sources()
 

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dirl.files import write_whole
@@ -24,6 +24,7 @@ NUM_WORDS = 13
 TEMPLATE = 10  # evaluation questions that words in a row may stand in; in more they are a template
 FILE = "contaminated_rows.jsonl"
 _WORD = re.compile(r"\w+")
+_GAPS = {code: " " for code in range(128) if not _WORD.match(chr(code))}
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,8 @@ class Overlap:
 
 
 def question_key(question: str) -> int:
-    """64 bits, the same for the same question up to case and spaces."""
-    digest = hashlib.blake2b("".join(_plain(question).split()).encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "big")
+    """64 bits that the question alone decides."""
+    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
 
 
 def kept_apart(keys: Sequence[int], amount: float) -> list[int]:
@@ -91,7 +91,8 @@ class Overlaps:
         if not self.found:
             file.unlink(missing_ok=True)  # of a run that trained on other rows
             return ""
-        write_whole(file, "".join(json.dumps(asdict(overlap)) + "\n" for overlap in self.found))
+        rows = [{"path": o.path, "row": o.row, "words": o.words, "evaluation": o.evaluation} for o in self.found]
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
         done = "left out" if self.is_dropped else "trained on; data.decontaminate=drop leaves them out"
         return (
             f"{len(self.found)} of {self.num_rows} training rows share {NUM_WORDS} words in a row, or a whole short "
@@ -101,7 +102,8 @@ class Overlaps:
 
 def _words_in_rows(text: str) -> Iterable[tuple[str, ...]]:
     """Every 13 words in a row; of a shorter text all that it says, punctuation too: 9+7 is not 9-7."""
-    words = _WORD.findall(plain := _plain(text))
+    plain = _plain(text)
+    words = plain.translate(_GAPS).split() if plain.isascii() else _WORD.findall(plain)  # the former in half the time
     if len(words) < NUM_WORDS:
         return [("".join(plain.split()),)]
     return zip(*(words[start:] for start in range(NUM_WORDS)), strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dirl.errors import UserError
 
@@ -81,24 +81,35 @@ def row_columns(content: object, columns: Mapping[str, str]) -> dict[str, object
         raise UserError(f"is not valid JSON: {shorten(str(content))}")
     if not isinstance(content, dict):
         raise UserError(f"is not an object of named columns: {shorten(content)}")
-    if missing := [name for name in columns.values() if name not in content]:
-        raise UserError(f"has the columns {', '.join(content)}; data.columns={dict(columns)} names {missing[0]!r} too")
-    taken = {*columns, *columns.values()}
-    row = {name: _joined(value) for name, value in content.items() if name not in taken}
-    row |= {wanted: _joined(content[name]) for wanted, name in columns.items()}
+    row = {name: _joined(value) if isinstance(value, list) else value for name, value in content.items()}
+    if columns:
+        row = _renamed(row, columns)
     for value in row.values():
         check_text(value)
     return row
 
 
-def _joined(value: object) -> object:
+def _renamed(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    if missing := [name for name in columns.values() if name not in row]:
+        raise UserError(f"has the columns {', '.join(row)}; data.columns={dict(columns)} names {missing[0]!r} too")
+    taken = {*columns, *columns.values()}
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return kept | {wanted: row[name] for wanted, name in columns.items()}
+
+
+def _joined(items: list[Any]) -> object:
     """Text parts [{"type": "text", "text": ...}, ...] as one text, also where they are the content of messages."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, Mapping) for item in value):
-        return value
-    if all(item.get("type") == "text" and isinstance(item.get("text"), str) for item in value):
-        return "".join(item["text"] for item in value)
-    is_said = [isinstance(item.get("content"), list) for item in value]  # messages with parts
-    return [{**m, "content": _joined(m["content"])} if said else m for m, said in zip(value, is_said, strict=True)]
+    if items and all(isinstance(part, dict) and part.get("type") == "text" for part in items):
+        texts = [part.get("text") for part in items]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else items
+    if any(isinstance(message, dict) and isinstance(message.get("content"), list) for message in items):
+        return [_message(message) for message in items]
+    return items
+
+
+def _message(message: Any) -> Any:
+    content = message.get("content") if isinstance(message, dict) else None
+    return {**message, "content": _joined(content)} if isinstance(content, list) else message
 
 
 def check_text(value: object) -> None:

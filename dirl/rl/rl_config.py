@@ -86,7 +86,7 @@ class RLConfig(TrainingConfig, UpdateConfig):
     eval: RLEvalConfig = field(default_factory=RLEvalConfig)
 
     def check(self) -> None:
-        if self.max_steps % self.steps_per_rollout:
+        if self.max_steps > 0 and self.max_steps % self.steps_per_rollout:
             raise UserError(
                 f"max_steps={self.max_steps} must be a multiple of num_iterations * steps_per_generation = "
                 f"{self.steps_per_rollout}"

@@ -74,10 +74,8 @@ class RLTrainer(Trainer):
         self.model = model or load_model(config.model, self.tokenizer)
         self.tags = self.model.tags
         self._first_block_length = self.model.config.block_size
-        self.heldout = self._evaluation()
         prompts = self._prompts(problems)
-        self.count_steps(len(prompts), "rollout.prompts_per_step", config.steps_per_rollout)
-        config = self.config
+        config = self.config  # epochs are counted
         self._reference, self._decoded = self._frozen_copies()
         add_adapters(self.model, config.lora, config.seed)
         values = self._value_model() if config.has_critic else None  # before the weights are sharded
@@ -322,8 +320,8 @@ class RLTrainer(Trainer):
         return load_problems(named.path, split=split, limit=named.limit, skip_bad_rows=skip, seed=seed)
 
     def _prompts(self, problems: Sequence[Problem] | None) -> list[Prompt]:
-        """What is practised on; what is kept apart of it is the evaluation's where that has nothing else."""
-        data = self.config.data
+        """What is practised on; what is kept apart of it is evaluated on where nothing else is named."""
+        data, self.heldout = self.config.data, self._evaluation()
         split = split_problems(
             load_sources(data, self.config.seed) if problems is None else problems, data, self.heldout
         )
@@ -342,4 +340,5 @@ class RLTrainer(Trainer):
             raise UserError(
                 f"data.max_prompt_length={data.max_prompt_length} leaves no prompt of {min(lost)} to train on; raise it"
             )
+        self.count_steps(len(prompts), "rollout.prompts_per_step", self.config.steps_per_rollout)
         return prompts

@@ -22,7 +22,7 @@ from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig, Scores
 from dirl.rl.advantage import advantages_of
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.rl_config import RLConfig, RLDataConfig
+from dirl.rl.rl_config import RLConfig, RLDataConfig, RLEvalConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
@@ -88,6 +88,27 @@ def test_impossible_settings_are_errors() -> None:
         replace(CONFIG, rollout=replace(CONFIG.rollout, temperature=0.0))
     with pytest.raises(ValueError, match="max_prompt_length=1 leaves no prompt"):
         trainer(replace(CONFIG, data=RLDataConfig(max_prompt_length=1)))
+
+
+def test_epochs_and_rows_kept_apart(tmp_path: Path) -> None:
+    """One step is num_iterations optimizer steps; what is kept apart is evaluated on where nothing else is named."""
+    config = replace(
+        CONFIG,
+        output_dir=str(tmp_path),
+        max_steps=-1,
+        num_train_epochs=1.5,
+        num_iterations=2,
+        data=RLDataConfig(heldout=3.0),
+        eval=RLEvalConfig(limit=2),
+    )
+    twice = [*PROBLEMS, *PROBLEMS]
+    trained = trainer(config, twice)
+    assert len(trained.heldout) == 2 and len(trained.collector.prompts) == 10
+    assert trained.config.max_steps == trained.learner.config.max_steps == 2 * 5
+    named = trainer(replace(config, eval=RLEvalConfig(path="task:noisy_sums", limit=2)), twice)
+    assert len(named.heldout) == 2 and all("num_terms" in problem.columns for problem in named.heldout)
+    asked = trainer(replace(config, data=RLDataConfig(decontaminate="drop"), eval=RLEvalConfig()), twice)
+    assert len(asked.collector.prompts) == 14 and asked.heldout == []
 
 
 def copying(num: int, error_rate: float) -> list[tuple[Problem, str]]:

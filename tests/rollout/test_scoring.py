@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
+import pytest
+
 from dirl.data.problem_sources import load_problems
+from dirl.data.problems import Problem
 from dirl.data.tasks import tiny_tokenizer
 from dirl.reward import RewardConfig, Rubric
 from dirl.rl.rollout_group import Prompt, render_prompts
 from dirl.rollout.engine import Completion
-from dirl.rollout.scoring import score
+from dirl.rollout.scoring import _reward_columns, _say_renamed, score
 
 
 def completion(text: str) -> Completion:
@@ -53,3 +57,20 @@ def test_columns_are_those_of_the_whole_data_set(tmp_path: Path) -> None:
     functions = [f"{tmp_path}/rewards_by_level.py:by_level"]
     assert score_prompts(prompts[1:3], ["", ""], functions) == {"by_level": [1.0, 2.0]}
     assert score_prompts(prompts[2:4], ["", ""], functions) == {"by_level": [2.0, -1.0]}
+
+
+def test_columns_named_like_other_arguments_get_other_names(caplog: pytest.LogCaptureFixture) -> None:
+    """The gold of the data set stays the gold, and nothing is lost."""
+    columns = {"answer": "theirs", "prompts": "p", "finish_reason": "f", "question": "q", "data_question": "d"}
+    problem = Problem("1+1=", "2", columns)
+    handed = _reward_columns([problem], [completion("2")], 9)
+    assert handed["answer"] == ["2"] and handed["question"] == ["1+1="] and handed["finish_reason"] == ["stop"]
+    others = {name: values for name, values in handed.items() if name.startswith("data_")}
+    names = ("data_answer", "data_prompts", "data_finish_reason", "data_question", "data_data_question")
+    assert others == dict(zip(names, [["theirs"], ["p"], ["f"], ["d"], ["q"]], strict=True))
+    with caplog.at_level(logging.WARNING):
+        _say_renamed("prompts", "data_prompts_of_this_test")
+    assert "the data's column 'prompts' bears the name of something else" in caplog.text
+    with Rubric(RewardConfig(functions=["accuracy"])) as rubric:
+        told = score(rubric, [problem], [completion("\\boxed{2}")], prompts=[""], max_completion_length=9)
+    assert told.total == [1.0]
