@@ -26,7 +26,7 @@ class RowsConfig(Config):
         is_task = self.path.startswith("task:")
         if self.columns and is_task:
             raise UserError(f"columns={self.columns}: {self.path} makes its columns itself; take columns out")
-        if self.split != "train" and (is_task or expand(self.path).exists()):
+        if self.split != type(self).split and (is_task or expand(self.path).exists()):
             raise UserError(f"split={self.split} is of hub data sets, and {self.path} is none; take split out")
 
 
@@ -70,7 +70,9 @@ class DataConfig(RowsConfig):
         of_path = {"path": ("", EMBEDDED), "split": ("train",), "limit": (0,), "columns": ({},)}
         for name, unset in of_path.items():
             if (value := getattr(self, name)) not in unset:
-                raise UserError(f"{name}={value} and sources are both given; take {name} out, or into the sources")
+                raise UserError(
+                    f"{name}={value} and sources are both given; set data.{name}={unset[0]}, or say it of each"
+                )
         found = [with_changes(DataSource(), entry, f"sources[{i}]") for i, entry in enumerate(self.sources)]
         for index, source in enumerate(found):
             if not source.path:

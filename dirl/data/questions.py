@@ -1,15 +1,16 @@
 """Questions -> which rows are kept apart to evaluate on, and which training rows ask what the evaluation asks.
 
-Two texts ask the same where they share 13 words in a row, whatever their case and punctuation; a text of fewer words
-must be the same as a whole, up to case and spaces. Words that stand in many evaluation questions are a template, and
-tell nothing.
+Two texts ask the same where they share 13 words in a row, whatever their case and punctuation, or are the same as a
+whole, up to case and spaces. 13 words tell nothing where five of them are a template: they stand in a row in a tenth of
+the evaluation questions, such as "please reason step by step".
 
-Source: Language Models are Few-Shot Learners (GPT-3), appendix C: the 13 words, and the 10 texts of a template.
+Source: Language Models are Few-Shot Learners (GPT-3), appendix C, for the 13 words.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -21,7 +22,8 @@ from pathlib import Path
 from dirl.files import write_whole
 
 NUM_WORDS = 13
-TEMPLATE = 10  # evaluation questions that words in a row may stand in; in more they are a template
+TEMPLATE_WORDS = 5
+TEMPLATE_SHARE, TEMPLATE_LEAST = 0.1, 2  # of the evaluation questions: in more than both, words are a template
 FILE = "contaminated_rows.jsonl"
 _WORD = re.compile(r"\w+")
 _GAPS = {code: " " for code in range(128) if not _WORD.match(chr(code))}
@@ -61,19 +63,19 @@ class EvaluationQuestions:
     def __init__(self, questions: Iterable[str]) -> None:
         self._questions = list(dict.fromkeys(questions))
         self._asked_by: dict[tuple[str, ...], int] = {}  # words in a row -> number of the first question with them
-        counts: Counter[tuple[str, ...]] = Counter()
+        counts = Counter(part for text in self._questions for part in set(_in_rows(_words(text), TEMPLATE_WORDS)))
+        most = max(TEMPLATE_LEAST, TEMPLATE_SHARE * len(self._questions))
+        template = {part for part, count in counts.items() if count > most}
         for number, question in enumerate(self._questions):
-            for words in set(_words_in_rows(question)):
-                counts[words] += 1
-                self._asked_by.setdefault(words, number)
-        for words in [words for words, count in counts.items() if count > TEMPLATE]:
-            del self._asked_by[words]
+            for words in _told(question):
+                if template.isdisjoint(_in_rows(words, TEMPLATE_WORDS)):
+                    self._asked_by.setdefault(words, number)
 
     def find(self, path: str, row: int, question: str) -> Overlap | None:
         """What this question of a row shares with them; None: nothing."""
-        if self._asked_by.keys().isdisjoint(_words_in_rows(question)):  # in C: few rows share anything
+        if self._asked_by.keys().isdisjoint(_told(question)):  # in C: few rows share anything
             return None
-        words = next(words for words in _words_in_rows(question) if words in self._asked_by)
+        words = next(words for words in _told(question) if words in self._asked_by)
         return Overlap(path, row, " ".join(words), self._questions[self._asked_by[words]])
 
 
@@ -95,18 +97,24 @@ class Overlaps:
         write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
         done = "left out" if self.is_dropped else "trained on; data.decontaminate=drop leaves them out"
         return (
-            f"{len(self.found)} of {self.num_rows} training rows share {NUM_WORDS} words in a row, or a whole short "
-            f"question, with the evaluation data: {done} (listed in {file})"
+            f"{len(self.found)} of {self.num_rows} training rows share a question, or {NUM_WORDS} words of one in a "
+            f"row, with the evaluation data: {done} (listed in {file})"
         )
 
 
-def _words_in_rows(text: str) -> Iterable[tuple[str, ...]]:
-    """Every 13 words in a row; of a shorter text all that it says, punctuation too: 9+7 is not 9-7."""
+def _told(text: str) -> Iterable[tuple[str, ...]]:
+    """A text as a whole, punctuation too (9+7 is not 9-7), and every 13 words in a row."""
+    return itertools.chain([("".join(_plain(text).split()),)], _in_rows(_words(text), NUM_WORDS))
+
+
+def _in_rows(words: Sequence[str], count: int) -> Iterable[tuple[str, ...]]:
+    """Every so many words that follow one another."""
+    return zip(*(words[start:] for start in range(count)), strict=False)
+
+
+def _words(text: str) -> list[str]:
     plain = _plain(text)
-    words = plain.translate(_GAPS).split() if plain.isascii() else _WORD.findall(plain)  # the former in half the time
-    if len(words) < NUM_WORDS:
-        return [("".join(plain.split()),)]
-    return zip(*(words[start:] for start in range(NUM_WORDS)), strict=False)
+    return plain.translate(_GAPS).split() if plain.isascii() else _WORD.findall(plain)  # the former in half the time
 
 
 def _plain(text: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
-from dirl.config import CONFIGS, PATH, Config, bounded
-from dirl.data.data_config import DataConfig
+from dirl.config import CONFIGS, PATH, bounded
+from dirl.data.data_config import DataConfig, RowsConfig
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
@@ -42,7 +42,7 @@ class RLDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLEvalConfig(Config):
+class RLEvalConfig(RowsConfig):
     """The evaluation during training: the sampling of the rollouts on held-out problems."""
 
     path: str = field(default="", metadata=PATH)  # as data.path; empty: what data.heldout keeps apart, if anything

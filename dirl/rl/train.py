@@ -317,7 +317,8 @@ class RLTrainer(Trainer):
         if not named.path:
             return []
         split = "heldout" if named.path.startswith("task:") else named.split
-        return load_problems(named.path, split=split, limit=named.limit, skip_bad_rows=skip, seed=seed)
+        limit, columns = named.limit, named.columns
+        return load_problems(named.path, split=split, limit=limit, skip_bad_rows=skip, seed=seed, columns=columns)
 
     def _prompts(self, problems: Sequence[Problem] | None) -> list[Prompt]:
         """What is practised on; what is kept apart of it is evaluated on where nothing else is named."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -105,14 +106,20 @@ def _front_matter(config: Mapping[str, Any], tags: Sequence[str]) -> dict[str, A
     matter["tags"] = ["dirl", *tags]
     if is_hub_id(base := str(config.get("model", {}).get("path", ""))):
         matter["base_model"] = base
-    if is_hub_id(data := str(config.get("data", {}).get("path", "")).split(":")[0]):  # what follows is a subset
-        matter["datasets"] = [data]
+    names = [re.split("[:@]", path)[0] for path in _data_paths(config)]  # what follows is a subset or a revision
+    if data := [name for name in dict.fromkeys(names) if is_hub_id(name)]:
+        matter["datasets"] = data
     return matter
+
+
+def _data_paths(config: Mapping[str, Any]) -> list[str]:
+    data = config.get("data", {})
+    return [str(source["path"]) for source in data.get("sources") or [data] if source.get("path")]
 
 
 def _origins(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "model", config.get("model", {}).get("path")
-    yield "data", config.get("data", {}).get("path")
+    yield "data", ", ".join(_data_paths(config)) or None
     if "reward" in config:
         yield "rewards", " ".join(config["reward"]["functions"])
 

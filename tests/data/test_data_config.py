@@ -9,7 +9,8 @@ import pytest
 
 from dirl.config import load_config, save_config
 from dirl.data.data_config import DataConfig, DataSource
-from dirl.errors import ConfigError
+from dirl.errors import ConfigError, UserError
+from dirl.rl.rl_config import RLEvalConfig
 from dirl.sft.train import SFTConfig
 
 SOURCES = "[{path: a.jsonl, weight: 2}, {path: '~/b.json', weight: 1.5, limit: 3, columns: {question: problem}}]"
@@ -39,7 +40,10 @@ def test_sources_from_the_command_line_are_written_and_read_again(
         (["data.sources=[{path: a, weigth: 1}]"], r"sources\[0\]: unknown key 'weigth'; did you mean 'weight'"),
         (["data.sources=[{path: a, weight: -1}]"], r"sources\[0\]: weight must be at least 0"),
         (["data.sources=[{path: a, weight: 1}, {path: b}]"], r"weights \[1\.0, 0\.0\]; give each one above 0, or none"),
-        ([f"data.sources={SOURCES}", "data.path=c"], r"data\.path=c and sources are both given; take path out"),
+        (
+            [f"data.sources={SOURCES}", "data.path=c"],
+            r"data\.path=c and sources are both given; set data\.path=, or say it of each",
+        ),
         (["data.sources=[{path: a}]", "data.limit=3"], r"data\.limit=3 and sources are both given"),
         (["data.path="], r"data\.path is empty; name a file"),
         (["data.columns.prompt=q"], r"data\.columns=.*task:noisy_sums makes its columns itself"),
@@ -59,6 +63,14 @@ def test_what_cannot_be_is_one_line(overrides: list[str], words: str) -> None:
 def test_a_hub_data_set_has_any_split() -> None:
     for split in ("test", "train[:10%]"):
         assert DataConfig(path="owner/name:config@v1", split=split).all_sources()[0].split == split
+
+
+def test_an_evaluation_has_columns_and_a_split_too() -> None:
+    told = RLEvalConfig(path="a.jsonl", columns={"question": "problem"})
+    assert (told.split, told.limit) == ("test", 64)
+    assert RLEvalConfig(path="owner/name", split="validation").split == "validation"
+    with pytest.raises(UserError, match=r"split=dev is of hub data sets, and task:noisy_sums is none"):
+        RLEvalConfig(path="task:noisy_sums", split="dev")
 
 
 @pytest.mark.parametrize(

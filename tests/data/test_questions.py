@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dirl.data.questions import TEMPLATE, EvaluationQuestions, Overlap, Overlaps, kept_apart, question_key
+from dirl.data.questions import EvaluationQuestions, Overlap, Overlaps, kept_apart, question_key
 
 WORDS = [f"w{n}" for n in range(40)]
 LONG = " ".join(WORDS[:20])
@@ -45,6 +45,7 @@ def test_it_is_the_slow_obvious_way() -> None:
         ("9+7=", "9+7 =", True),
         ("9+7=", "9-7=", False),
         ("9+7=", "9+7=?", False),
+        (f"é {LONG}", LONG.replace(" ", "\u00a0"), True),  # not ASCII: the other way to find words
         ("Who?", "who?", True),
         ("\uff11 + 1", "1 + 1", True),  # a wide digit
     ],
@@ -54,13 +55,16 @@ def test_what_is_the_same(asked: str, text: str, is_found: bool) -> None:
 
 
 def test_a_template_tells_nothing_but_what_is_filled_in_does() -> None:
-    template = " ".join(f"t{n}" for n in range(15))
-    asked = [f"{template} {n} and {' '.join(f'{word}{n}' for word in WORDS[:14])}" for n in range(TEMPLATE + 1)]
+    template = " ".join(f"t{n}" for n in range(12))
+    asked = [f"{' '.join(f'{word}{n}' for word in WORDS[:14])} weeks {template}" for n in range(3)]
     index = EvaluationQuestions(asked)
-    assert index.find("p", 1, f"{template} something else") is None
-    found = index.find("p", 1, asked[4])
-    assert found is not None and found.evaluation == asked[4]
-    assert EvaluationQuestions(asked[1:]).find("p", 1, f"{template} something else") is not None
+    assert index.find("p", 1, f"how many weeks {template}") is None
+    assert EvaluationQuestions(asked[1:]).find("p", 1, f"how many weeks {template}") is not None  # two may be chance
+    found = index.find("p", 1, f"so: {asked[2]}")
+    assert found is not None and found.evaluation == asked[2]
+    filled_in = [f"has {n} {template}" for n in range(3)]  # nothing else: the same as a whole
+    assert EvaluationQuestions(filled_in).find("p", 1, f"Has 1  {template}") is not None
+    assert EvaluationQuestions(filled_in).find("p", 1, f"has 7 {template}") is None
 
 
 def test_rows_of_one_question_stay_together_and_new_rows_move_none() -> None:
@@ -78,7 +82,9 @@ def test_rows_of_one_question_stay_together_and_new_rows_move_none() -> None:
 def test_what_is_found_is_listed_and_counted(tmp_path: Path) -> None:
     found = [Overlap("a.jsonl", 7, "9+7=", "9+7=")]
     line = Overlaps(found, 50, is_dropped=False).write(str(tmp_path))
-    assert line.startswith("1 of 50 training rows share 13 words in a row") and "decontaminate=drop leaves" in line
+    assert (
+        line.startswith("1 of 50 training rows share a question, or 13 words") and "decontaminate=drop leaves" in line
+    )
     (row,) = (tmp_path / "contaminated_rows.jsonl").read_text().splitlines()
     assert json.loads(row) == {"path": "a.jsonl", "row": 7, "words": "9+7=", "evaluation": "9+7="}
     assert Overlaps([], 50, is_dropped=True).write(str(tmp_path)) == ""
