@@ -56,10 +56,10 @@ class Mixture(Generic[StreamT]):
         Raises:
             UserError: the state belongs to other sources, or another seed.
         """
-        saved = state["streams"]
+        saved = state.get("streams", [state])  # one source's is its stream's own
         if len(saved) != len(self._streams):
             raise UserError(
-                f"the checkpoint's data have {len(saved)} sources, this run's {len(self._streams)}; resume with the "
+                f"the checkpoint's data have {len(saved)} source(s), this run's {len(self._streams)}; resume with the "
                 "same data, or set resume_from_checkpoint=none"
             )
         for stream, its_state in zip(self._streams, saved, strict=True):

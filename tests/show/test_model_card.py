@@ -60,6 +60,18 @@ def test_a_card_says_what_it_was_trained_on_and_how_it_did(run: Path) -> None:
     assert "- commit: `abc with changes`" in body
 
 
+def test_a_card_names_every_source(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    sources = [{"path": "owner/name:main@v1", "weight": 2}, {"path": "data/mine.jsonl"}, {"path": "owner/other"}]
+    record["config"]["data"] = {"path": "task:noisy_sums", "sources": sources}
+    (run / "run.json").write_text(json.dumps(record))
+    path = write_model_card(run / "final", run, "rl", TAGS)
+    assert path is not None
+    _, front, body = path.read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["datasets"] == ["owner/name", "owner/other"]
+    assert "- data: `owner/name:main@v1, data/mine.jsonl, owner/other`" in body
+
+
 def test_every_setting_it_names_is_a_key_of_a_run() -> None:
     """A key that moves would leave the card without a word."""
     known = {field.name for schema in (SFTConfig, RLConfig) for field in fields(schema)}
