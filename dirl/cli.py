@@ -1,4 +1,4 @@
-"""The command line: `dirl sft|rl|eval CONFIG key=value ...`, and commands for people: report, generate, chat, doctor.
+"""The command line: `dirl sft|rl|eval CONFIG key=value ...`, `dirl sweep` of many, and commands for people.
 
 Errors of the user end in one line and exit code 2; nothing is imported before it is needed.
 """
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_talk(commands)
     _add_runs(commands)
+    _add_sweep(commands)
     doctor = commands.add_parser("doctor", help="what is installed, what works here, and what to do about the rest")
     doctor.set_defaults(run=_run_doctor)
     convert = commands.add_parser("convert", help="make a block-diffusion model of an autoregressive one")
@@ -143,7 +144,9 @@ def _path(text: str) -> str:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="write the page of a run, or of several side by side")
     words = "output_dir of an sft or rl run; or: compare DIR DIR, the output directories of two evaluations"
-    report.add_argument("runs", metavar="RUN_DIR", type=_path, nargs="+", help=words)
+    report.add_argument("runs", metavar="RUN_DIR", type=_path, nargs="+", help=f"{words}; or a pattern in quotes")
+    words = "one line and band for all runs of one value of this key, such as objective or model.path"
+    report.add_argument("--group-by", metavar="KEY", default="", help=words)
     report.add_argument(
         "--output", metavar="FILE", type=_path, help="where to; default: report.html in the run's directory"
     )
@@ -179,6 +182,40 @@ def _add_runs(commands: Any) -> None:
     export.set_defaults(run=_run_export)
 
 
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="run every combination of several values, and compare them")
+    sweep.add_argument("config", metavar="CONFIG", type=_path, help="YAML file of sft, rl or eval")
+    words = "a key with values to run, such as objective=[dipo,espo] seed=[0,1,2], or one value for all runs"
+    sweep.add_argument("overrides", metavar="key=[a,b]", nargs="*", help=words)
+    words = "runs at a time; default: one a GPU (NUM_PROCESSES GPUs a run), without GPUs one a core"
+    sweep.add_argument("--jobs", type=int, metavar="N", help=words)
+    words = "only the combination of this number, from 0; default: SLURM_ARRAY_TASK_ID where it is set"
+    sweep.add_argument("--index", type=int, metavar="I", help=words)
+    sweep.add_argument("--print", action="store_true", help="say what would be run, and run nothing")
+    sweep.set_defaults(run=_run_sweep)
+
+
+def _run_sweep(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dirl.console.sweep import sweep
+    from dirl.eval.evaluate import EvalConfig
+    from dirl.rl.rl_config import RLConfig
+    from dirl.sft.train import SFTConfig
+
+    if _world_size() > 1:
+        raise UserError("dirl sweep is one process, which starts its runs: leave the launcher out, set NUM_PROCESSES")
+    return sweep(
+        options.config,
+        options.overrides,
+        {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig},
+        jobs=options.jobs,
+        index=options.index,
+        prints=options.print,
+        console=Console(width=None if sys.stdout.isatty() else 200),
+    )
+
+
 def _run_runs(options: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -199,7 +236,7 @@ def _run_report(options: argparse.Namespace) -> None:
         return _compare_evaluations(options.runs[1:])
     from dirl.console.report_runs import report_runs
 
-    return _say(f"report: {report_runs(options.runs, options.output)}")
+    return _say(f"report: {report_runs(options.runs, options.output, options.group_by)}")
 
 
 def _compare_evaluations(directories: Sequence[str]) -> None:

@@ -118,7 +118,7 @@ def load_config(schema: type[Schema], path: str | Path | None, overrides: Sequen
 
     source, presets = _Source(path, overrides, _aliases(schema)), getattr(schema, "PRESETS", {})
     in_file = _read_yaml(Path(path)) if path is not None else {}
-    in_overrides = [_read_override(preset_in_full(override, presets), schema, source) for override in overrides]
+    in_overrides = [_read_override(preset_in_full(override, presets), schema) for override in overrides]
     try:
         # The command line is one layer: what it says under an old name still beats the file's new one.
         layers = [
@@ -197,7 +197,15 @@ def _read_yaml(path: Path) -> Any:
     return loaded
 
 
-def _read_override(override: str, schema: type[Any], source: _Source) -> Any:
+def type_of_key(schema: type[Any], key: str) -> Any:
+    """The type of a dotted key, which may go by an old name; None: there is no such key."""
+    hint: Any = schema
+    for name in _Source(None, (), _aliases(schema)).today(key).split("."):
+        hint = typing.get_type_hints(hint).get(name) if _is_section(hint) else None
+    return hint
+
+
+def _read_override(override: str, schema: type[Any]) -> Any:
     """One `key=value`: text as it is written where the key is text, else the value that YAML reads in it."""
     import yaml
     from omegaconf import OmegaConf
@@ -206,9 +214,7 @@ def _read_override(override: str, schema: type[Any], source: _Source) -> Any:
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r} must be key=value, such as learning_rate=1e-5 or model.path=DIR")
-    hint: Any = schema
-    for name in source.today(key.strip()).split("."):
-        hint = typing.get_type_hints(hint).get(name) if _is_section(hint) else None
+    hint = type_of_key(schema, key.strip())
     if hint is str or all(isinstance(choice, str) for choice in typing.get_args(hint) or [0]) or not value:
         layer: dict[str, Any] = {}
         put(layer, key.strip().split("."), _escape(value))

@@ -33,7 +33,7 @@ def submit(tmp_path: Path, *arguments: str, **variables: str) -> str:
         **variables,
     }
     command = ["bash", str(ROOT / "examples/slurm.sbatch"), *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -76,3 +76,14 @@ def test_output_dir_is_read_as_yaml_means_it(written: str, tmp_path: Path) -> No
     assert "requeued 42" in submit(tmp_path, NO_VENV="1", CONFIG=str(config))
     (tmp_path / "out/final").mkdir()
     assert "requeued" not in submit(tmp_path, NO_VENV="1", CONFIG=str(config))
+
+
+def test_a_task_of_an_array_runs_its_combination(tmp_path: Path) -> None:
+    """Objectives and seeds of an array of four: the third task is the second objective with the first seed."""
+    words = ["objective=[dipo,espo]", "seed=[4,5]", "run_name=a b", f"output_dir={tmp_path}/out"]
+    variables = {"DRY_RUN": "1", "SLURM_ARRAY_TASK_ID": "2", "CONFIG": "configs/tiny/rl.yaml"}
+    lines = submit(tmp_path, *words, **variables).splitlines()
+    assert len(lines) == 2
+    told = shlex.split(lines[0])
+    assert told[-4:] == ["run_name=a b", "objective=espo", "seed=4", f"output_dir={tmp_path}/out/objective=espo,seed=4"]
+    assert "--main_process_port 29502" in " ".join(told)

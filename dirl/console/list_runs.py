@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -15,11 +15,13 @@ from rich.table import Table
 
 from dirl.errors import UserError, one_line
 from dirl.model.model_path import best_of
+from dirl.show.cost import brief, clock, cost_of
 from dirl.show.metric_table import read_metrics
 
 _ACCURACY = ("eval/accuracy", "eval/greedy/accuracy", "completions/accuracy")
 _TOKENS_PER_STEP = ("eval/tokens_per_step", "eval/greedy/tokens_per_step", "completions/tokens_per_step")
-_PHASES = ("timing_s/step", "timing_s/eval", "timing_s/save")  # one after another; others lie within them
+_HEADS = {"tokens_per_step": "tokens/step", "rolled_out": "rolled out", "rates": "train, rollout tok/s", "mfu": "MFU"}
+_WHERE_FILLED = {"state", "trained", "rolled_out", "rates", "mfu"}  # the others are always shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class RunLine:
     """What is known of a run, in words; "-" where nothing is."""
 
     run: str
+    state: str = "-"  # what a sweep knows of it
     stage: str = "-"
     step: str = "-"
     best: str = "-"
@@ -34,6 +37,10 @@ class RunLine:
     tokens_per_step: str = "-"
     time: str = "-"
     cost: str = "-"
+    trained: str = "-"  # packed tokens
+    rolled_out: str = "-"  # completion tokens
+    rates: str = "-"  # tokens in a second of each, per GPU or core
+    mfu: str = "-"
     trouble: str = ""  # what of its files cannot be read
 
 
@@ -50,11 +57,18 @@ def list_runs(folder: str, console: Console) -> None:
     lines = [line for run in runs if (line := line_of(run, str(run.relative_to(root)))) is not None]
     if not lines:
         raise UserError(f"{folder}: no run of dirl sft or dirl rl under it")
+    print_lines(lines, console)
+
+
+def print_lines(lines: Sequence[RunLine], console: Console) -> None:
+    """The table, and under it what could not be read."""
+    names = [field.name for field in fields(RunLine) if field.name not in ("run", "trouble")]
+    shown = [name for name in names if name not in _WHERE_FILLED or any(getattr(one, name) != "-" for one in lines)]
     table = Table("run", box=box.SIMPLE_HEAD)
-    for heading in ("stage", "step", "best", "accuracy", "tokens/step", "time", "cost"):
-        table.add_column(heading, no_wrap=True)
+    for name in shown:
+        table.add_column(_HEADS.get(name, name), no_wrap=name != "rates")
     for one in lines:
-        table.add_row(one.run, one.stage, one.step, one.best, one.accuracy, one.tokens_per_step, one.time, one.cost)
+        table.add_row(one.run, *(getattr(one, name) for name in shown))
     console.print(table)
     for one in lines:
         if one.trouble:
@@ -73,7 +87,7 @@ def line_of(run: Path, name: str) -> RunLine | None:
     except (OSError, UserError, ValueError) as error:
         is_new = isinstance(error, FileNotFoundError)
         rows, best, trouble = [], None, trouble or ("" if is_new else one_line(error))
-    seconds = seconds_of(rows, settings)
+    cost = cost_of(rows, record)
     return RunLine(
         run=name,
         stage="rl" if "rollout" in settings else "sft" if settings else "-",
@@ -81,21 +95,29 @@ def line_of(run: Path, name: str) -> RunLine | None:
         best=f"{best[1]:.4g} @ {best[0]}" if best else "-",
         accuracy=_percent(_latest(rows, _ACCURACY)),
         tokens_per_step=_number(_latest(rows, _TOKENS_PER_STEP)),
-        time=str(timedelta(seconds=round(seconds))) if rows else "-",
-        cost=_cost(seconds, record) if rows else "-",
+        time=clock(cost.total_seconds) if rows else "-",
+        cost=cost.device_hours(cost.total_seconds) if rows else "-",
+        trained=brief(cost.trained),
+        rolled_out=brief(cost.rolled_out),
+        rates=", ".join(map(brief, filter(None, (cost.train_rate(), cost.rollout_rate())))) or "-",
+        mfu=_percent(cost.mfu),
         trouble=trouble,
     )
 
 
-def seconds_of(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> float:
-    """Time in steps, evaluations and checkpoints; a step that `logging_steps` left out counts like the next logged."""
-    per_row = settings.get("num_iterations", 1) * settings.get("steps_per_generation", 1)
-    total, previous = 0.0, 0
-    for row in rows:
-        step_seconds, *others = (row.get(name) or 0.0 for name in _PHASES)
-        total += step_seconds * max(1.0, (row["step"] - previous) / per_row) + sum(others)
-        previous = row["step"]
-    return total
+def evaluation_line(folder: Path, name: str) -> RunLine | None:
+    """The line of an evaluation: means over its data sets and modes; None before its end."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return RunLine(
+        run=name,
+        stage="eval",
+        accuracy=_percent(fmean(result["avg_at_k"] for result in results)),
+        tokens_per_step=_number(fmean(result["tokens_per_step"] for result in results)),
+        time=clock(sum(result["seconds"] for result in results)),
+    )
 
 
 def _read_record(run: Path) -> tuple[dict[str, Any], str]:
@@ -114,14 +136,6 @@ def _latest(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float | 
         if values:
             return values[-1]
     return None
-
-
-def _cost(seconds: float, record: Mapping[str, Any]) -> str:
-    """GPU-hours of all its processes; without GPUs, hours of every core of the machine."""
-    hardware = record.get("hardware", {})
-    gpus = hardware.get("gpus") or []
-    count = record.get("num_processes", len(gpus)) if gpus else hardware.get("cpu_cores")
-    return f"{seconds / 3600 * count:.2f} {'GPU' if gpus else 'core'}-h" if count else "-"
 
 
 def _percent(value: float | None) -> str:

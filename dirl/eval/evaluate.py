@@ -147,10 +147,11 @@ class Evaluator:
         self.engine, self.tokenizer, self.rubric, self.seed = engine, tokenizer, rubric, seed
         self.system_prompt, self.suffix, self.distributed = system_prompt, suffix, distributed
 
-    def evaluate(self, problems: Sequence[Problem], mode: Mode, *, dataset: str = "") -> ModeResult:
-        """All samples of all problems in one go."""
+    def evaluate(self, problems: Sequence[Problem], mode: Mode) -> tuple[ModeResult, list[Sample]]:
+        """All samples of all problems in one go, and what they come to."""
         judged = self.judge(problems, mode, list(product(range(len(problems)), range(mode.num_samples))))
-        return summarise(dataset, mode.name, mode.sampling, [sample for sample, _ in judged])
+        samples = [sample for sample, _ in judged]
+        return summarise("", mode.name, mode.sampling, samples), samples
 
     def judge(self, problems: Sequence[Problem], mode: Mode, todo: Sequence[Which]) -> list[tuple[Sample, Completion]]:
         """The samples named by (problem index, sample index), in that order, on every process.

@@ -13,8 +13,9 @@ from dirl.errors import MissingFileError, UserError
 from dirl.eval.accuracy_picture import plot_accuracy, sweep_points, throughput_points
 from dirl.eval.benchmarks import NAMES, PAPER_TABLE
 from dirl.eval.estimates import Difference, paired_bootstrap
-from dirl.eval.results import ModeResult, Sample
-from dirl.eval.sample_store import SAMPLES, Which, read_header, read_samples
+from dirl.eval.results import ModeResult
+from dirl.eval.sample_store import SAMPLES, read_header, read_samples
+from dirl.eval.scores import problem_means
 from dirl.files import write_json, write_whole
 
 _DEFINITIONS = """\
@@ -124,7 +125,7 @@ def compare_runs(a: Path, b: Path) -> list[Comparison]:
         raise UserError(f"{a} and {b} share no data set and mode: nothing to compare")
     comparisons = []
     for dataset, mode in shared:
-        means_a, means_b = _problem_means(samples_a[dataset, mode]), _problem_means(samples_b[dataset, mode])
+        means_a, means_b = (problem_means(of[dataset, mode].values()) for of in (samples_a, samples_b))
         digest = f"problems.{dataset}"
         if means_a.keys() != means_b.keys() or header_a.get(digest) != header_b.get(digest):
             raise UserError(f"{a} and {b} hold other problems of {dataset}; evaluate both on the same, to the end")
@@ -156,14 +157,6 @@ def comparison_text(a: Path, b: Path) -> str:
         f"A: {a}\nB: {b}\n\n{_table(head, rows)}\n\n"
         "Accuracies (avg@k) in percent; interval and p from a paired bootstrap over problems (10,000 resamples)."
     )
-
-
-def _problem_means(samples: dict[Which, Sample]) -> dict[int, float]:
-    """Share of right samples of each problem."""
-    by_problem: dict[int, list[bool]] = {}
-    for sample in samples.values():
-        by_problem.setdefault(sample.problem, []).append(sample.correct)
-    return {problem: fmean(correct) for problem, correct in by_problem.items()}
 
 
 def _paper_cells(cells: str, datasets: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
 from dirl.eval.evaluate import Evaluator, Mode
+from dirl.eval.scores import write_scores
 from dirl.files import append_json_lines, write_json
 from dirl.model.checkpoint import load_model, write_final
 from dirl.model.families.block_diffusion import BlockDiffusionModel
@@ -206,12 +207,15 @@ class RLTrainer(Trainer):
         if config.eval.greedy:
             modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1, thresholds_of)
         metrics: dict[str, float] = {}
+        found = {}
         for name, mode in modes.items():
             with self.ahead.paused() if self.ahead is not None else nullcontext():
-                result = evaluator.evaluate(self.heldout, mode)
+                result, found[f"{name}/accuracy"] = evaluator.evaluate(self.heldout, mode)
             metrics[f"{name}/accuracy"] = result.avg_at_k
             metrics[f"{name}/tokens_per_step"] = result.tokens_per_step
             metrics[f"{name}/standard_error"] = result.standard_error
+        if self.distributed.is_main:
+            write_scores(config.output_dir, self.steps_done, self.heldout, found)
         return metrics
 
     def headline(self, metrics: Mapping[str, float]) -> str:

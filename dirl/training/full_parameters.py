@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -47,6 +48,20 @@ def full_parameter_kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple
         for name, parameter in _bare(model).named_parameters()
         if ".lora_" not in name
     }
+
+
+def model_size(model: nn.Module) -> dict[str, int]:
+    """Its parameters, and the weights of its layers' matrices that each token meets: of experts those it is sent to."""
+    shapes = {name: shape for name, (_, shape) in full_parameter_kinds(model).items()}
+    configs = (getattr(module, "config", None) for module in _bare(model).modules())
+    config = next((config for config in configs if config is not None), None)
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    met = 0
+    for name, shape in shapes.items():
+        if ".layers." in name and len(shape) >= 2:
+            is_of_experts = chosen and ".experts." in name and len(shape) == 3
+            met += math.prod(shape) * chosen // shape[0] if is_of_experts else math.prod(shape)
+    return {"parameters": sum(map(math.prod, shapes.values())), "layer_weights_per_token": met}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from dirl.errors import RunInterrupted, UserError, one_line
 from dirl.files import force_to_disk, write_json
 from dirl.show.report.write import refresh_report
 from dirl.show.terminal import Terminal
+from dirl.training.full_parameters import model_size
 from dirl.training.interruption import PhaseClock, SignalWatch
 from dirl.training.metrics import MetricsLogger, Timings, Value
 from dirl.training.optimizer import Learner
@@ -81,7 +82,7 @@ class Run:
         self.metrics.truncate_after(self.step)
         self._recall(self.distributed.from_main(self.metrics.line_of(self.step)))
         if self.distributed.is_main:
-            write_run_json(config.output_dir, settings)
+            write_run_json(config.output_dir, settings, model_size(self.learner.module))
             save_config(config, Path(config.output_dir, "config.yaml"))
 
     def __enter__(self) -> Run:

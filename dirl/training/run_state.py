@@ -241,8 +241,12 @@ def resolve_resume(config: RunConfig) -> Path | None:
     return Path(choice)
 
 
-def write_run_json(output_dir: str | Path, config: Mapping[str, Any]) -> Path:
-    """Record what ran, on what, from which code: enough to repeat the run, no host name and no secrets."""
+def write_run_json(output_dir: str | Path, config: Mapping[str, Any], model: Mapping[str, int] | None = None) -> Path:
+    """Record what ran, on what, from which code: enough to repeat the run, no host name and no secrets.
+
+    Args:
+        model: the size of what is trained, which a run's cost is reckoned from.
+    """
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "argv": without_secrets(sys.argv),
@@ -253,6 +257,7 @@ def write_run_json(output_dir: str | Path, config: Mapping[str, Any]) -> Path:
         },
         "hardware": hardware_summary(),
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        **({"model": dict(model)} if model else {}),
         "config": hide_secrets(config),
     }
     return write_whole(Path(output_dir) / "run.json", json.dumps(record, indent=2, default=str) + "\n")
@@ -307,6 +312,8 @@ def installed_version(package: str) -> str | None:
 
 
 def hardware_summary() -> dict[str, Any]:
-    """Processor, cores and GPUs."""
+    """Processor, cores, those that a process uses, and GPUs."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "gpus": gpus, "cuda": torch.version.cuda}
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    machine = {"machine": platform.machine(), "cpu_cores": cores, "threads_per_process": threads}
+    return {**machine, "gpus": gpus, "cuda": torch.version.cuda}

@@ -44,7 +44,6 @@ LEFTOVERS = {
     "show/report/page.py": "the one door through which a run's texts enter a page, small enough to audit",
     "rollout/watch.py": "what an engine tells who looks on; engines may not know terminals",
     "show/trajectory_picture.py": "`dirl.plot_trajectory`: one picture of a completion, none of a run",
-    "console/report_runs.py": "the one report that may need a tokenizer, which show/ must not know",
     "eval/accuracy_picture.py": "`dirl.plot_thresholds`: which numbers of an evaluation stand in its pictures",
     "training/seeds.py": "the one mixer of seeds: all rooms above share it",
 }

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from dirl.console.export import export
 from dirl.console.list_runs import line_of, list_runs
 from dirl.data.conversations import Document
 from dirl.errors import UserError
+from dirl.eval.scores import read_scores
 from dirl.files import append_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.lora import LoraConfig
@@ -306,6 +308,10 @@ def test_the_best_evaluates_to_what_the_run_logged(tmp_path: Path) -> None:
         again = replace(config, model=ModelConfig(path=f"{tmp_path}/run@{name}"), output_dir=str(tmp_path / "again"))
         assert RLTrainer(again).evaluate() == expected
     assert best["eval/accuracy"] < logged[-1]["eval/accuracy"]
+    kept = read_scores(tmp_path / "run")  # for comparisons: problem by problem what the numbers are means of
+    assert sorted(kept) == ["eval/accuracy", "eval/greedy/accuracy"] and all(len(right) == 8 for right in kept.values())
+    means = {name: fmean(right.values()) for name, right in kept.items()}
+    assert means == pytest.approx({name: logged[-1][name] for name in kept})
 
 
 def shown(folder: Path) -> str:
@@ -342,10 +348,11 @@ def test_time_and_cost_of_steps_that_were_not_logged(tmp_path: Path) -> None:
     record: dict[str, Any] = {"config": {"max_steps": 20, "rollout": {}, "num_iterations": 2}}  # of an older run
     record |= {"hardware": {"gpus": ["H100"] * 8, "cpu_cores": 2}, "num_processes": 16}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    rows = [{"step": step, "timing_s/step": 360.0, "timing_s/save": 40.0} for step in (10, 20)]
+    rows = [{"step": step, "timing_s/step": 360.0, "timing_s/save": 40.0, "num_tokens": 9000} for step in (10, 20)]
     append_json_lines(tmp_path / "metrics.jsonl", rows)  # five batches of two steps each a line
     line = line_of(tmp_path, "x")
     assert line is not None and (line.stage, line.time, line.cost) == ("rl", "1:01:20", "16.36 GPU-h")
+    assert (line.trained, line.rolled_out, line.rates, line.mfu) == ("90 k", "-", "1.56", "-")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 def evaluate_script(script: Script, problems: list[Problem], mode: Mode, **options: Any) -> Any:
     with Rubric(RewardConfig()) as rubric:
-        return Evaluator(ScriptedEngine(TOKENIZER, script), TOKENIZER, rubric, **options).evaluate(problems, mode)
+        return Evaluator(ScriptedEngine(TOKENIZER, script), TOKENIZER, rubric, **options).evaluate(problems, mode)[0]
 
 
 def test_numbers_of_a_known_script() -> None:
@@ -173,7 +173,7 @@ def test_a_rubric_without_accuracy_counts_rewards_above_zero() -> None:
     with Rubric(RewardConfig(functions=["boxed"])) as rubric:
         engine = ScriptedEngine(TOKENIZER, lambda question, *_: "\\boxed{0}" if question == "1+1=" else "0")
         problems = [Problem("1+1=", "2", {}), Problem("2+2=", "4", {})]
-        result = Evaluator(engine, TOKENIZER, rubric).evaluate(problems, Mode("m", SamplingConfig(), 1))
+        result = Evaluator(engine, TOKENIZER, rubric).evaluate(problems, Mode("m", SamplingConfig(), 1))[0]
     assert result.avg_at_k == 0.5
 
 
@@ -181,7 +181,7 @@ def test_accuracy_alone_decides_beside_other_rewards() -> None:
     with Rubric(RewardConfig(functions=["boxed", "accuracy"])) as rubric:
         engine = ScriptedEngine(TOKENIZER, lambda question, *_: "\\boxed{2}")  # a box earns a reward, right or wrong
         problems = [Problem("1+1=", "2", {}), Problem("2+2=", "4", {})]
-        result = Evaluator(engine, TOKENIZER, rubric).evaluate(problems, Mode("m", SamplingConfig(), 1))
+        result = Evaluator(engine, TOKENIZER, rubric).evaluate(problems, Mode("m", SamplingConfig(), 1))[0]
     assert result.avg_at_k == 0.5
 
 

@@ -286,7 +286,7 @@ def test_run_json_says_what_ran_without_secrets(tmp_path: Path, monkeypatch: pyt
     argv += [f"url=https://{secrets[3]}@mirror/x", "model.mask_token_id=7", "--fast", "max_tokens=3"]
     monkeypatch.setattr(sys, "argv", argv)
     config = {"hub": {"password": secrets[4], "mask_token": "<|MASK|>"}, "list": [secrets[2]], "seed": 1}
-    path = write_run_json(tmp_path / "run", config)
+    path = write_run_json(tmp_path / "run", config, {"parameters": 5})
     text = path.read_text()
     assert [secret for secret in secrets if secret in text] == []
     record = json.loads(text)
@@ -295,6 +295,7 @@ def test_run_json_says_what_ran_without_secrets(tmp_path: Path, monkeypatch: pyt
     assert record["config"] == {"hub": {"password": "***", "mask_token": "<|MASK|>"}, "list": ["***"], "seed": 1}
     assert record["versions"]["torch"] == torch.__version__
     assert record["hardware"]["cpu_cores"] == os.cpu_count()
+    assert record["hardware"]["threads_per_process"] == torch.get_num_threads() and record["model"] == {"parameters": 5}
     assert os.uname().nodename not in text.replace(str(tmp_path), "")
     assert path.name == "run.json"
     assert [other.name for other in path.parent.iterdir()] == ["run.json"]

@@ -1,4 +1,4 @@
-// Charts: a panel {title, unit, kind, series: [{name, x, y, e?}]} -> a figure with an inline SVG drawn at its real width.
+// Charts: a panel {title, unit, kind, series: [{name, x, y, e? or low? and high?, color?}]} -> a figure with an inline SVG drawn at its real width.
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -23,6 +23,14 @@ function shape(parent, name, attributes, text) {
 }
 
 function color(index) { return `var(--s${index % 8})`; }
+
+function tint(series, index) { return color(series.color ?? index); }
+
+// Lower and upper edge of what lies around a line: given, or its errors; null: nothing does.
+function edges(series) {
+  if (series.low) return [series.low, series.high];
+  return series.e ? [-1, 1].map(sign => series.y.map((y, i) => y + sign * series.e[i])) : null;
+}
 
 function readable(value) {
   if (value === null || value === undefined) return "none";
@@ -67,7 +75,8 @@ function extent(panel) {
   let ys = panel.series.flatMap(series => series.y);
   if (panel.kind === "stacked") ys = [0, ...stack(panel).flatMap(layer => layer.high)];
   for (const series of panel.series) {
-    if (series.e) series.y.forEach((value, index) => ys.push(value - series.e[index], value + series.e[index]));
+    const around = edges(series);
+    if (around) ys.push(...around[0], ...around[1]);
   }
   const least = values => values.reduce((a, b) => Math.min(a, b)), most = values => values.reduce((a, b) => Math.max(a, b));
   return { x: [least(xs), most(xs)], y: [least(ys), most(ys)] };
@@ -111,11 +120,9 @@ function drawAxes(svg, panel, range, to, width) {
 }
 
 function drawLine(svg, kind, series, index, to) {
-  const stroke = color(index), isLong = kind === "lines" && series.x.length >= SMOOTHED_FROM;
-  if (series.e) {
-    const low = series.y.map((y, i) => y - series.e[i]), high = series.y.map((y, i) => y + series.e[i]);
-    shape(svg, "path", { class: "band", d: area(series.x, low, high, to), fill: stroke, "fill-opacity": 0.2 });
-  }
+  const stroke = tint(series, index), isLong = kind === "lines" && series.x.length >= SMOOTHED_FROM;
+  const around = edges(series);
+  if (around) shape(svg, "path", { class: "band", d: area(series.x, ...around, to), fill: stroke, "fill-opacity": 0.2 });
   const plain = { fill: "none", stroke, "stroke-linejoin": "round" };
   shape(svg, "path", { ...plain, class: "curve", d: path(series.x, series.y, to), "stroke-width": isLong ? 1 : 2, "stroke-opacity": isLong ? 0.35 : 1 });
   if (isLong) shape(svg, "path", { ...plain, d: path(series.x, smooth(series.y), to), "stroke-width": 2 });
@@ -146,8 +153,8 @@ function fillTip(tip, panel, x) {
     const at = series.x.indexOf(x);
     if (at < 0) return;
     const swatch = element("i", {});
-    swatch.style.background = color(index);
-    const error = series.e ? ` ± ${readable(series.e[at])}` : "";
+    swatch.style.background = tint(series, index);
+    const error = series.e ? ` ± ${readable(series.e[at])}` : series.low ? ` (${readable(series.low[at])} to ${readable(series.high[at])})` : "";
     tip.append(element("div", { class: "legend" }, element("span", {}, swatch, `${series.name} ${readable(series.y[at])}${error}`)));
   });
 }
@@ -173,7 +180,7 @@ function watch(svg, figure, panel, range, to) {
 function legend(panel) {
   return element("div", { class: "legend" }, ...panel.series.map((series, index) => {
     const swatch = element("i", {});
-    swatch.style.background = color(index);
+    swatch.style.background = tint(series, index);
     return element("span", {}, swatch, series.name);
   }));
 }

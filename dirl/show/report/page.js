@@ -1,4 +1,4 @@
-// The page: what the data block holds -> tiles, charts, players, configuration.
+// The page: what the data block holds -> tiles, charts, players, configuration; or of groups of runs charts and tables.
 "use strict";
 
 function themeButton() {
@@ -59,9 +59,20 @@ function reportPage(data) {
   if (runs.some(run => run.samples.length)) {
     page.append(element("h2", {}, "Completions"), inColumns(runs, run => run.samples.length ? players(run.samples) : element("p", { class: "soft" }, "none recorded")));
   }
+  page.append(element("h2", {}, "Cost"), inColumns(runs, run => pairs(run.cost)));
   page.append(element("h2", {}, "What ran"), ...configuration(runs, data.differences));
 }
 
+function groupPage(data) {
+  const page = document.getElementById("page");
+  page.append(element("header", {}, element("h1", {}, data.title), themeButton()), element("p", { class: "soft" }, data.subtitle));
+  const cards = data.tables.map(table => element("section", {}, element("h2", {}, table.title), ...(table.note ? [element("p", { class: "soft" }, table.note)] : []), element("div", { class: "wide" }, pairs(table.rows))));
+  page.append(...cards.slice(0, 2), element("h2", {}, "Curves"), element("p", { class: "soft" }, data.note));
+  page.append(element("div", { class: "charts" }, ...data.charts.map(panel => chart(panel, extent(panel)))), ...cards.slice(2));
+}
+
 const data = JSON.parse(document.getElementById("data").textContent);
-if (data.runs) reportPage(data); else document.getElementById("page").append(players(data.samples));
+if (data.runs) reportPage(data);
+else if (data.tables) groupPage(data);
+else document.getElementById("page").append(players(data.samples));
 document.documentElement.dataset.ready = "true";

@@ -12,6 +12,7 @@ import yaml
 
 from dirl.errors import MissingFileError, UserError, one_line
 from dirl.files import write_whole
+from dirl.show.cost import cost_of, cost_table
 from dirl.show.metric import MetricTable
 from dirl.show.metric_table import TABLE, read_metrics
 from dirl.show.report.curves import panel_charts
@@ -48,10 +49,10 @@ def write_report(
         path = Path(path) / "report.html"
     names = _names(folders)
     runs = [_describe(folder, name, decode, table) for folder, name in zip(folders, names, strict=True)]
-    configs = [_flat(_read_json(folder / "run.json").get("config", {})) for folder in folders]
+    configs = [flat(_read_json(folder / "run.json").get("config", {})) for folder in folders]
     title = " and ".join(names)
     subtitle = ", ".join(dict.fromkeys(f"{run.pop('date')}" for run in runs))
-    text = report_page(title, subtitle, runs, _differences(configs) if len(runs) > 1 else [])
+    text = report_page(title, subtitle, runs, differing(configs) if len(runs) > 1 else [])
     return write_whole(path or folders[0] / _file_name(names), text)
 
 
@@ -75,6 +76,7 @@ def _describe(folder: Path, name: str, decode: Decode | None, table: MetricTable
         "name": name,
         "date": str(record.get("date", "")),
         "tiles": _tiles(rows, config, table),
+        "cost": cost_table(cost_of(rows, record)),
         "charts": panel_charts(rows, table),
         "samples": choose_samples(folder, decode, _block_length(folder, config)),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
@@ -134,22 +136,22 @@ def _file_name(names: Sequence[str]) -> str:
     return f"report_and_{others}.html"
 
 
-def _differences(configs: Sequence[Mapping[str, str]]) -> list[list[str]]:
+def differing(configs: Sequence[Mapping[str, str]]) -> list[list[str]]:
     """Keys whose values differ between runs, each with the values."""
     keys = list(dict.fromkeys(key for config in configs for key in config))
     rows = [[key, *(config.get(key, _ABSENT) for config in configs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted keys -> values as text."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+            found[f"{prefix}{key}"] = str(value)
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -200,6 +200,27 @@ def test_two_runs_stand_side_by_side_with_one_scale(browser: Any, tmp_path: Path
     assert "beta 0.0 0.5" in " ".join(found.page.locator("details table").first.inner_text().split())
 
 
+def test_groups_have_lines_and_bands(browser: Any, tmp_path: Path) -> None:
+    for seed in range(3):
+        for name in ("a", "b"):
+            rows = [rl_row(step) | {"reward": 0.5 + seed / 9 + (name == "b")} for step in range(1, 31)]
+            write_run(tmp_path / f"{name}{seed}", rows, model={"path": name}, seed=seed)
+    path = report_runs([str(tmp_path / "*")], None, "model.path")
+    found = visit(browser, path)
+    assert opened_alone(found, path)
+    assert found.page.locator("figure").count() >= 14
+    reward = found.page.locator("figure[data-chart='Reward: reward']")
+    assert reward.locator("path.band").count() == 2 == reward.locator("path.curve").count()
+    lower, upper = (reward.locator("path.band").nth(i).bounding_box() for i in range(2))
+    assert lower["y"] > upper["y"] + upper["height"]  # no band without the whole of its runs, nor with another's
+    reward.scroll_into_view_if_needed()
+    box = reward.locator("svg").bounding_box()
+    found.page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 60)
+    assert "a 0.6111 (0.5 to 0.7222)" in reward.locator(".tip").inner_text()
+    assert "reward 0.6111 ± 0.064 (3 runs) 1.611 ± 0.064 (3 runs)" in " ".join(found.page.inner_text("table").split())
+    assert found.page.evaluate("document.documentElement.scrollWidth") <= SIZES["desktop"][0]
+
+
 def test_hostile_texts_stay_texts(browser: Any, tmp_path: Path) -> None:
     hostile = completion_row(0, 1.0, question=HOSTILE, answer=HOSTILE, token_texts=[HOSTILE] * 10)
     row = rl_row(1) | {f"rewards/{HOSTILE}/mean": 1.0}
