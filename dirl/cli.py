@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
             estimate = "print the memory a rank will need, by ACCELERATE_CONFIG, and load no model"
             command.add_argument("--estimate-memory", action="store_true", help=estimate)
     _add_report(commands)
+    _add_difficulty(commands)
     _add_talk(commands)
     _add_runs(commands)
     _add_sweep(commands)
@@ -151,6 +152,18 @@ def _add_report(commands: Any) -> None:
         "--output", metavar="FILE", type=_path, help="where to; default: report.html in the run's directory"
     )
     report.set_defaults(run=_run_report)
+
+
+def _add_difficulty(commands: Any) -> None:
+    words = "write the share of a model's answers that are right into a column of a data set"
+    difficulty = commands.add_parser("difficulty", help=words)
+    difficulty.add_argument("model", metavar="MODEL", type=_path, help="Hugging Face directory, hub id or run")
+    difficulty.add_argument("data", metavar="DATA", type=_path, help=".json, .jsonl, .parquet, .csv file, or hub id")
+    difficulty.add_argument("output", metavar="OUT", type=_path, help=".jsonl file to write: DATA's rows and pass_rate")
+    words = "such as k=8 data.suffix=TEXT sampling.temperature=1; the same command continues what was ended"
+    difficulty.add_argument("overrides", metavar="key=value", nargs="*", help=words)
+    difficulty.add_argument("--quiet", action="store_true", help="print only warnings and the result")
+    difficulty.set_defaults(run=_run_difficulty)
 
 
 def _add_talk(commands: Any) -> None:
@@ -270,28 +283,22 @@ def _run_doctor(options: argparse.Namespace) -> int:
 
 
 def _run_sft(options: argparse.Namespace) -> None:
-    from dirl.sft.train import SFTConfig, SFTTrainer
+    from dirl.sft.train import SFTConfig, SFTTrainer, sft_workload
 
     config = load_config(SFTConfig, options.config, options.overrides)
     if options.estimate_memory:
-        from dirl.sft.train import sft_workload
-
-        _say_memory(config.model, sft_workload(config))
-        return
-    _train(SFTTrainer(config))
+        return _say_memory(config.model, sft_workload(config))
+    return _train(SFTTrainer(config))
 
 
 def _run_rl(options: argparse.Namespace) -> None:
-    from dirl.rl.rl_config import RLConfig
+    from dirl.rl.rl_config import RLConfig, rl_workload
     from dirl.rl.train import RLTrainer
 
     config = load_config(RLConfig, options.config, options.overrides)
     if options.estimate_memory:
-        from dirl.rl.rl_config import rl_workload
-
-        _say_memory(config.model, rl_workload(config))
-        return
-    _train(RLTrainer(config))
+        return _say_memory(config.model, rl_workload(config))
+    return _train(RLTrainer(config))
 
 
 def _train(trainer: Any) -> None:
@@ -314,6 +321,16 @@ def _run_eval(options: argparse.Namespace) -> None:
     from dirl.eval.evaluate import EvalConfig, run_evaluation
 
     _say(f"report: {run_evaluation(load_config(EvalConfig, options.config, options.overrides))}")
+
+
+def _run_difficulty(options: argparse.Namespace) -> None:
+    from dirl.console.difficulty import Difficulty, DifficultyConfig
+
+    config = load_config(DifficultyConfig, None, [*options.overrides, f"model.path={options.model}"])
+    difficulty = Difficulty(options.data, options.output, config)
+    difficulty.evaluate()
+    if _is_main_rank():
+        _say(difficulty.write())
 
 
 def _run_serve(options: argparse.Namespace) -> None:

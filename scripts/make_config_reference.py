@@ -20,19 +20,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dirl.config import bounds_in_words, marks_of
+from dirl.console.difficulty import DifficultyConfig
 from dirl.eval.evaluate import EvalConfig
 from dirl.rl.rl_config import RLConfig
 from dirl.rollout.server.wire import ServeConfig
 from dirl.sft.train import SFTConfig
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
-SCHEMAS = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig, "serve": ServeConfig}
+SCHEMAS = {"sft": SFTConfig, "rl": RLConfig, "eval": EvalConfig, "difficulty": DifficultyConfig, "serve": ServeConfig}
 HEAD = """\
 # Configuration
 
 *Generated from the dataclasses by `scripts/make_config_reference.py`; a test fails when it is stale.*
 
-`dirl sft|rl|eval|serve CONFIG key=value ...` reads a YAML file and dotted overrides. Precedence: the defaults below,
+`dirl sft|rl|eval|serve CONFIG key=value ...` reads a YAML file and dotted overrides, `dirl difficulty MODEL DATA OUT
+key=value ...` the latter alone. Precedence: the defaults below,
 then the YAML file (where `${oc.env:NAME,default}` reads an environment variable), then the command line. An unknown
 key, a wrong type or an impossible value is one line that names it, and exit code 2. The resolved configuration of a run
 is written to `output_dir/config.yaml`; running that file again repeats the run.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dirl.data.messages import Message, Tool
 from dirl.data.rows import DataError
+from dirl.data.template_trial import Trial, longest_text, trial_of
 from dirl.errors import one_line
 from dirl.files import expand, is_hub_id
 
@@ -31,6 +34,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: there is no tokenizer at `path`.
     """
+    tokenizer = _load(path)
+    if isinstance(tokenizer.chat_template, str):
+        _trial(tokenizer, tokenizer.chat_template)  # while the model loads
+    return tokenizer
+
+
+def _load(path: str | Path) -> PreTrainedTokenizerBase:
     directory = expand(path)
     if directory.suffix == ".gguf":
         return _load_from_gguf(directory)
@@ -122,34 +132,46 @@ def wrap_tokenizer(
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str, *, system_prompt: str = "", suffix: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    *,
+    system_prompt: str = "",
+    suffix: str = "",
+    tools: Sequence[Tool] | None = None,
 ) -> list[int]:
-    """Token ids of a question put to the model: everything up to the first token it has to write.
+    """Token ids of a question, or of a conversation that ends in one: everything up to the first token of the answer.
 
     Args:
+        system_prompt: opens what brings none of its own; "": none.
         suffix: appended to the question as it stands, such as "\\nPut your final answer within \\\\boxed{}."
     """
-    messages = [{"role": "user", "content": question + suffix}]
-    return render_messages(
-        tokenizer, with_system_prompt(messages, system_prompt=system_prompt), add_generation_prompt=True
-    )
+    *earlier, last = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [*earlier, {**last, "content": f"{last['content']}{suffix}"}]
+    messages = with_system_prompt(messages, system_prompt=system_prompt)
+    return render_messages(tokenizer, messages, tools=tools, add_generation_prompt=True)
 
 
-def with_system_prompt(messages: Sequence[Mapping[str, object]], *, system_prompt: str) -> list[Mapping[str, object]]:
+def with_system_prompt(messages: Sequence[Message], *, system_prompt: str) -> list[Message]:
     """The messages, opened by `system_prompt` ("": none) where they bring no system message of their own."""
-    if not system_prompt or (messages and messages[0]["role"] == "system"):
+    if not system_prompt or messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool] | None = None,
+    add_generation_prompt: bool,
 ) -> list[int]:
     """Token ids of a conversation in the tokenizer's chat template.
 
+    Args:
+        tools: that the model may call; None: none.
     Raises:
-        DataError: the tokenizer has no chat template, its template refuses the conversation or leaves messages out, or
-            the mask token stands in it.
+        DataError: the tokenizer has no chat template, its template is not bounded, refuses the conversation or leaves
+            messages or tools out, or the mask token stands in it.
     """
     from jinja2 import TemplateError
 
@@ -157,34 +179,49 @@ def render_messages(
         raise DataError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; add one to it"
         )
+    template = tokenizer.get_chat_template(tools=tools)  # type: ignore[arg-type]
+    if fault := _trial(tokenizer, template).fault:
+        raise DataError(f"the chat template of {tokenizer.name_or_path or 'this tokenizer'} {fault}")
     for role in {str(message["role"]) for message in messages}:
-        _check_role(tokenizer, str(tokenizer.chat_template), role)
+        _check_shown(tokenizer, template, role)
+    if tools:
+        _check_shown(tokenizer, template, None)
     try:
-        # return_dict=False: transformers 5 returns a BatchEncoding otherwise
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],  # type: ignore[arg-type]
-            tokenize=True,
+        text: Any = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=tools,  # type: ignore[arg-type]
+            tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            return_dict=False,
         )
-    except (TemplateError, ArithmeticError, TypeError) as error:  # the latter two: of what is computed in it
+    except TemplateError as error:
         raise DataError(f"the chat template refuses the conversation: {error}") from error
-    return check_unmasked(tokenizer, ids)  # type: ignore[arg-type]
+    except Exception as error:  # it is a stranger's program, and fails in any way
+        raise DataError(f"the chat template fails at the conversation: {one_line(error, 200)}") from error
+    if len(text) > (most := longest_text(messages, tools)):
+        raise DataError(f"the chat template makes {len(text)} characters of the conversation, at most {most} may be")
+    return check_unmasked(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @lru_cache(maxsize=256)
-def _check_role(tokenizer: PreTrainedTokenizerBase, template: str, role: str) -> None:
-    """Raises DataError where the chat template says nothing of messages of this role."""
-    from jinja2 import TemplateError
+def _trial(tokenizer: PreTrainedTokenizerBase, template: str) -> Trial:
+    return trial_of(template, json.dumps(tokenizer.special_tokens_map, default=str))
 
-    user, asked = {"role": "user", "content": "a"}, {"role": role, "content": "dirl asks"}
+
+@lru_cache(maxsize=256)
+def _check_shown(tokenizer: PreTrainedTokenizerBase, template: str, role: str | None) -> None:
+    """Raises DataError where the chat template says nothing of messages of this role; None: of tools."""
+    user, asked, tools = {"role": "user", "content": "a"}, {"role": role or "user", "content": "dirl asks"}, None
+    if role is None:
+        tools, asked["content"] = [{"type": "function", "function": {"name": "dirl asks", "parameters": {}}}], "b"
     for said in ([asked], [user, asked], [asked, user]):
         try:
-            text = str(tokenizer.apply_chat_template(said, chat_template=template, tokenize=False))
-        except TemplateError:  # of a conversation like this one; what it says of the real one is heard there
+            text = str(tokenizer.apply_chat_template(said, tools=tools, chat_template=template, tokenize=False))  # type: ignore[arg-type]
+        except Exception:  # of a conversation like this one; what it says of the real one is heard there
             return
         if "dirl asks" in text:
             return
+    if role is None:
+        raise DataError("the chat template leaves tools out; remove them, or use a model that calls tools")
     raise DataError(f"the chat template leaves out messages of role {role!r}; name the role as the template does")
 
 

@@ -1,9 +1,10 @@
 """SFT rows -> tokenised documents: a prompt, and the completion that is imitated.
 
-Four forms of row are read: {"messages"}, {"prompt", "response"} (DiRL), {"prompt", "completion"} and {"text"}. A
-conversation of several assistant turns becomes one document a turn, with everything before it as the prompt: that is
-the situation a decoder is in, and a later turn must not be seen by the block an earlier one ends in. A text is a
-document without a prompt: all of it is learned.
+Four forms of row are read: {"messages"}, {"prompt", "response"} (DiRL), {"prompt", "completion"} and {"text"}; a prompt
+or completion may be a list of messages. A conversation of several assistant turns becomes one document a turn, with
+everything before it as the prompt: that is the situation a decoder is in, and a later turn must not be seen by the
+block an earlier one ends in. A text is a document without a prompt: all of it is learned. `tools` of a row are handed
+to the chat template.
 
 `count_documents` looks at the form of a row and at nothing that needs a tokenizer; `document_of` tokenises.
 """
@@ -23,7 +24,8 @@ from dirl.data.chat import (
     stop_token_ids,
     with_system_prompt,
 )
-from dirl.data.rows import check_text, shorten
+from dirl.data.messages import Message, Tool, read_messages, read_tools
+from dirl.data.rows import shorten
 from dirl.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,13 +48,11 @@ class Document:
 
 def count_documents(row: Mapping[str, object]) -> int:
     """How many documents a row becomes: its assistant turns. Raises: ValueError saying what is wrong with its form."""
-    if row.get("messages") is not None:
-        messages = _checked_messages(row["messages"])
-        return sum(message["role"] == "assistant" for message in messages)
+    read_tools(row.get("tools"))
+    if (conversation := _conversation(row)) is not None:
+        return len(_learned_turns(*conversation))
     for key in _text_keys(row):
-        text = row[key]
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"has {key}={shorten(text)}; expected a non-empty string")
+        _prompt(row, key)
     _check_learned(str(row[_text_keys(row)[-1]]))
     return 1
 
@@ -78,16 +78,49 @@ def document_of(
     Raises:
         ValueError: the chat template or the tokenizer makes something of the row that cannot be learned from.
     """
-    if row.get("messages") is not None:
-        messages = with_system_prompt(_checked_messages(row["messages"]), system_prompt=system_prompt)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        return _assistant_turn(messages[: turns[number] + 1], tokenizer)
+    tools = read_tools(row.get("tools"))
+    if (conversation := _conversation(row)) is not None:
+        upto = _learned_turns(*conversation)[number] + 1
+        messages = with_system_prompt(conversation[0][:upto], system_prompt=system_prompt)
+        return _assistant_turn(messages, tools, tokenizer)
     *others, learned = _text_keys(row)
     ids = tokenizer.encode(str(row[learned]), add_special_tokens=False)
     if not others:
         return Document([], _ended_text(ids, tokenizer))
-    prompt_ids = render_prompt(tokenizer, str(row[others[0]]), system_prompt=system_prompt)
+    prompt_ids = render_prompt(tokenizer, _prompt(row, others[0]), system_prompt=system_prompt, tools=tools)
     return Document(prompt_ids, _ended(ids, tokenizer))
+
+
+def _conversation(row: Mapping[str, object]) -> tuple[list[Message], int] | None:
+    """All messages of a row, and how many of them are its prompt alone; None: what is learned is no message."""
+    if row.get("messages") is not None:
+        return read_messages("messages", row["messages"]), 0
+    keys = _text_keys(row)
+    if not isinstance(row[keys[-1]], list) or len(keys) == 1:
+        return None
+    prompt = _prompt(row, keys[0])
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*given, *read_messages(keys[1], row[keys[1]])], len(given)
+
+
+def _learned_turns(messages: Sequence[Message], num_given: int) -> list[int]:
+    """Which messages are learned."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= num_given]
+    for index in turns:
+        _check_learned(messages[index]["content"])
+    if not turns:
+        raise UserError("has no assistant message to learn from")
+    return turns
+
+
+def _prompt(row: Mapping[str, object], key: str) -> str | list[Message]:
+    """A column that is no completion of messages: a text, or the conversation that is a prompt."""
+    value = row[key]
+    if key == "prompt" and isinstance(value, list):
+        return read_messages(key, value)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"has {key}={shorten(value)}; expected a non-empty string")
+    return value
 
 
 def _text_keys(row: Mapping[str, object]) -> tuple[str, ...]:
@@ -104,20 +137,6 @@ def _text_keys(row: Mapping[str, object]) -> tuple[str, ...]:
     )
 
 
-def _checked_messages(messages: object) -> list[Mapping[str, object]]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"has messages={shorten(messages)}; expected a non-empty list")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise UserError(f"has the message {shorten(message)}; expected a role and a text content")
-        check_text(message["content"])
-        if message["role"] == "assistant":
-            _check_learned(message["content"])
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("has no assistant message to learn from")
-    return messages
-
-
 def _check_learned(text: str) -> None:
     if MASK_TOKEN in text:
         raise UserError(_HAS_MASK)
@@ -128,10 +147,12 @@ def _check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(_HAS_MASK)
 
 
-def _assistant_turn(messages: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase) -> Document:
+def _assistant_turn(
+    messages: Sequence[Message], tools: Sequence[Tool] | None, tokenizer: PreTrainedTokenizerBase
+) -> Document:
     """The last message as completion, all before it as prompt."""
-    prompt_ids = render_messages(tokenizer, messages[:-1], add_generation_prompt=True)
-    whole_ids = render_messages(tokenizer, messages, add_generation_prompt=False)
+    prompt_ids = render_messages(tokenizer, messages[:-1], tools=tools, add_generation_prompt=True)
+    whole_ids = render_messages(tokenizer, messages, tools=tools, add_generation_prompt=False)
     if whole_ids[: len(prompt_ids)] != prompt_ids:
         raise UserError(
             "renders differently as a prompt and as a whole: the chat template rewrites earlier turns; "

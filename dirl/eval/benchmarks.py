@@ -41,7 +41,7 @@ class Benchmark:
     @property
     def digest(self) -> str:
         """A hash of its problems."""
-        problems = [[problem.question, problem.answer, problem.columns] for problem in self.problems]
+        problems = [[p.question, p.answer, p.columns, *p.conversation] for p in self.problems]
         text = json.dumps(problems, default=str, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -34,7 +34,7 @@ from dirl.model.families.registry import published_decoder
 from dirl.model.model_path import tokenizer_of
 from dirl.presets import Presets
 from dirl.reward.code_execution import extract_code
-from dirl.reward.rubric import JUDGES, RewardConfig, Rubric
+from dirl.reward.rubric import JUDGES, RewardConfig, Rubric, right_ones
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, SamplingConfig
 from dirl.rollout.scoring import score
@@ -154,10 +154,7 @@ class Evaluator:
         return summarise("", mode.name, mode.sampling, samples), samples
 
     def judge(self, problems: Sequence[Problem], mode: Mode, todo: Sequence[Which]) -> list[tuple[Sample, Completion]]:
-        """The samples named by (problem index, sample index), in that order, on every process.
-
-        Right is what one of the rewards JUDGES gives its full score; in a rubric without any, a total above 0.
-        """
+        """The samples named by (problem index, sample index), in that order, on every process."""
         mine = self.distributed.share(todo) if self.distributed else todo
         asked = [problems[problem] for problem, _ in mine]
         start = time.perf_counter()
@@ -174,11 +171,10 @@ class Evaluator:
         return self.distributed.gather(judged) if self.distributed else judged
 
     def _render(self, asked: Sequence[Problem]) -> list[list[int]]:
-        prompts = {
-            question: render_prompt(self.tokenizer, question, system_prompt=self.system_prompt, suffix=self.suffix)
-            for question in {problem.question for problem in asked}
-        }
-        return [prompts[problem.question] for problem in asked]
+        how = {"system_prompt": self.system_prompt, "suffix": self.suffix}
+        once = {id(problem): problem for problem in asked}
+        prompts = {key: render_prompt(self.tokenizer, p.prompt, tools=p.tools, **how) for key, p in once.items()}
+        return [prompts[id(problem)] for problem in asked]
 
     def _decode(self, prompts: Sequence[list[int]], mode: Mode, todo: Sequence[Which]) -> list[Completion]:
         """One completion for each; none on a process that has nothing to do."""
@@ -199,19 +195,18 @@ class Evaluator:
         limit = mode.sampling.max_completion_length
         texts = [prompt_text(self.tokenizer, prompt) for prompt in prompts]
         scores = score(self.rubric, asked, completions, prompts=texts, max_completion_length=limit)
-        judges = [scores.parts[name] for name in JUDGES if name in scores.parts]
-        if not judges:
-            return [total > 0 for total in scores.total]
-        return [any(reward is not None and reward >= 1 for reward in rewards) for rewards in zip(*judges, strict=True)]
+        return right_ones(scores.parts, scores.total)
 
 
-def run_evaluation(config: EvalConfig) -> Path:
-    """Evaluate every data set in every mode; returns the report's path."""
+def run_evaluation(config: EvalConfig, benchmarks: Sequence[Benchmark] | None = None) -> Path:
+    """Evaluate every data set (None: those of the configuration) in every mode; returns the report's path."""
     distributed = Distributed()
     check_free(config.output_dir, distributed, foreign=("metrics.jsonl", "checkpoints"))
     directory = Path(config.output_dir)
     data = config.data
-    benchmarks = load_benchmarks(data.datasets, limit=data.limit, seed=data.seed, skip_bad_rows=data.skip_bad_rows)
+    if benchmarks is None:
+        how = {"limit": data.limit, "seed": data.seed, "skip_bad_rows": data.skip_bad_rows}
+        benchmarks = load_benchmarks(data.datasets, **how)  # type: ignore[arg-type]
     tokenizer = tokenizer_of(config.model.path)
     model = load_model(config.model, tokenizer)
     chunk_size = config.chunk_size * distributed.world_size

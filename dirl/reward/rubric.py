@@ -189,6 +189,14 @@ def combine_parts(
     return totals
 
 
+def right_ones(parts: Parts, totals: Sequence[float]) -> list[bool]:
+    """Which completions are right: one of the JUDGES gives its full score; without any, the total is above 0."""
+    judges = [parts[name] for name in JUDGES if name in parts]
+    if not judges:
+        return [total > 0 for total in totals]
+    return [any(reward is not None and reward >= 1 for reward in rewards) for rewards in zip(*judges, strict=True)]
+
+
 def _normalize_groups(rewards: list[float | None], group_size: int) -> list[float | None]:
     """(reward - mean) / standard deviation within each group, over the rewards that apply."""
     if group_size < 1 or len(rewards) % group_size:

@@ -326,8 +326,7 @@ class Collector:
 
 def _further_reasons(config: RolloutConfig) -> str:
     """What else may have dropped groups, for a message."""
-    further = {"needs_right": config.needs_right, "min_spread": bool(config.min_spread)}
-    names = [f"rollout.{name}" for name, is_set in further.items() if is_set]
+    names = [f"rollout.{name}" for name in ("needs_right", "keep_pass_rate", "min_spread") if getattr(config, name)]
     return f", or {' or '.join(names)} dropped it," if names else ""
 
 

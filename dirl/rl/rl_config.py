@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from dirl.config import CONFIGS, PATH, bounded
 from dirl.data.data_config import DataConfig, RowsConfig
+from dirl.data.problems import check_band
 from dirl.diffusion.distribution import TokenDistribution
 from dirl.errors import UserError
 from dirl.model.checkpoint import ModelConfig
@@ -16,7 +17,7 @@ from dirl.model.families.registry import published_order
 from dirl.model.lora import LoraConfig
 from dirl.model.memory import Workload
 from dirl.presets import Presets
-from dirl.reward.rubric import RewardConfig
+from dirl.reward.rubric import JUDGES, RewardConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.update import UpdateConfig
 from dirl.rollout.build import chosen_engine, engine_load
@@ -39,6 +40,12 @@ class RLDataConfig(DataConfig):
 
     max_prompt_length: int = bounded(1024, least=1)  # tokens; longer prompts are left out and counted
     suffix: str = ""  # appended to each question
+    # [low, high]: only problems whose column pass_rate, of `dirl difficulty`, lies within; empty: all
+    pass_rate: list[float] = field(default_factory=list, metadata={"least": 0, "most": 1})
+
+    def check(self) -> None:
+        super().check()
+        check_band("pass_rate", self.pass_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,8 @@ class RLConfig(TrainingConfig, UpdateConfig):
 
     FIXED: ClassVar[tuple[str, ...]] = (
         *("seed", "model.dtype", "model.block_length", "lora", "objective", "critic.backbone"),
-        *("data.limit", "data.heldout", "data.max_prompt_length", "data.system_prompt", "data.suffix"),
+        *("data.limit", "data.heldout", "data.max_prompt_length"),
+        *("data.system_prompt", "data.suffix", "data.pass_rate"),
         *(f"rollout.{f.name}" for f in fields(SamplingConfig)),
         *("reward.functions", "reward.weights", "reward.parameters", "reward.combine", "reward.answer_extraction"),
     )
@@ -96,10 +104,11 @@ class RLConfig(TrainingConfig, UpdateConfig):
         names = [reference.rpartition(":")[2] for reference in self.reward.functions]
         if unknown := [name for name, least in self.rollout.min_spread.items() if least > 0 and name not in names]:
             raise UserError(f"rollout.min_spread names {unknown[0]!r}, which is none of reward.functions: {names}")
-        if self.rollout.needs_right and self.reward.combine == "normalize_then_sum" and "accuracy" not in names:
+        counting = [name for name in ("needs_right", "keep_pass_rate") if getattr(self.rollout, name)]
+        if counting and self.reward.combine == "normalize_then_sum" and not {*JUDGES} & {*names}:
             raise UserError(
-                "rollout.needs_right needs accuracy among reward.functions: reward.combine=normalize_then_sum leaves "
-                "no total that says what is right"
+                f"rollout.{counting[0]} needs {' or '.join(JUDGES)} among reward.functions: "
+                "reward.combine=normalize_then_sum leaves no total that says what is right"
             )
         if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
             raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")

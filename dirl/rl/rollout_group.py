@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import prompt_text, render_prompt
 from dirl.data.problems import Problem
+from dirl.reward.rubric import right_ones
 from dirl.rollout.engine import Completion
 from dirl.training.balance import packed_cost, whole_cost
 
@@ -68,8 +69,7 @@ class RolloutGroup:
 
     @property
     def is_right(self) -> list[bool]:
-        """(G,) What the reward `accuracy` (the total, in a rubric without it) puts above 0."""
-        return [(value or 0.0) > 0 for value in self.reward_parts.get("accuracy", self.rewards)]
+        return right_ones(self.reward_parts, self.rewards)
 
     @property
     def num_right(self) -> int:
@@ -145,10 +145,8 @@ def render_prompts(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, *, system_prompt: str, suffix: str, max_length: int
 ) -> tuple[list[Prompt], int]:
     """Prompts of at most `max_length` tokens, and how many longer ones were left out (they are never cut)."""
-    rendered = [
-        (problem, render_prompt(tokenizer, problem.question, system_prompt=system_prompt, suffix=suffix))
-        for problem in problems
-    ]
+    how = {"system_prompt": system_prompt, "suffix": suffix}
+    rendered = [(p, render_prompt(tokenizer, p.prompt, tools=p.tools, **how)) for p in problems]
     prompts = [Prompt(problem, token_ids, prompt_text(tokenizer, token_ids)) for problem, token_ids in rendered]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_length]
     return kept, len(prompts) - len(kept)

@@ -114,6 +114,7 @@ def rollout_metrics(groups: Sequence[GroupSummary]) -> dict[str, float]:
         "groups/dropped_all_wrong": sum(group.pass_rate == 0 for group in equal),
         "groups/dropped_mixed": sum(0 < group.pass_rate < 1 for group in equal),  # right and wrong, rewarded alike
         "groups/dropped_none_right": sum(group.dropped_for == "none_right" for group in groups),
+        "groups/dropped_pass_rate": sum(group.dropped_for == "pass_rate" for group in groups),
         "groups/dropped_small_spread": sum(group.dropped_for == "small_spread" for group in groups),
         "num_completion_tokens": num_tokens,
         **pass_rate_histogram([group.pass_rate for group in groups]),

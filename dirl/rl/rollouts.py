@@ -1,9 +1,9 @@
 """Prompts of the stream -> scored groups, by one engine and one rubric, and which of them teach something.
 
 Groups whose rewards are all equal have no gradient; with dynamic sampling they are dropped. Likewise, where asked for,
-groups without a right completion, and those in which some reward hardly varies.
+groups of which too many or too few completions are right, and those in which some reward hardly varies.
 
-Source: DAPO (arXiv 2503.14476), section 3.2; LightningRL for the further reasons.
+Source: DAPO (arXiv 2503.14476), section 3.2; TraceRL for the band of pass rates, LightningRL for the other reasons.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dirl.config import bounded
+from dirl.data.problems import check_band, is_within
 from dirl.diffusion.packing import DiffusionScheme
 from dirl.errors import UserError
 from dirl.reward.rubric import Rubric
@@ -23,8 +24,8 @@ from dirl.rollout.scoring import score
 from dirl.training.metrics import Timings
 from dirl.training.seeds import stable_seed
 
-# Why a group is not trained on: equal rewards; `needs_right`; `min_spread`.
-DropReason = Literal["equal_rewards", "none_right", "small_spread"]
+# Why a group is not trained on: equal rewards; `needs_right`; `keep_pass_rate`; `min_spread`.
+DropReason = Literal["equal_rewards", "none_right", "pass_rate", "small_spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
     # prompts taken per group still missing; what is then too much goes to the next step
     oversampling: float = bounded(1.0, least=1)
     needs_right: bool = False  # also drop groups without a right completion
+    # also drop groups whose share of right completions lies outside [low, high]: TraceRL has [0.2, 0.8]; empty: none
+    keep_pass_rate: list[float] = field(default_factory=list, metadata={"least": 0, "most": 1})
     # how many versions older than the trainer's the weights may be that sampled a group; as many rounds of prompts are
     # rolled out while the trainer trains. 0: none, trainer and engine take turns
     max_staleness: int = bounded(0, least=0)
@@ -49,8 +52,7 @@ class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
     min_spread: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
-        if (self.needs_right or any(self.min_spread.values())) and not self.dynamic_sampling:
-            raise UserError("needs_right and min_spread drop groups: they need dynamic_sampling=true")
+        self._check_filters()
         if self.threshold_policy and self.unmasking_strategy != "low_confidence_dynamic":
             raise UserError(
                 f"threshold_policy needs unmasking_strategy=low_confidence_dynamic: {self.unmasking_strategy} has no "
@@ -62,6 +64,18 @@ class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
             raise UserError("threshold_policy: LMDeploy has one for all completions; set rollout.engine=torch")
         if self.partial:
             self._check_partial()
+
+    def _check_filters(self) -> None:
+        size, is_dropping = self.num_generations, self.needs_right or any(self.min_spread.values())
+        if (is_dropping or self.keep_pass_rate) and not self.dynamic_sampling:
+            raise UserError("needs_right, keep_pass_rate and min_spread drop groups: they need dynamic_sampling=true")
+        check_band("keep_pass_rate", self.keep_pass_rate)
+        if not any(is_within(right / size, self.keep_pass_rate) for right in range(1, size)):
+            raise UserError(
+                f"keep_pass_rate={self.keep_pass_rate} keeps no group of num_generations={size} in which some "
+                "completions are right and some wrong: their shares go by "
+                f"1/{size}; widen it, or raise num_generations"
+            )
 
     def _check_partial(self) -> None:
         if self.oversampling == 1:
@@ -86,6 +100,8 @@ class RolloutConfig(SamplingConfig, EngineConfig, ThresholdConfig):
             return "equal_rewards"
         if self.needs_right and group.num_right == 0:
             return "none_right"
+        if not is_within(group.num_right / len(group.rewards), self.keep_pass_rate):
+            return "pass_rate"
         is_flat = any(least > 0 and group.spread(part) < least for part, least in self.min_spread.items())
         return "small_spread" if is_flat else None
 

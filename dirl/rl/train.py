@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.problem_sources import load_problems, load_sources, split_problems
-from dirl.data.problems import Problem
+from dirl.data.problems import Problem, of_pass_rate
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
@@ -333,7 +333,7 @@ class RLTrainer(Trainer):
         self._overlaps = split.overlaps
         self.heldout = self.heldout or split.heldout[: self.config.eval.limit or None]
         prompts, num_too_long = render_prompts(
-            split.trained,
+            of_pass_rate(split.trained, data.pass_rate),
             self.tokenizer,
             system_prompt=data.system_prompt,
             suffix=data.suffix,

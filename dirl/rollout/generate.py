@@ -5,13 +5,14 @@ Engines return token ids, which are the truth; `with_texts` makes of them what p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import render_prompt, token_texts
+from dirl.data.messages import Message, Tool, read_prompt, read_tools
 from dirl.diffusion.packing import DiffusionScheme
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.build import build_engine
@@ -76,8 +77,9 @@ def with_texts(
 def generate(
     model: BlockDiffusionModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    prompts: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]] | Sequence[Sequence[int]],
     *,
+    tools: Sequence[Tool] | None = None,
     seed: int = 0,
     approximate_cache: ApproximateCache = "none",
     **sampling: Any,  # the fields of SamplingConfig, which checks them
@@ -85,15 +87,26 @@ def generate(
     """One completion per prompt.
 
     Args:
-        prompts: questions, put through the tokenizer's chat template; or token ids, taken as they are.
+        prompts: questions or conversations (lists of messages, the last one of the user), put through the tokenizer's
+            chat template; or token ids, taken as they are. A single question or conversation need be in no list.
+        tools: JSON schemas that the chat template shows, to all prompts but token ids.
         seed: the i-th prompt is decoded with seed + i.
         approximate_cache: under full attention `prefix` or `dual`: faster, and no longer the model's own completions.
         sampling: `temperature`, `top_k`, `top_p`, `max_completion_length`, `unmasking_strategy`,
             `confidence_threshold`, ... (see `dirl.SamplingConfig`).
     """
-    asked = [prompts] if isinstance(prompts, str) else prompts
-    ids = [render_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in asked]
+    is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
+    given = read_tools(list(tools or []))
+    ids = [_prompt_ids(tokenizer, prompt, given) for prompt in ([prompts] if is_single else prompts)]
     config = EngineConfig(engine="torch", compile="never", approximate_cache=approximate_cache)
     engine = build_engine(model, tokenizer, config)
     completions = engine.generate(ids, SamplingConfig(**sampling), [seed + i for i in range(len(ids))])
     return with_texts(completions, tokenizer, model.scheme)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, tools: Sequence[Tool] | None) -> list[int]:
+    if isinstance(prompt, str):
+        return render_prompt(tokenizer, prompt, tools=tools)
+    if prompt and isinstance(prompt[0], Mapping):
+        return render_prompt(tokenizer, read_prompt("prompt", list(prompt)), tools=tools)
+    return list(prompt)

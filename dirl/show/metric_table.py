@@ -133,6 +133,7 @@ TABLE = MetricTable(
         Metric("groups/dropped_all_wrong", "groups", "equal rewards, no completion right", "Groups"),
         Metric("groups/dropped_mixed", "groups", "equal rewards, some completions right and some not", "Groups"),
         Metric("groups/dropped_none_right", "groups", "no completion right: `rollout.needs_right`", "Groups"),
+        Metric("groups/dropped_pass_rate", "groups", "share right outside `rollout.keep_pass_rate`", "Groups"),
         Metric("groups/dropped_small_spread", "groups", "a reward hardly varies: `rollout.min_spread`", "Groups"),
         Metric("groups/carried_over", "groups", "informative, more than the step needs, kept for the next one"),
         Metric("rewards/right", "completions", "equal to the gold", "Verdicts of the grader"),

@@ -6,16 +6,17 @@ import itertools
 import random
 import statistics
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from dirl.data.problems import Problem
+from dirl.data.problems import Problem, of_pass_rate
 from dirl.model.tiny import tiny
-from dirl.reward.rubric import RewardConfig, Rubric, combine_parts
+from dirl.reward.rubric import RewardConfig, Rubric, combine_parts, right_ones
 from dirl.rl.advantage import advantages_of
 from dirl.rl.collector import Collected, Collector, NoSignal
 from dirl.rl.objective import ObjectiveConfig
-from dirl.rl.rl_config import RLConfig
+from dirl.rl.rl_config import RLConfig, RLDataConfig
 from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import rollout_metrics, summarise
 from dirl.rl.rollouts import RolloutConfig, Rollouts
@@ -65,6 +66,33 @@ def test_groups_without_spread_are_dropped_counted_and_replaced() -> None:
         assert metrics["frac_reward_zero_std"] == pytest.approx(len(dropped) / (len(dropped) + 4))
 
 
+def test_groups_outside_the_band_of_pass_rates_are_dropped_counted_and_replaced() -> None:
+    """`half` are right every second time, `seldom` every sixth, and a sixth lies outside."""
+    asked = Counter[str]()
+
+    def script(prompt: str, _seed: int, _sampling: SamplingConfig) -> str:
+        asked[prompt] += 1
+        return "0" if "never" in prompt else str(int(asked[prompt] % (2 if "half" in prompt else 6) == 0))
+
+    questions = [f"{kind} {i}" for kind in ("half", "seldom", "never") for i in range(4)]
+    problems = [Problem(question, "1", {}) for question in questions]
+    prompts, _ = render_prompts(problems, TOKENIZER, system_prompt="", suffix="", max_length=100)
+    rubric = Rubric(RewardConfig(functions=["tests.rl.test_rollout_group:scripted_rewards"]))
+    config = RolloutConfig(prompts_per_step=4, num_generations=6, max_sampling_rounds=30, keep_pass_rate=[0.2, 0.8])
+    engine = ScriptedEngine(TOKENIZER, script)
+    rollouts = Rollouts(engine, rubric, config, Timings(), (MODEL.scheme, 64))
+    collected = Collector(prompts, rollouts, Distributed(), 0).collect(0)
+    assert [group.prompt.problem.question[:4] for group in collected.groups] == ["half"] * 4
+    metrics = rollout_metrics(summarise(collected))
+    kinds = Counter(group.prompt.problem.question.split()[0] for group in collected.dropped)
+    assert metrics["groups/dropped_pass_rate"] == kinds["seldom"] > 0
+    assert metrics["groups/dropped_all_wrong"] == kinds["never"] > 0
+    assert engine.num_generated == 6 * (4 + len(collected.dropped))
+    hard = Collector(prompts[4:], rollouts, Distributed(), 0)
+    with pytest.raises(NoSignal, match=r"equal, or rollout\.keep_pass_rate dropped it, in 30 rounds"):
+        hard.collect(0)
+
+
 def test_rounds_are_capped() -> None:
     """One question in eight is informative: each further round asks for the seven that are missing."""
     questions = ["open", *(f"hard {i}" for i in range(7))]
@@ -85,6 +113,9 @@ def test_without_dynamic_sampling_everything_is_kept() -> None:
 FILTERED = RolloutConfig(
     prompts_per_step=4, num_generations=4, max_sampling_rounds=30, needs_right=True, min_spread={"tokens_per_step": 0.3}
 )
+
+
+BANDED = replace(FILTERED, keep_pass_rate=[0.0, 0.25])  # of four completions at most one right
 
 
 def random_group(rng: random.Random) -> RolloutGroup:
@@ -114,6 +145,9 @@ def test_reasons_to_drop_a_group_against_loops() -> None:
                 if one is not None and other is not None and one - other >= 0.3:
                     expected = None
         assert FILTERED.reason_to_drop(group) == expected
+        is_easy = sum(group.reward_parts["accuracy"]) > 1  # type: ignore[arg-type]
+        keeps = expected in ("equal_rewards", "none_right") or not is_easy
+        assert BANDED.reason_to_drop(group) == (expected if keeps else "pass_rate")
         assert RolloutConfig(dynamic_sampling=False).reason_to_drop(group) is None
         found[expected] += 1
     assert min(found.values()) > 10 and len(found) == 4
@@ -178,11 +212,43 @@ def test_filters_that_name_nothing_are_refused() -> None:
         RLConfig(rollout=RolloutConfig(min_spread={"sped": 0.1}))
     with pytest.raises(ValueError, match="they need dynamic_sampling=true"):
         RolloutConfig(needs_right=True, dynamic_sampling=False)
-    with pytest.raises(ValueError, match=r"needs_right needs accuracy among reward\.functions"):
-        RLConfig(
-            rollout=RolloutConfig(needs_right=True),
-            reward=RewardConfig(functions=["tokens_per_step"], combine="normalize_then_sum"),
-        )
+    speed = RewardConfig(functions=["tokens_per_step"], combine="normalize_then_sum")
+    for name, value in (("needs_right", True), ("keep_pass_rate", [0.2, 0.8])):
+        with pytest.raises(ValueError, match=rf"{name} needs accuracy or code or reasoning_gym among"):
+            RLConfig(rollout=RolloutConfig(**{name: value}), reward=speed)  # type: ignore[arg-type]
+
+
+def test_bands_that_keep_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="they need dynamic_sampling=true"):
+        RolloutConfig(keep_pass_rate=[0.2, 0.8], dynamic_sampling=False)
+    for band in ([0.2], [0.8, 0.2], [0.1, 0.2, 0.3]):
+        with pytest.raises(ValueError, match=r"^keep_pass_rate must be \[low, high\]"):
+            RolloutConfig(keep_pass_rate=band)
+        with pytest.raises(ValueError, match=r"^pass_rate must be \[low, high\]"):
+            RLDataConfig(pass_rate=band)
+    with pytest.raises(ValueError, match=r"keep_pass_rate\[1\] must be at least 0 and at most 1, got 80"):
+        RolloutConfig(keep_pass_rate=[0.2, 80])
+    for band in ([0.3, 0.4], [0.0, 0.2], [0.8, 1.0]):
+        with pytest.raises(ValueError, match=r"num_generations=4 in which some .* their shares go by 1/4; widen it"):
+            RolloutConfig(keep_pass_rate=band, num_generations=4)
+    RolloutConfig(keep_pass_rate=[0.25, 0.25], num_generations=4)
+
+
+def test_problems_too_easy_or_too_hard_are_left_out_by_their_column() -> None:
+    problems = [Problem(f"{rate}", "1", {"pass_rate": rate}) for rate in (0.0, 0.2, 0.5, 0.8, 1)]
+    assert [problem.question for problem in of_pass_rate(problems, [0.2, 0.8])] == ["0.2", "0.5", "0.8"]
+    assert of_pass_rate(problems, []) == problems
+    with pytest.raises(ValueError, match=r"pass_rate=\[0.3, 0.4\] leaves none of 5 problems; widen it"):
+        of_pass_rate(problems, [0.3, 0.4])
+    with pytest.raises(ValueError, match="which 1 of 6 rows lack; write it with `dirl difficulty"):
+        of_pass_rate([*problems, Problem("?", "1", {"pass_rate": None})], [0.2, 0.8])
+
+
+def test_right_is_the_full_score_of_a_judge() -> None:
+    parts: dict[str, list[float | None]] = {"code": [1.0, 0.5, None, 0.0], "boxed": [1.0, 1.0, 1.0, 1.0]}
+    assert right_ones(parts, [2.0, 1.5, 1.0, 1.0]) == [True, False, False, False]
+    assert right_ones(parts | {"accuracy": [0.0, 0.0, 1.0, None]}, [0.0] * 4) == [True, False, True, False]
+    assert right_ones({"boxed": parts["boxed"]}, [0.5, 0.0, -1.0, 1.0]) == [True, False, False, True]
 
 
 def test_no_signal_is_an_error() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.config import bounded, with_changes
 from dirl.data.chat import decode, encode, render_messages
+from dirl.data.messages import read_messages
 from dirl.errors import UserError
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.server.walls import Refused
@@ -105,11 +106,12 @@ def read_completion(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase,
 def read_chat(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, default: SamplingConfig) -> ApiRequest:
     """As `read_completion`."""
     read, stops = _read(body, _ChatFields, default, "messages")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refused("messages must be a list of at least one message", param="messages")
     try:
-        ids = render_messages(tokenizer, [_message(m) for m in messages], add_generation_prompt=True)
+        said = read_messages("messages", body.get("messages"))
+    except UserError as error:
+        raise Refused(f"the body {error}", param="messages") from error
+    try:
+        ids = render_messages(tokenizer, said, add_generation_prompt=True)
     except UserError as error:
         raise Refused(str(error), param="messages") from error
     return _request(read, stops, [ids], has_logprobs=read.logprobs)
@@ -179,13 +181,3 @@ def _prompts(said: Any) -> list[str | list[int]]:
 
 def _is_prompt(said: Any) -> bool:
     return isinstance(said, str) or (isinstance(said, list) and said != [] and all(type(t) is int for t in said))
-
-
-def _message(said: Any) -> dict[str, str]:
-    """A message with its content as one text."""
-    content = said.get("content") if isinstance(said, dict) else None
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part.get("text", "") for part in content)
-    if not isinstance(content, str) or not isinstance(said.get("role"), str):
-        raise Refused("messages: each must have a role and a content, which is text", param="messages")
-    return {**{name: text for name, text in said.items() if isinstance(text, str)}, "content": content}
