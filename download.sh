@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 [[ ! -x .venv/bin/hf ]] || PATH="$PWD/.venv/bin:$PATH"
 export HF_TOKEN_PATH=/dev/null PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-BENCHMARKS="GSM8K MATH500 AIME2024 AIME2025 OlympiadBench HumanEval MBPP"
+BENCHMARKS="GSM8K MATH500 AIME2024 AIME2025 OlympiadBench HumanEval MBPP LiveCodeBench-v6 GPQA-Diamond MMLU-Pro IFEval"
 
 die() { # EXIT_CODE MESSAGE
     echo "download.sh: $2" >&2

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dirl.data.problems import Problem, problem_from_row
+from dirl.data.problems import INSTRUCTIONS, TESTS, Problem, problem_from_row
 from dirl.data.row_source import open_rows
 from dirl.data.rows import convert_rows
 from dirl.files import write_whole
@@ -57,6 +57,10 @@ SOURCES = {
     "OlympiadBench": Source("Hothan/OlympiadBench", "*OE_TO_maths_en_COMP*.parquet", (674, 675)),
     "HumanEval": Source("openai/openai_humaneval", "openai_humaneval/test-*.parquet", (164,)),
     "MBPP": Source("google-research-datasets/mbpp", "full/test-*.parquet", (500,)),
+    "LiveCodeBench-v6": Source("livecodebench/code_generation_lite", "test6.jsonl", (175,)),
+    "GPQA-Diamond": Source("Idavidrein/gpqa", "gpqa_diamond.csv", (198,)),
+    "MMLU-Pro": Source("TIGER-Lab/MMLU-Pro", "data/test-*.parquet", (12032,)),
+    "IFEval": Source("google/IFEval", "ifeval_input_data.jsonl", (541,)),
 }
 
 
@@ -83,20 +87,25 @@ def convert(name: str, folder: Path) -> list[dict[str, object]]:
 def as_row(problem: Problem) -> dict[str, object]:
     """What JSON can hold of a problem; images and the like are left behind."""
     columns = {key: value for key, value in problem.columns.items() if is_plain(value)}
-    answer = {} if "test_method" in columns else {"ground_truth_answer": problem.answer}
+    answer = {} if columns.keys() & {TESTS, INSTRUCTIONS} else {"ground_truth_answer": problem.answer}
     return {"question": problem.question, **answer, **columns}
 
 
 def is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(is_plain, value))
+    if isinstance(value, list | dict):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, str | int | float | bool)
 
 
 def digest(rows: Sequence[dict[str, object]]) -> str:
-    """SHA-256 of questions and answers or tests, with every run of white space as one blank."""
+    """SHA-256 of questions and answers, tests or instructions, with every run of white space as one blank."""
     keys = ("question", "ground_truth_answer", "prefix", "test_list")
-    content = [[" ".join(str(row.get(key, "")).split()) for key in keys] for row in rows]
+    more = ("public_test_cases", "private_test_cases", INSTRUCTIONS, "kwargs")
+    content = [
+        [" ".join(str(row.get(key, "")).split()) for key in keys]
+        + [" ".join(str(row[key]).split()) for key in more if key in row]
+        for row in rows
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -39,6 +39,7 @@ FENCES = {
     "lmdeploy": {"rollout/lmdeploy/"},
     "math_verify": {"reward/math_answer.py"},
     "reasoning_gym": {"data/reasoning_tasks.py", "reward/reasoning_tasks.py"},
+    **{library: {"reward/instructions.py"} for library in ("lm_eval", "nltk", "langdetect")},
     "wandb": {"training/metrics.py"},
     "torch.distributed": {"training/distributed.py", "training/broadcast.py"},
     "accelerate": {"training/distributed.py"},

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dirl.eval.benchmarks import CODE_NAMES, NAMES, load_benchmark
+from dirl.eval.benchmarks import KNOWN, load_benchmark
 from dirl.reward.code_execution import code
 
 REPOSITORY = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def test_code_arrives_ready_to_evaluate(checkout: Path, monkeypatch: pytest.Monk
     assert download(checkout, "MBPP").returncode == 0
     monkeypatch.setenv("DIRL_DATA", str(checkout / "data/eval"))
     benchmark = load_benchmark("mbpp")
-    assert (benchmark.name, benchmark.judge, len(benchmark.problems)) == ("MBPP", "code", 500)
+    assert (benchmark.name, benchmark.rule.judge, len(benchmark.problems)) == ("MBPP", "code", 500)
     columns = {name: [value] for name, value in benchmark.problems[9].columns.items()}
     assert code(["Q"], ["```python\ndef add(a, b): return a + b\n```"], **columns) == [1.0]
 
@@ -136,8 +136,8 @@ def test_failures_are_one_line(checkout: Path) -> None:
 def test_every_benchmark_has_a_source() -> None:
     script = (REPOSITORY / "download.sh").read_text()
     (listed,) = [line for line in script.splitlines() if line.startswith("BENCHMARKS=")]
-    assert set(listed.partition("=")[2].strip('"').split()) == {*NAMES, *CODE_NAMES}
-    for name in (*NAMES, *CODE_NAMES):
+    assert set(listed.partition("=")[2].strip('"').split()) == {*KNOWN}
+    for name in KNOWN:
         command = [sys.executable, str(REPOSITORY / "scripts/convert_benchmark.py"), "source", name]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

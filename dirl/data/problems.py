@@ -3,8 +3,8 @@
 Two forms of row are read: {"question", "ground_truth_answer"} and {"prompt", "answer" | "solution"}. Either question
 may be a conversation, a list of messages whose last one is the user's; `tools` are those it may call. Of a worked
 solution what stands after `####`, or in the last \\boxed{}, is the answer; without either, the text as it is. A row
-with `test_method` asks for a program: its tests take the place of the answer. Rows of public benchmarks are read as
-they are published (`dirl.data.published`).
+with `test_method` asks for a program: its tests take the place of the answer, as `instruction_id_list` does where a
+text must follow instructions. Rows of public benchmarks are read as they are published (`dirl.data.published`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 TESTS = "test_method"  # the column that marks a row whose answer is a program
 PASS_RATE = "pass_rate"  # the column of the share of a model's completions that were right
-COLUMN_PAIRS = (("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution"), ("question", TESTS))
+INSTRUCTIONS = "instruction_id_list"  # the column that marks a row whose answer is a text that follows them
+COLUMN_PAIRS = (
+    *(("question", "ground_truth_answer"), ("prompt", "answer"), ("prompt", "solution")),
+    *(("question", TESTS), ("question", INSTRUCTIONS)),
+)
 
 
 class Origin(NamedTuple):
@@ -43,7 +47,7 @@ class Problem:
     """One question with a checkable answer."""
 
     question: str
-    answer: str  # the gold, as text; "" where tests decide
+    answer: str  # the gold, as text; "" where tests or instructions decide
     columns: dict[str, object]  # every other column of the row
     origin: Origin = field(default=Origin(), compare=False)
     conversation: list[Message] = field(default_factory=list)  # that the question ends; empty: there is nothing else
@@ -77,8 +81,9 @@ def problem_from_row(row: dict[str, object]) -> Problem:
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"has {question_key}={shorten(question)}; expected a non-empty string or a list of messages")
     read_tools(row.get("tools"))  # bad ones are a bad row
-    read = {question_key} if answer_key == TESTS else {question_key, answer_key}
-    answer = "" if answer_key == TESTS else read_gold(_gold_text(answer_key, row[answer_key]))
+    has_gold = answer_key not in (TESTS, INSTRUCTIONS)
+    answer = read_gold(_gold_text(answer_key, row[answer_key])) if has_gold else ""
+    read = {question_key, answer_key} if has_gold else {question_key}
     columns = {key: value for key, value in row.items() if key not in read}
     return Problem(question=question, answer=answer, columns=columns, conversation=conversation)
 

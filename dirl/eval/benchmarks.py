@@ -8,15 +8,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from dirl.data import reasoning_tasks
 from dirl.data.problem_sources import load_problems
-from dirl.data.problems import TESTS, Problem
+from dirl.data.problems import Problem
 from dirl.errors import MissingFileError, UserError
+from dirl.eval.rules import REASONING, Rule, rule_of
 
-NAMES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")
-CODE_NAMES = ("HumanEval", "MBPP")  # answered with programs, which are run
+NAMES = ("MATH500", "GSM8K", "AIME2024", "AIME2025", "OlympiadBench")  # of the paper's table
+KNOWN = (*NAMES, "HumanEval", "MBPP", "LiveCodeBench-v6", "GPQA-Diamond", "MMLU-Pro", "IFEval")
 
 # Accuracy (%), tokens per step, output length on NAMES in order. Source: DiRL (arXiv 2512.22234), Table 1.
 PAPER_TABLE = {
@@ -40,51 +40,91 @@ class Benchmark:
 
     @property
     def digest(self) -> str:
-        """A hash of its problems."""
-        problems = [[p.question, p.answer, p.columns, *p.conversation] for p in self.problems]
-        text = json.dumps(problems, default=str, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        """A hash of its problems, one after another: together they may be gigabytes."""
+        found = hashlib.blake2b(b"[", digest_size=8)
+        for index, problem in enumerate(self.problems):
+            row = [problem.question, problem.answer, problem.columns, *problem.conversation]
+            found.update(b", "[: 2 * bool(index)] + json.dumps(row, default=str, sort_keys=True).encode())
+        found.update(b"]")
+        return found.hexdigest()
 
     @property
-    def judge(self) -> Literal["code", "reasoning_gym"] | None:
-        """The one reward that can judge its answers; None where the configuration chooses."""
-        if self.problems[0].columns.get(TESTS):
-            return "code"
-        return "reasoning_gym" if self.name.startswith(reasoning_tasks.PREFIX) else None
+    def rule(self) -> Rule:
+        """How its answers are judged."""
+        return REASONING if self.name.startswith(reasoning_tasks.PREFIX) else rule_of(self.problems[0])
+
+    @property
+    def categories(self) -> list[str]:
+        """Of each problem; "" for one without."""
+        return [str(problem.columns.get("category") or "") for problem in self.problems]
+
+
+@dataclass(frozen=True)
+class Dates:
+    """Days, YYYY-MM-DD, from which and to which problems count; empty: without end."""
+
+    first: str = ""
+    last: str = ""
+
+    def hold(self, problem: Problem) -> bool:
+        """Whether a problem is of these days; one without a day is of no others."""
+        day = problem.columns.get("contest_date")
+        return day is None or (self.first or "0") <= str(day)[:10] <= (self.last or "9")
 
 
 def load_benchmarks(
-    names_or_paths: Sequence[str], *, limit: int = 0, seed: int = 0, skip_bad_rows: bool = False
+    names_or_paths: Sequence[str],
+    *,
+    limit: int = 0,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+    dates: Dates = Dates(),
 ) -> list[Benchmark]:
     """Several benchmarks, whose samples are told apart by name.
 
     Raises:
-        ValueError: none, or two of the same name.
+        ValueError: none, two of the same name, or dates where no problem has one.
     """
-    benchmarks = [load_benchmark(name, limit=limit, seed=seed, skip_bad_rows=skip_bad_rows) for name in names_or_paths]
+    benchmarks = [
+        load_benchmark(name, limit=limit, seed=seed, skip_bad_rows=skip_bad_rows, dates=dates)
+        for name in names_or_paths
+    ]
     names = [benchmark.name for benchmark in benchmarks]
     if not names or len(set(names)) < len(names):
         raise UserError(f"data.datasets must name one or more data sets of different names, got {names}")
+    has_dates = any(problem.columns.get("contest_date") for benchmark in benchmarks for problem in benchmark.problems)
+    if dates != Dates() and not has_dates:
+        raise UserError(f"data.start_date and data.end_date are of LiveCodeBench; no problem of {names} has a date")
     return benchmarks
 
 
-def load_benchmark(name_or_path: str, *, limit: int = 0, seed: int = 0, skip_bad_rows: bool = False) -> Benchmark:
+def load_benchmark(
+    name_or_path: str, *, limit: int = 0, seed: int = 0, skip_bad_rows: bool = False, dates: Dates = Dates()
+) -> Benchmark:
     """A benchmark by name in any case (data/eval/NAME.json, or $DIRL_DATA/NAME.json), by path, or a held-out task.
 
     Raises:
         FileNotFoundError: a known name whose file is not there.
-        ValueError: neither a known name nor a path.
+        ValueError: neither a known name nor a path, no problem within the dates, or one that cannot be judged.
     """
     if name_or_path.startswith("task:"):
         return Benchmark(name_or_path, load_problems(name_or_path, split="heldout", limit=limit, seed=seed))
-    name = {known.lower(): known for known in (*NAMES, *CODE_NAMES)}.get(name_or_path.lower())
+    name = {known.lower(): known for known in KNOWN}.get(name_or_path.lower())
     path = name_or_path if name is None else _file_of(name)
     if name is None and not Path(path).suffix and "/" not in path:
         raise UserError(
-            f"data.datasets: unknown data set {path!r}; known are {', '.join((*NAMES, *CODE_NAMES))}, "
+            f"data.datasets: unknown data set {path!r}; known are {', '.join(KNOWN)}, "
             "paths of .json, .jsonl or .parquet files, task:noisy_sums and task:reasoning_gym/NAME"
         )
-    problems = load_problems(path, split="test", limit=limit, skip_bad_rows=skip_bad_rows)
+    read = load_problems(path, split="test", limit=0 if dates != Dates() else limit, skip_bad_rows=skip_bad_rows)
+    problems = [problem for problem in read if dates.hold(problem)][: limit or None]
+    if not problems:
+        raise UserError(f"data.start_date and data.end_date leave no problem of {path}; its days are others")
+    for number, problem in enumerate(problems, start=1):
+        try:
+            rule_of(problem).check(problem)
+        except ValueError as error:
+            raise UserError(f"{path}, problem {number}: {error}") from error
     return Benchmark(name or Path(path).stem, problems)
 
 

@@ -9,6 +9,7 @@ process. Several processes share each chunk; the main one keeps the files.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -19,21 +20,20 @@ from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from dirl.boxed import extract_boxed
 from dirl.config import PATH, Config, bounded, config_to_dict, save_config
 from dirl.data.chat import prompt_text, render_prompt
-from dirl.data.problems import TESTS, Problem
+from dirl.data.problems import Problem
 from dirl.errors import UserError
-from dirl.eval.benchmarks import Benchmark, load_benchmarks
+from dirl.eval.benchmarks import Benchmark, Dates, load_benchmarks
 from dirl.eval.report import write_report
 from dirl.eval.results import ModeResult, Sample, summarise
+from dirl.eval.rules import rule_of
 from dirl.eval.sample_store import SampleStore, Which
 from dirl.model.checkpoint import ModelConfig, load_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.registry import published_decoder
 from dirl.model.model_path import tokenizer_of
 from dirl.presets import Presets
-from dirl.reward.code_execution import extract_code
 from dirl.reward.rubric import JUDGES, RewardConfig, Rubric, right_ones
 from dirl.rollout.build import build_engine
 from dirl.rollout.engine import Completion, EngineConfig, RolloutEngine, SamplingConfig
@@ -59,8 +59,25 @@ class EvalDataConfig(Config):
     limit: int = bounded(0, least=0)  # problems of each data set; 0: all
     seed: int = bounded(0, least=0, below=2**32)  # draws the problems of a task
     system_prompt: str = ""
-    suffix: str = ""  # appended to each question; not to those of code, which say what the answer must look like
+    suffix: str = ""  # appended to each question that does not say what its answer must look like
     skip_bad_rows: bool = False
+    start_date: str = ""  # of LiveCodeBench: the first day whose problems count, YYYY-MM-DD; empty: all
+    end_date: str = ""  # and the last
+
+    def check(self) -> None:
+        for key in ("start_date", "end_date"):
+            value = getattr(self, key)
+            if value and not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+                raise UserError(f"{key} must be a day such as 2025-01-31, got {value!r}")
+        if self.start_date and self.end_date and self.start_date > self.end_date:
+            raise UserError(f"end_date={self.end_date} is before start_date={self.start_date}")
+
+    def load(self) -> list[Benchmark]:
+        """The data sets."""
+        dates = Dates(self.start_date, self.end_date)
+        return load_benchmarks(
+            self.datasets, limit=self.limit, seed=self.seed, skip_bad_rows=self.skip_bad_rows, dates=dates
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +220,7 @@ def run_evaluation(config: EvalConfig, benchmarks: Sequence[Benchmark] | None = 
     distributed = Distributed()
     check_free(config.output_dir, distributed, foreign=("metrics.jsonl", "checkpoints"))
     directory = Path(config.output_dir)
-    data = config.data
-    if benchmarks is None:
-        how = {"limit": data.limit, "seed": data.seed, "skip_bad_rows": data.skip_bad_rows}
-        benchmarks = load_benchmarks(data.datasets, **how)  # type: ignore[arg-type]
+    benchmarks = benchmarks or config.data.load()
     tokenizer = tokenizer_of(config.model.path)
     model = load_model(config.model, tokenizer)
     chunk_size = config.chunk_size * distributed.world_size
@@ -224,7 +238,7 @@ def run_evaluation(config: EvalConfig, benchmarks: Sequence[Benchmark] | None = 
                 stack.enter_context(Rubric(_reward_of(benchmark, config.reward))),
                 seed=config.seed,
                 system_prompt=config.data.system_prompt,
-                suffix="" if benchmark.judge == "code" else config.data.suffix,
+                suffix="" if benchmark.rule.has_own_form else config.data.suffix,
                 distributed=distributed,
             )
             for mode in config.decoding_modes:
@@ -263,9 +277,9 @@ def _open_store(
 
 def _reward_of(benchmark: Benchmark, reward: RewardConfig) -> RewardConfig:
     """The configured reward, except where only one can judge."""
-    if benchmark.judge is None or benchmark.judge in reward.functions:
+    judge = benchmark.rule.judge
+    if judge is None or judge in reward.functions:
         return reward
-    judge: str = benchmark.judge
     parameters = {name: values for name, values in reward.parameters.items() if name == judge}
     return replace(reward, functions=[judge], weights=[], parameters=parameters)
 
@@ -288,6 +302,7 @@ def sample_settings(
     settings |= {f"sampling.{key}": value for key, value in sections["sampling"].items()}
     settings |= {f"reward.{key}": value for key, value in sections["reward"].items() if not key.startswith("grader_")}
     settings |= {f"problems.{benchmark.name}": benchmark.digest for benchmark in benchmarks}
+    settings |= {f"rule.{benchmark.name}": benchmark.rule.title for benchmark in benchmarks}
     shape: Any = model.config
     for name in ("block_size", "mask_token_id", "tokenizer_length", "rope_parameters"):
         settings[f"config.json {name}"] = getattr(shape, name)
@@ -313,7 +328,14 @@ def _evaluate_resumably(
         logger.info(
             "%s %s: %d of %d samples", benchmark.name, mode.name, sum(which in done for which in wanted), len(wanted)
         )
-    result = summarise(benchmark.name, mode.name, mode.sampling, [done[which] for which in wanted])
+    result = summarise(
+        benchmark.name,
+        mode.name,
+        mode.sampling,
+        [done[which] for which in wanted],
+        rule=benchmark.rule.title,
+        categories=benchmark.categories,
+    )
     logger.info(
         "%s %s: avg@%d %.1f %%, %.2f tokens per step, length %.0f",
         *(benchmark.name, mode.name, mode.num_samples, 100 * result.avg_at_k),
@@ -323,14 +345,15 @@ def _evaluate_resumably(
 
 
 def _sample(which: Which, problem: Problem, completion: Completion, *, is_right: bool, seconds: float) -> Sample:
-    extract = extract_code if problem.columns.get(TESTS) else extract_boxed
+    rule = rule_of(problem)
     return Sample(
         problem=which[0],
         sample=which[1],
         correct=is_right,
-        answer=extract(completion.text),
+        answer=rule.answer(problem, completion.text),
         completion_length=completion.completion_length,
         num_denoising_steps=completion.num_denoising_steps,
         finish_reason=completion.finish_reason,
         seconds=seconds,
+        marks=rule.marks(problem, completion.text),
     )

@@ -19,17 +19,17 @@ from dirl.eval.scores import problem_means
 from dirl.files import write_json, write_whole
 
 _DEFINITIONS = """\
-- **accuracy**: avg@k, the mean over problems of the share of right samples, in percent; a program is right when it
-  passes all tests of its problem
+- **accuracy**: avg@k, the mean over problems of the share of right samples, in percent, by the rule of each data set; a
+  program is right when it passes all tests of its problem (pass@1), a text when it follows all instructions strictly
 - **±**: standard error of avg@k over problems (what other problems of the kind would change), then over sampling (what
   other random numbers would change on these problems; 0 where k is 1)
 - **tokens per step**: all tokens up to and including EOS over all denoising forward passes; **mean of ratios**: tokens
   over passes of each sample, averaged
 - **length**: tokens up to and including EOS
 - **pass@k**: unbiased probability that one of k samples is right; **maj@k**: share of problems whose most frequent
-  boxed answer is right (compared as text; samples without one do not vote; of equally frequent ones the first counts)
-- **truncated**: samples that reached max_completion_length; **no answer**: samples without a boxed answer, or, where
-  programs are asked for, without a code block
+  answer is right (compared as text; samples without one do not vote; of equally frequent ones the first counts)
+- **truncated**: samples that reached max_completion_length; **no answer**: samples without what the rule takes for one:
+  a box, a letter, a code block, any text
 - **tokens/s**: tokens up to and including EOS, of all processes together, over seconds of decoding, grading not
   included; other work on the machine and the number of problems decoded at once change it"""
 _DETAILS = (
@@ -77,12 +77,30 @@ def report_text(
         "# Evaluation",
         "Accuracy (%) / tokens per step / output length, and the mean accuracy over the data sets:",
         _table(["model", *datasets, "average"], rows),
+        *_rules(results),
         _table(_DETAILS, [_detail_row(result) for result in results]),
+        *_parts(results),
         _DEFINITIONS,
         _provenance(run),
         *(f"![{caption}]({path})" for path, caption in pictures.items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _rules(results: Sequence[ModeResult]) -> list[str]:
+    """How each data set was judged."""
+    rules = {result.dataset: result.rule for result in results if result.rule}
+    return ["Judged by: " + "; ".join(f"{dataset}: {rule}" for dataset, rule in rules.items()) + "."] if rules else []
+
+
+def _parts(results: Sequence[ModeResult]) -> list[str]:
+    """Categories of problems and kinds of judgement, where there are any."""
+    rows = []
+    for result in results:
+        found = [(name, str(count), share) for name, (count, share) in result.by_category.items()]
+        found += [(name, "", share) for name, share in result.marks.items()]
+        rows += [[result.dataset, result.mode, name, count, _percent(share)] for name, count, share in found]
+    return [_table(["data set", "mode", "of", "problems", "accuracy"], rows)] if rows else []
 
 
 def _provenance(run: Mapping[str, Any]) -> str:

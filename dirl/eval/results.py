@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from statistics import fmean
 from typing import Literal
 
 from dirl.eval import estimates
@@ -18,11 +19,12 @@ class Sample:
     problem: int  # index in the data set
     sample: int  # 0..k-1
     correct: bool
-    answer: str | None  # content of the last box; None: no answer
+    answer: str | None  # what the rule of the data set takes for one; None: no answer
     completion_length: int  # tokens up to and including EOS
     num_denoising_steps: int
     finish_reason: Literal["stop", "length"]
     seconds: float  # its share of the time its chunk took to decode
+    marks: dict[str, list[bool]] = field(default_factory=dict)  # further judgements, each of several parts
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,23 @@ class ModeResult:
     no_answer: float
     tokens_per_s: float  # tokens up to EOS / seconds
     seconds: float  # spent decoding, over all runs that added samples
+    rule: str = ""  # how answers were judged, with a version
+    # by category, where problems have one: number of problems and avg@k
+    by_category: dict[str, tuple[int, float]] = field(default_factory=dict)
+    # of IFEval: share of samples with all instructions followed, and of instructions; strictly and loosely
+    marks: dict[str, float] = field(default_factory=dict)
 
 
-def summarise(dataset: str, mode: str, sampling: SamplingConfig, samples: Sequence[Sample]) -> ModeResult:
-    """The numbers of samples that are sorted by problem."""
+def summarise(
+    dataset: str,
+    mode: str,
+    sampling: SamplingConfig,
+    samples: Sequence[Sample],
+    *,
+    rule: str = "",
+    categories: Sequence[str] = (),
+) -> ModeResult:
+    """The numbers of samples that are sorted by problem; `categories`: of each problem, "" for none."""
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.problem)]
     correct = [[sample.correct for sample in group] for group in groups]
     k = len(groups[0])
@@ -81,7 +96,28 @@ def summarise(dataset: str, mode: str, sampling: SamplingConfig, samples: Sequen
         no_answer=sum(sample.answer is None for sample in samples) / len(samples),
         tokens_per_s=sum(lengths) / seconds if seconds > 0 else 0.0,
         seconds=seconds,
+        rule=rule,
+        by_category=_by_category(correct, categories),
+        marks=_marks(samples),
     )
+
+
+def _by_category(correct: estimates.Correct, categories: Sequence[str]) -> dict[str, tuple[int, float]]:
+    found: dict[str, list[Sequence[bool]]] = {}
+    for category, of_problem in zip(categories, correct, strict=bool(categories)):
+        if category:
+            found.setdefault(category, []).append(of_problem)
+    return {name: (len(found[name]), estimates.average(found[name])) for name in sorted(found)}
+
+
+def _marks(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of each judgement: the share of samples that have all parts right, and the share of parts."""
+    found: dict[str, float] = {}
+    for name in samples[0].marks:
+        of_each = [sample.marks[name] for sample in samples]
+        found[f"prompt, {name}"] = fmean(map(all, of_each))
+        found[f"instruction, {name}"] = fmean(part for parts in of_each for part in parts)
+    return found
 
 
 def _powers_of_two(k: int) -> list[int]:

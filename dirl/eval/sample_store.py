@@ -21,7 +21,7 @@ Which = tuple[int, int]  # problem index, sample index
 SAMPLES = "samples.jsonl"
 HEADER = "samples_header.json"
 _SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(Sample))
-_ROW_FIELDS = ("dataset", "mode", *_SAMPLE_FIELDS)  # without which a line is no sample
+_ROW_FIELDS = ("dataset", "mode", *(name for name in _SAMPLE_FIELDS if name != "marks"))  # else a line is no sample
 
 
 class SampleStore:
@@ -93,7 +93,7 @@ def read_samples(path: Path) -> dict[tuple[str, str], dict[Which, Sample]]:
     """
     found: dict[tuple[str, str], dict[Which, Sample]] = {}
     for row in read_json_lines(path, "a sample", lambda row: [row[name] for name in _ROW_FIELDS]):
-        sample = Sample(**{name: row[name] for name in _SAMPLE_FIELDS})
+        sample = Sample(**{name: row[name] for name in _SAMPLE_FIELDS if name in row})
         found.setdefault((row["dataset"], row["mode"]), {})[sample.problem, sample.sample] = sample
     return found
 

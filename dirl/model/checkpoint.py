@@ -220,6 +220,18 @@ def _config_to_save(model: BlockDiffusionModel, written: dict[str, Any]) -> dict
     return dict(sorted(written.items()))
 
 
+def write_snapshot(
+    model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, is_main: bool
+) -> None:
+    """A directory, complete or absent, of a model that is whole, sharded or adapted (then merged); collective."""
+    weights = full_state_dict(model, keep=is_main)
+    if is_main:
+        temporary = directory.with_name(directory.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(model, tokenizer, temporary, weights)
+        temporary.rename(directory)
+
+
 def write_final(
     model: BlockDiffusionModel,
     tokenizer: PreTrainedTokenizerBase,

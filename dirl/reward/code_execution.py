@@ -3,7 +3,7 @@
 Data format (dLLM-RL): a row says `test_method`. `stdio`: `test_input` and `test_output`, lists of texts; the program
 reads one and prints the other. `function`: `test_list`, statements such as asserts, or `test_input` (expressions) and
 `test_output` (the literals they must equal); `prefix`, where given, stands before the program. `test_time_limit`: CPU
-seconds of each test.
+seconds of each test. `contest`: LiveCodeBench's tests (`dirl.reward.contest_tests`) of `func_name`, or of the output.
 
 What a test expects never enters the program's process: printed text is compared here, and statements and expressions
 run in a judge, a process that shares neither interpreter nor files with the program and is handed values as plain data.
@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from dirl.reward.contest_tests import as_call, prints_same, read_cases
 from dirl.reward.killable_pool import count_usable_cores
 from dirl.reward.sandbox import Limits, Sandbox, find_sandbox
 from dirl.reward.sandbox_child import RESULT, canonical
@@ -39,6 +40,7 @@ class CodeTest:
     text: str  # stdin, an expression, or statements
     expected: str | None  # stdout, or the canonical text of the expression's value; None: statements that must pass
     is_function: bool
+    is_by_line: bool = False  # what is printed is compared as LiveCodeBench does; else word by word
 
     def passes(self, program: str, prefix: str, sandbox: Sandbox, limits: Limits) -> tuple[bool, bool]:
         """(passed, ran out of time).
@@ -49,7 +51,8 @@ class CodeTest:
         source = f"{prefix.rstrip()}\n{program}" if prefix.strip() else program
         if not self.is_function:
             outcome = sandbox.run(source, limits, stdin=self.text)
-            is_equal = outcome.stdout.split() == (self.expected or "").split()
+            printed, wanted = outcome.stdout, self.expected or ""
+            is_equal = prints_same(printed, wanted) if self.is_by_line else printed.split() == wanted.split()
             return outcome.kind == "finished" and outcome.exit_code == 0 and is_equal, outcome.is_late
         last = self.text if self.expected is None else f"{RESULT} = ({self.text})"
         found = sandbox.judge(source, f"{trusted_part(prefix)}\n\n{last}\n", limits)
@@ -117,21 +120,32 @@ def code(
     jobs: list[Callable[[], float] | None] = []
     for row, completion in enumerate(completions):
         values = {name: column[row] for name, column in columns.items() if len(column) == num_rows}
-        try:
-            tests = read_tests(values)
-        except ValueError as error:
-            raise ValueError(f"row {row}: {error}") from error
         limits = Limits(float(values.get("test_time_limit") or time_limit_seconds), int(memory_limit_mb))
-        jobs.append(_job(completion, str(values.get("prefix") or ""), tests, limits) if tests else None)
+        jobs.append(_job(row, completion, values, limits))
     workers = int(num_workers) or min(4, count_usable_cores())
     with ThreadPoolExecutor(max_workers=workers) as pool:
         futures = [None if job is None else pool.submit(job) for job in jobs]
-        return [None if future is None else future.result() for future in futures]
+        try:
+            return [None if future is None else future.result() for future in futures]
+        except ValueError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _job(completion: str, prefix: str, tests: Sequence[CodeTest], limits: Limits) -> Callable[[], float]:
-    sandbox = warned_sandbox()
-    return lambda: score_completion(completion, prefix, tests, sandbox, limits)
+def _job(row: int, completion: str, values: dict[str, Any], limits: Limits) -> Callable[[], float] | None:
+    """To be called in its turn; None for a row without tests."""
+
+    def tests() -> list[CodeTest]:
+        try:
+            return read_tests(values)
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from error
+
+    if values.get("test_method") is None:
+        return None
+    sandbox, prefix = warned_sandbox(), str(values.get("prefix") or "")
+    known = None if values["test_method"] == "contest" else tests()  # those of a contest are too large to keep
+    return lambda: score_completion(completion, prefix, known or tests(), sandbox, limits)
 
 
 def score_completion(
@@ -160,9 +174,11 @@ def read_tests(row: dict[str, Any]) -> list[CodeTest]:
     method = row.get("test_method")
     if method is None:
         return []
+    if method == "contest":
+        return [_contest_test(case, row.get("func_name")) for case in read_cases(row)]
     inputs, outputs, statements = (_texts(row, name) for name in ("test_input", "test_output", "test_list"))
     if method not in ("stdio", "function"):
-        raise ValueError(f"test_method={method!r}; expected stdio or function")
+        raise ValueError(f"test_method={method!r}; expected stdio, function or contest")
     if len(inputs) != len(outputs):
         raise ValueError(f"test_input has {len(inputs)} entries and test_output {len(outputs)}; they are pairs")
     pairs = list(zip(inputs, outputs, strict=True))
@@ -173,6 +189,13 @@ def read_tests(row: dict[str, Any]) -> list[CodeTest]:
     if not tests:
         raise ValueError(f"test_method={method} without tests")
     return tests
+
+
+def _contest_test(case: tuple[str, str], name: str | None) -> CodeTest:
+    if not name:
+        return CodeTest(*case, is_function=False, is_by_line=True)
+    call, value = as_call(name, case)
+    return CodeTest(call, canonical(value), is_function=True)
 
 
 def _texts(row: dict[str, Any], name: str) -> list[str]:

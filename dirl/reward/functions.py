@@ -24,12 +24,14 @@ from typing import Any
 
 from dirl.errors import UserError, one_line
 from dirl.files import expand
+from dirl.reward.choices import choice
 from dirl.reward.code_execution import code
+from dirl.reward.instructions import instructions
 from dirl.reward.reasoning_tasks import reasoning_gym
 from dirl.reward.shaping import REWARD_FUNCTIONS, RewardFunction
 
 REWARD_FUNCTIONS["code"] = code  # it runs generated programs: never unless it is named
-REWARD_FUNCTIONS["reasoning_gym"] = reasoning_gym
+REWARD_FUNCTIONS |= {"choice": choice, "instructions": instructions, "reasoning_gym": reasoning_gym}
 
 MAX_REWARD = 1e9  # in absolute value; what is far larger overflows where float32 squares it
 _ARRAYS = {"numpy", "torch", "jax", "jaxlib"}  # modules whose arrays, tensors and scalars are numbers

@@ -24,7 +24,8 @@ Parts = Mapping[str, Sequence[float | None]]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "step_maps", "is_right")  # of every reward function
-JUDGES = ("accuracy", "code", "reasoning_gym")  # functions whose full score, 1, says that an answer is right
+# Functions whose full score, 1, says that an answer is right.
+JUDGES = ("accuracy", "code", "reasoning_gym", "choice", "instructions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.update import UpdateConfig
 from dirl.rollout.build import chosen_engine, engine_load
 from dirl.rollout.engine import SamplingConfig
+from dirl.training.background import BackgroundConfig
 from dirl.training.loop import TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES
 from dirl.training.stages import stages_of
@@ -49,7 +50,7 @@ class RLDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLEvalConfig(RowsConfig):
+class RLEvalConfig(RowsConfig, BackgroundConfig):
     """The evaluation during training: the sampling of the rollouts on held-out problems."""
 
     path: str = field(default="", metadata=PATH)  # as data.path; empty: what data.heldout keeps apart, if anything
@@ -57,6 +58,10 @@ class RLEvalConfig(RowsConfig):
     limit: int = bounded(64, least=0)  # problems; 0: all
     num_samples: int = bounded(4, least=1)  # completions a problem
     greedy: bool = True  # also one greedy completion a problem
+
+    def check(self) -> None:
+        RowsConfig.check(self)
+        BackgroundConfig.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +118,7 @@ class RLConfig(TrainingConfig, UpdateConfig):
         if self.has_critic and self.critic.backbone == "shared" and self.lora.r == 0:
             raise UserError("critic.backbone=shared needs frozen weights to share: set lora.r, or use copy")
         self._check_behavior()
+        self._check_background()
         self._check_stages()
 
     def _check_behavior(self) -> None:
@@ -133,6 +139,19 @@ class RLConfig(TrainingConfig, UpdateConfig):
                 f"rollout.approximate_cache={cache} samples from another policy than the one that is trained: set "
                 "objective.importance_sampling_correction=token_truncate, which weighs by their ratio, or use none"
             )
+
+    def _check_background(self) -> None:
+        """A process of its own decodes with the snapshot alone."""
+        if not self.eval.background:
+            return
+        if not self.eval.path and not self.data.heldout:
+            raise UserError("eval.background=true has nothing to evaluate on: set eval.path or data.heldout")
+        if self.rollout.mode == "server":
+            raise UserError("eval.background=true needs an engine of its own, not a server: set rollout.mode=colocate")
+        if self.rollout.threshold_policy:
+            raise UserError("eval.background=true knows no rollout.threshold_policy: no snapshot holds it; use false")
+        if self.rollout.engine == "lmdeploy" and self.eval.device == "cpu":
+            raise UserError("eval.background=true with rollout.engine=lmdeploy needs a GPU: set eval.device")
 
     def _check_stages(self) -> None:
         changed = {key for stage in stages_of(self) for key in stage.changes}

@@ -18,15 +18,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dirl.data.problem_sources import load_problems, load_sources, split_problems
 from dirl.data.problems import Problem, of_pass_rate
 from dirl.diffusion.likelihood import ScoringRule
 from dirl.diffusion.packing import PackedViews
 from dirl.errors import UserError
-from dirl.eval.evaluate import Evaluator, Mode
-from dirl.eval.scores import write_scores
 from dirl.files import append_json_lines, write_json
-from dirl.model.checkpoint import load_model, write_final
+from dirl.model.checkpoint import load_model, write_final, write_snapshot
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.logprobs import ActionScores, PackedScorer, suppressed_by
 from dirl.model.lora import adapters_off, add_adapters
@@ -36,6 +33,7 @@ from dirl.rl.advantage import advantages_of
 from dirl.rl.ahead import RolloutsAhead
 from dirl.rl.collector import Collected, Collector
 from dirl.rl.critic import Critic, ValueModel, value_model_of
+from dirl.rl.heldout import heldout_evaluator, heldout_metrics, snapshot_metrics, split_of
 from dirl.rl.rl_config import RLConfig, check_lengths
 from dirl.rl.rollout_group import Prompt, RolloutGroup, render_prompts
 from dirl.rl.rollout_metrics import completion_rows, headline, metrics_of_all_ranks, sample_line, throughput
@@ -56,6 +54,7 @@ logger = logging.getLogger(__name__)
 class RLTrainer(Trainer):
     """DiPO: `step()` is one batch of rollouts and its optimizer steps."""
 
+    CONFIG = RLConfig
     config: RLConfig
     stage = "rl"
 
@@ -70,6 +69,7 @@ class RLTrainer(Trainer):
         engine: RolloutEngine | None = None,
     ) -> None:
         super().__init__(config)
+        self.refuse_beside(rubric=rubric, engine=engine)
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or tokenizer_of(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
@@ -192,31 +192,22 @@ class RLTrainer(Trainer):
 
         Where a policy chooses thresholds, with the most probable one for each problem.
         """
-        config = self.config
-        evaluator = Evaluator(
-            self.engine,
-            self.tokenizer,
-            self.rubric,
-            seed=config.seed,
-            system_prompt=config.data.system_prompt,
-            suffix=config.data.suffix,
-            distributed=self.distributed,
+        evaluator = heldout_evaluator(self.config, self.engine, self.tokenizer, self.rubric, self.distributed)
+        return heldout_metrics(
+            self.config,
+            evaluator,
+            self.heldout,
+            step=self.steps_done if self.distributed.is_main else None,
+            thresholds_of=self.thresholds.best if self.thresholds else None,
+            paused=self.ahead.paused if self.ahead is not None else nullcontext,
         )
-        thresholds_of = self.thresholds.best if self.thresholds else None
-        modes = {"eval": Mode("sampled", config.rollout, config.eval.num_samples, thresholds_of)}
-        if config.eval.greedy:
-            modes["eval/greedy"] = Mode("greedy", replace(config.rollout, temperature=0.0), 1, thresholds_of)
-        metrics: dict[str, float] = {}
-        found = {}
-        for name, mode in modes.items():
-            with self.ahead.paused() if self.ahead is not None else nullcontext():
-                result, found[f"{name}/accuracy"] = evaluator.evaluate(self.heldout, mode)
-            metrics[f"{name}/accuracy"] = result.avg_at_k
-            metrics[f"{name}/tokens_per_step"] = result.tokens_per_step
-            metrics[f"{name}/standard_error"] = result.standard_error
-        if self.distributed.is_main:
-            write_scores(config.output_dir, self.steps_done, self.heldout, found)
-        return metrics
+
+    def write_snapshot(self, directory: Path) -> None:
+        write_snapshot(self.model, self.tokenizer, directory, is_main=self.distributed.is_main)
+
+    @classmethod
+    def evaluate_snapshot(cls, config: RLConfig, snapshot: Path) -> dict[str, float]:
+        return snapshot_metrics(config, snapshot)
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         return headline(metrics)
@@ -315,23 +306,10 @@ class RLTrainer(Trainer):
         with adapters_off(self.model):
             return self.learner.module(packed, rule)
 
-    def _evaluation(self) -> list[Problem]:
-        """What `eval.path` names."""
-        named, skip, seed = self.config.eval, self.config.data.skip_bad_rows, self.config.seed
-        if not named.path:
-            return []
-        split = "heldout" if named.path.startswith("task:") else named.split
-        limit, columns = named.limit, named.columns
-        return load_problems(named.path, split=split, limit=limit, skip_bad_rows=skip, seed=seed, columns=columns)
-
     def _prompts(self, problems: Sequence[Problem] | None) -> list[Prompt]:
         """What is practised on; what is kept apart of it is evaluated on where nothing else is named."""
-        data, self.heldout = self.config.data, self._evaluation()
-        split = split_problems(
-            load_sources(data, self.config.seed) if problems is None else problems, data, self.heldout
-        )
-        self._overlaps = split.overlaps
-        self.heldout = self.heldout or split.heldout[: self.config.eval.limit or None]
+        data, split = self.config.data, split_of(self.config, problems)
+        self._overlaps, self.heldout = split.overlaps, split.heldout
         prompts, num_too_long = render_prompts(
             of_pass_rate(split.trained, data.pass_rate),
             self.tokenizer,

@@ -29,7 +29,7 @@ from dirl.diffusion.packing import PackedViews
 from dirl.diffusion.unmasking import UnmaskingRule
 from dirl.diffusion.views import placeholder_pack
 from dirl.errors import UserError
-from dirl.model.checkpoint import ModelConfig, load_model, write_final
+from dirl.model.checkpoint import ModelConfig, load_model, write_final, write_snapshot
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.registry import published_noise
 from dirl.model.logprobs import PackedScorer, suppressed_by
@@ -41,6 +41,7 @@ from dirl.sft.batch import Example, batch_noise_levels, make_example, pack_micro
 from dirl.sft.block_starts import count_block_starts, next_token_loss, with_noisy_starts
 from dirl.sft.loss import decile_sums, nelbo_loss
 from dirl.sft.sft_data import SFTDataConfig, split_documents
+from dirl.training.background import BackgroundConfig
 from dirl.training.balance import balanced_owners, packed_cost, split_by_budget, whole_cost
 from dirl.training.loop import Trainer, TrainingConfig
 from dirl.training.optimizer import OPTIMIZER_BYTES, Learner, Loss
@@ -75,11 +76,14 @@ class SFTConfig(TrainingConfig):
 
     def check(self) -> None:
         stages_of(self)
+        if self.eval.background and not self.data.num_heldout and not self.data.heldout:
+            raise UserError("eval.background=true has nothing to evaluate on: set data.num_heldout or data.heldout")
 
 
 class SFTTrainer(Trainer):
     """Random-masking SFT: `step()` is one optimizer step."""
 
+    CONFIG = SFTConfig
     config: SFTConfig
     stage = "sft"
 
@@ -92,6 +96,7 @@ class SFTTrainer(Trainer):
         documents: Sequence[Document] | None = None,
     ) -> None:
         super().__init__(config)
+        self.refuse_beside(documents=documents)
         self.tokenizer = tokenizer or tokenizer_of(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
         self.tags = self.model.tags
@@ -203,6 +208,24 @@ class SFTTrainer(Trainer):
             lora=self.config.lora,
             is_main=self.distributed.is_main,
         )
+
+    def write_snapshot(self, directory: Path) -> None:
+        write_snapshot(self.model, self.tokenizer, directory, is_main=self.distributed.is_main)
+
+    @classmethod
+    def evaluate_snapshot(cls, config: SFTConfig, snapshot: Path) -> dict[str, float]:
+        model = replace(config.model, path=str(snapshot), dtype="float32")  # adapters are in, and nothing is trained
+        return cls(
+            replace(
+                config,
+                output_dir=str(snapshot),
+                model=model,
+                lora=LoraConfig(),
+                bf16=config.bf16 or config.model.dtype == "bfloat16",
+                offload_optimizer=False,
+                eval=BackgroundConfig(),
+            )
+        ).evaluate()
 
     def _loss(self, packed: PackedViews, num_scored: float, num_starts: float) -> Loss:
         logprob_T, weight = self.learner.module(packed, self.rule).logprob_T, self.config.autoregressive_weight

@@ -8,11 +8,13 @@ evaluation are; when they happen, what survives a stop, what is written and show
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dirl.config import bounded, config_to_dict
 from dirl.errors import UserError
@@ -20,6 +22,7 @@ from dirl.files import append_json_lines
 from dirl.show.model_card import Stage, finish_model
 from dirl.show.pictures import plot_run
 from dirl.show.terminal import Terminal
+from dirl.training.background import MAX_WAITING, BackgroundConfig, BackgroundEvaluations
 from dirl.training.distributed import Distributed
 from dirl.training.interruption import SignalWatch, StopAsked
 from dirl.training.metrics import Timings
@@ -35,6 +38,7 @@ class TrainingConfig(RunConfig, OptimizerConfig, StagedConfig):
     """What every stage that trains is told."""
 
     eval_steps: int = bounded(0, least=0)  # optimizer steps between evaluations; 0: only at the end
+    eval: BackgroundConfig = field(default_factory=BackgroundConfig)
 
 
 class NothingToLearn(UserError):
@@ -46,6 +50,8 @@ class Trainer(ABC):
 
     A subclass's constructor builds, after this one's, `learner` and `source`.
     """
+
+    CONFIG: ClassVar[type[TrainingConfig]]  # what it is told
 
     stage: Stage
     learner: Learner
@@ -64,6 +70,7 @@ class Trainer(ABC):
         self.signals = SignalWatch(self.distributed.max)
         self.terminal = Terminal(is_main=self.distributed.is_main)
         self.steps_done = 0  # optimizer steps
+        self.later = self._background(config)
 
     def count_steps(self, num_items: int, batch_key: str, steps_per_batch: int = 1) -> None:
         """Have `max_steps` say how many steps `num_train_epochs` are; nothing where that is not set.
@@ -129,6 +136,15 @@ class Trainer(ABC):
         """Metrics on the held-out data; asked for where there are any."""
         return {}
 
+    def write_snapshot(self, directory: Path) -> None:
+        """The model as it is, whole, as a Hugging Face directory; collective. Asked for with `eval.background`."""
+        raise NotImplementedError
+
+    @classmethod
+    def evaluate_snapshot(cls, config: Any, snapshot: Path) -> dict[str, float]:
+        """What `evaluate` says of the model in a directory, by one process that does nothing else."""
+        raise NotImplementedError
+
     def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Rates that need the seconds of the step, which only its end knows."""
         return {}
@@ -143,8 +159,11 @@ class Trainer(ABC):
     def train(self) -> Path:
         """Train to max_steps (or from the newest checkpoint on) and write `final/`; returns its path."""
         config = self.stages[0].config
-        with hold(config.output_dir, self.distributed), self._run(config) as run:
+        with hold(config.output_dir, self.distributed), self._run(config) as run, self.later or nullcontext():
             self.steps_done = run.step
+            if self.later is not None:
+                self.later.restore(run.step, run.evaluated)
+                run.later_steps = self.later.steps
             self.begin()
             if run.is_finished:
                 run.say(f"all {run.step} steps are done; raise max_steps, or name another output_dir for another run")
@@ -173,7 +192,9 @@ class Trainer(ABC):
                 run.save_if_due(metrics)
                 run.add(self.timings.drain())
             final = self.write_final()
+            self._await_evaluations(run, MAX_WAITING)  # the last step is not left out
             self._evaluate_if_owed(run)
+            self._await_evaluations(run, 0)
         return self._finish(final)
 
     def _evaluate_if_owed(self, run: Run) -> None:
@@ -181,6 +202,9 @@ class Trainer(ABC):
 
         A run that was killed before that owes it still when it goes on.
         """
+        if self.later is not None:
+            self._evaluate_later(run, self.later)
+            return
         if not (run.owes_evaluation and self.heldout):
             return
         run.stop_if_asked()
@@ -195,6 +219,48 @@ class Trainer(ABC):
         run.owes_evaluation = False
         run.add(evaluation | self.timings.drain())
         run.save_if_due(evaluation)
+
+    def _evaluate_later(self, run: Run, later: BackgroundEvaluations) -> None:
+        """Take in what has been evaluated meanwhile, and hand on a snapshot of the step that ended last."""
+        later.collect(run.add_evaluation)
+        if not (run.owes_evaluation and self.heldout):
+            return
+        is_full, is_there = self.distributed.from_main((later.is_full, run.step in later.steps))
+        if is_full and not is_there:
+            run.say(f"step {run.step} is not evaluated: {MAX_WAITING} snapshots wait for it already")
+        elif not is_there:
+            with self.timings.phase("eval"):
+                self.write_snapshot(later.prepare(run.step, replace(self.config, stages=[])))
+            later.add(run.step)
+            later.collect(run.add_evaluation)
+        run.owes_evaluation = False
+        run.add(self.timings.drain())
+
+    def _await_evaluations(self, run: Run, num_left: int) -> None:
+        """Wait until no more than so many are under way; collective."""
+        later = self.later
+        while later is not None and self.distributed.from_main(len(later.steps) > num_left):
+            run.stop_if_asked()
+            with self.timings.phase("eval"):
+                time.sleep(0.2)
+            later.collect(run.add_evaluation)
+        run.add(self.timings.drain())
+
+    def _background(self, config: TrainingConfig) -> BackgroundEvaluations | None:
+        if not config.eval.background:
+            return None
+        limit, is_main = config.phase_timeout, self.distributed.is_main
+        return BackgroundEvaluations(config.output_dir, config.eval, type(self), limit_seconds=limit, is_main=is_main)
+
+    def refuse_beside(self, **given: object) -> None:
+        """Objects that an evaluation reads must come from the configuration, where another process evaluates.
+
+        Raises:
+            UserError: one was given.
+        """
+        for name, value in given.items():
+            if self.later is not None and value is not None:
+                raise UserError(f"eval.background=true evaluates by the configuration alone: pass no {name}")
 
     def _finish(self, final: Path) -> Path:
         output_dir = Path(self.config.output_dir)

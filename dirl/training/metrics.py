@@ -146,17 +146,17 @@ class MetricsLogger:
         self._show(line, step)
 
     def add(self, metrics: Mapping[str, float], step: int) -> None:
-        """More numbers of a step, into its line, which is the last; nothing where it has none."""
+        """More numbers of a step, into its line; nothing where it has none."""
         lines = self._lines() if metrics else []
-        if lines and lines[-1]["step"] == step:
-            more = {name: finite_or_none(value) for name, value in metrics.items()}
-            self._replace([*lines[:-1], lines[-1] | more])
+        more = {name: finite_or_none(value) for name, value in metrics.items()}
+        if any(line["step"] == step for line in lines):
+            self._replace([line | more if line["step"] == step else line for line in lines])
             self._show(more, step)
 
-    def line_of(self, step: int) -> dict[str, Value]:
-        """The last line, if it is that of this step; empty on all but the main rank."""
+    def evaluations(self) -> dict[int, dict[str, Value]]:
+        """The lines that hold an evaluation, by step; none on all but the main rank."""
         lines = self._lines()
-        return lines[-1] if lines and lines[-1]["step"] == step else {}
+        return {line["step"]: line for line in lines if any(name.startswith("eval/") for name in line)}
 
     def _show(self, line: Mapping[str, Value], step: int) -> None:
         finite = {name: value for name, value in line.items() if value is not None and name != "step"}

@@ -22,7 +22,7 @@ from dirl.training.full_parameters import model_size
 from dirl.training.interruption import PhaseClock, SignalWatch
 from dirl.training.metrics import MetricsLogger, Timings, Value
 from dirl.training.optimizer import Learner
-from dirl.training.run_state import RunConfig, hide_secrets, resolve_resume, save_checkpoint, write_run_json
+from dirl.training.run_state import RunConfig, hide_secrets, prune, resolve_resume, save_checkpoint, write_run_json
 from dirl.training.stages import settings_of
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Run:
         self.owes_evaluation = False  # the newest step's; set by the loop, kept by checkpoints
         self._saved_step = self._reported_step = -1
         self._best: tuple[int, float] | None = None  # step and value of metric_for_best_model
+        self.later_steps: Sequence[int] | None = None  # those that are evaluated meanwhile; None: the loop evaluates
         self._phases = PhaseClock(config.phase_timeout, self.distributed.rank, timings.standing)
         tracker_id = self._restore()
         self.metrics = MetricsLogger(
@@ -80,7 +81,7 @@ class Run:
             resume_id=tracker_id,
         )
         self.metrics.truncate_after(self.step)
-        self._recall(self.distributed.from_main(self.metrics.line_of(self.step)))
+        self.evaluated = self._recall(self.distributed.from_main(self.metrics.evaluations()))
         if self.distributed.is_main:
             write_run_json(config.output_dir, settings, model_size(self.learner.module))
             save_config(config, Path(config.output_dir, "config.yaml"))
@@ -120,10 +121,21 @@ class Run:
         self.metrics.log({**metrics, "perf/peak_memory_gb": peak_memory_gb()}, self.step)
         self.terminal.report(self.step, self.max_steps, metrics, headline)
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """More numbers of the step whose line is written, into that line; nowhere if it has none."""
-        self.metrics.add(metrics, self.step)
+    def add(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """More numbers of a step (None: the last) whose line is written, into that line; nowhere if it has none."""
+        self.metrics.add(metrics, self.step if step is None else step)
         self._reported_step = -1
+
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation of an earlier step, which has only now ended."""
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "decile" not in name)
+        self.say(f"step {step}/{self.max_steps} evaluated: {numbers}")
+        self.add(metrics, step)
+        self._is_new_best(metrics, step)
+        if self._saved_step >= 0:
+            newest = Path(self.config.output_dir, "checkpoints", f"step_{self._saved_step:06d}")
+            prune(newest, self.config.save_total_limit, self._kept_steps(judged=step))
+        self._report()
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
@@ -152,10 +164,13 @@ class Run:
     def save_if_due(self, metrics: Mapping[str, float] | None = None) -> None:
         """Write a checkpoint every `save_steps`, at the end, and of a new best of `metric_for_best_model`.
 
-        And before a run's first evaluation: one that cannot work fails there.
+        And before a run's first evaluation: one that cannot work fails there. And of each step that may turn out to be
+        the best when its evaluation has ended.
         """
-        is_due = self._is_new_best(metrics or {}) or self.is_due(self.config.save_steps) or self.is_finished
-        if self._saved_step != self.step and (is_due or (self.owes_evaluation and self._saved_step < 0)):
+        is_due = self._is_new_best(metrics or {}, self.step) or self.is_due(self.config.save_steps) or self.is_finished
+        may_be_best = self.later_steps is not None and bool(self.config.metric_for_best_model)
+        is_due |= self.owes_evaluation and (self._saved_step < 0 or may_be_best)
+        if self._saved_step != self.step and is_due:
             with self.timings.phase("save"):
                 self.save()
             self._report()
@@ -172,8 +187,13 @@ class Run:
             limit=self.config.save_total_limit,
             is_main=self.distributed.is_main,
             barrier=self.distributed.barrier,
-            best_step=self._best[0] if self._best else None,
+            kept_steps=self._kept_steps(),
         )
+
+    def _kept_steps(self, judged: int = -1) -> list[int]:
+        """The best, and those that may turn out to be; `judged` no longer."""
+        open_steps = self.later_steps if self.later_steps and self.config.metric_for_best_model else []
+        return [*([self._best[0]] if self._best else []), *(step for step in open_steps if step != judged)]
 
     def _report(self) -> None:
         """Bring report.html up to date."""
@@ -210,21 +230,22 @@ class Run:
         if self.distributed.min(float(error is None)) == 0:
             raise error or UserError("another rank could not write its part of the checkpoint")
 
-    def _is_new_best(self, metrics: Mapping[str, float]) -> bool:
+    def _is_new_best(self, metrics: Mapping[str, float | None], step: int) -> bool:
         value = metrics.get(self.config.metric_for_best_model)
         if value is None or not math.isfinite(value):
             return False
         sign = 1 if self.config.greater_is_better else -1
         is_best = self._best is None or sign * value > sign * self._best[1]
         if is_best:
-            self._best = (self.step, float(value))
+            self._best = (step, float(value))
         return is_best
 
-    def _recall(self, line: Mapping[str, Value]) -> None:
-        """What came into the line of the step that is resumed after its checkpoint was written: the evaluation."""
-        if any(name.startswith("eval/") for name in line):
-            self.owes_evaluation = False
-            self._is_new_best({name: value for name, value in line.items() if value is not None})
+    def _recall(self, lines: Mapping[int, Mapping[str, Value]]) -> set[int]:
+        """What came into the lines of steps after the checkpoint was written: evaluations; the steps that have one."""
+        for step, line in lines.items():
+            self._is_new_best(line, step)
+        self.owes_evaluation &= self.step not in lines
+        return set(lines)
 
     def _identity(self) -> dict[str, Any]:
         return {

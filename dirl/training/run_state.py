@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -86,7 +86,7 @@ def save_checkpoint(
     limit: int,
     is_main: bool,
     barrier: Callable[[], None],
-    best_step: int | None = None,
+    kept_steps: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint that exists completely or not at all; returns its directory.
 
@@ -94,7 +94,7 @@ def save_checkpoint(
         write: fills the directory it is given; called on every rank, which must not write the same file.
         limit: checkpoints to keep, this one included; 0 keeps all.
         barrier: returns when every rank has called it.
-        best_step: a checkpoint that is kept whatever its age.
+        kept_steps: checkpoints that are kept whatever their age.
     """
     final = Path(output_dir) / "checkpoints" / f"step_{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
@@ -112,7 +112,7 @@ def save_checkpoint(
         if is_main:  # gone once it is published; after a failure, give a full disk its space back
             shutil.rmtree(temporary, ignore_errors=True)
     if is_main:
-        prune(final, limit, best_step)
+        prune(final, limit, kept_steps)
     barrier()
     return final
 
@@ -153,7 +153,7 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(newest: Path, limit: int, best_step: int | None = None) -> None:
+def prune(newest: Path, limit: int, kept_steps: Collection[int] = ()) -> None:
     """Delete the oldest checkpoints beyond `limit`, what earlier kills left, and steps this run has not reached.
 
     A later step than the one just saved belongs to a run that was given up; "auto" would resume from it.
@@ -161,8 +161,7 @@ def prune(newest: Path, limit: int, best_step: int | None = None) -> None:
     reached = checkpoint_step(newest)
     complete = {step: path for step, path in checkpoints_by_step(newest.parent).items() if not missing_in(path)}
     kept = [complete[step] for step in sorted(complete) if step <= reached][-limit if limit else 0 :]
-    if best_step in complete and best_step <= reached:
-        kept.append(complete[best_step])
+    kept += [complete[step] for step in kept_steps if step in complete and step <= reached]
     for path in newest.parent.iterdir():
         if ANY_STATE_NAME.fullmatch(path.name) and path not in kept:
             shutil.rmtree(path)

@@ -37,6 +37,7 @@ LEFTOVERS = {
     "model/kernels.py": "the fence of an extra: where liger-kernel comes in",
     "model/tiny.py": "the embedded default; nothing that loads real models needs it",
     "reward/__init__.py": "the face of `dirl.rewards`",
+    "reward/choices.py": "the published rules of multiple choice, one value each",
     "reward/reasoning_tasks.py": "the fence of an extra: where reasoning-gym's scorers come in",
     "rollout/lmdeploy/version.py": "read before anything of lmdeploy may be imported",
     "sft/block_starts.py": "which rows block starts are learned from, and why: tensors in, tensors out",

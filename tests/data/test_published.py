@@ -10,6 +10,7 @@ import pytest
 from dirl.data.problem_sources import load_problems
 from dirl.data.problems import Problem, problem_from_row
 from dirl.reward.code_execution import code
+from tests.published_rows import GPQA, IFEVAL, MMLU_PRO, contest_row
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
@@ -96,3 +97,47 @@ def test_a_file_in_a_published_form(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             problem_from_row(row)
+
+
+def test_multiple_choice() -> None:
+    problem = problem_from_row(GPQA)
+    lines = problem.question.splitlines()
+    assert {line[3:] for line in lines[-4:]} == {"Jupiter", "Mars", "Venus", "Earth"}
+    assert f"{problem.answer}) Jupiter" in lines and "Which planet is largest?" in lines
+    assert problem.columns == {"choice_rule": "simple-evals", "category": "Physics", "record_id": "rec1"}
+    # The order is the row's own, whatever stands around it, and no letter is favoured.
+    moved = {**GPQA, "Correct Answer": "Earth", "Incorrect Answer 3": "Jupiter"}
+    assert problem_from_row(moved).question == problem.question
+    letters = [problem_from_row({**GPQA, "Question": f"Q{n}"}).answer for n in range(400)]
+    assert all(70 < letters.count(letter) < 130 for letter in "ABCD")
+
+    problem = problem_from_row(MMLU_PRO)
+    assert problem.question.endswith("What is 3 + 4?\n\nA. 5\nB. 6\nC. 7") and "about math" in problem.question
+    assert (problem.answer, problem.columns["choice_rule"], problem.columns["category"]) == ("C", "mmlu-pro", "math")
+    with pytest.raises(ValueError, match=r"answer='B' and answer_index=2 for 3 options"):
+        problem_from_row({**MMLU_PRO, "answer": "B"})
+
+
+def test_instructions() -> None:
+    problem = problem_from_row(IFEVAL)
+    assert (problem.question, problem.answer) == (IFEVAL["prompt"], "")
+    assert problem.columns == {key: IFEVAL[key] for key in ("instruction_id_list", "kwargs", "key")}
+    with pytest.raises(ValueError, match=r"has 2 instructions in instruction_id_list, and kwargs=\[\{\}\]"):
+        problem_from_row({**IFEVAL, "kwargs": [{}]})
+
+
+def test_livecodebench() -> None:
+    doubled = problem_from_row(contest_row([("2\n", "4\n")], [("3 5\n", "6\n10.0")]))
+    assert "Double what you are given." in doubled.question and doubled.columns["contest_date"] == "2025-01-18"
+    assert graded(doubled, "```python\nfor word in input().split():\n    print(2 * int(word))\n```") == 1.0
+    assert graded(doubled, "```python\nprint(*(2 * int(word) for word in input().split()))\n```") == 0.5  # lines count
+    row = contest_row([("[1, 2]", "[2, 4]")], [("[]", "[]"), ("[0.5]", "[1]")], name="double")
+    method = problem_from_row(row)
+    body = "class Solution:\n    def double(self, numbers: List[int]):\n        return {}\n"
+    assert "class Solution" in method.question
+    for returned, share in (("[2 * n for n in numbers]", 1.0), ("tuple(2 * n for n in numbers)", 1.0), ("[]", 1 / 3)):
+        assert graded(method, f"```python\n{body.format(returned)}```") == pytest.approx(share)
+    assert graded(method, "```python\ndouble = lambda numbers: [n + n for n in numbers]\n```") == 1.0
+    for changes, words in (({"metadata": "{"}, "metadata='{'"), ({"public_test_cases": ""}, "public_test_cases=''")):
+        with pytest.raises(ValueError, match=words):
+            problem_from_row({**row, **changes})

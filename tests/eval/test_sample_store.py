@@ -70,6 +70,7 @@ def test_a_line_holds_what_is_needed_to_judge_and_replay_it(tmp_path: Path) -> N
         "num_denoising_steps": 2,
         "finish_reason": "stop",
         "seconds": 0.5,
+        "marks": {},
         "text": "é \\boxed{1}\n",
         "token_ids": [5, 6, 1],
         "step_map": [1, 1, 2],

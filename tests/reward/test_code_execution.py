@@ -454,7 +454,7 @@ def test_rows_without_tests_do_not_apply_and_bad_ones_are_named() -> None:
         0.0,
     ]
     for row, words in (
-        ({"test_method": "telnet"}, "row 0: test_method='telnet'; expected stdio or function"),
+        ({"test_method": "telnet"}, "row 0: test_method='telnet'; expected stdio, function or contest"),
         ({"test_method": "stdio"}, "row 0: test_method=stdio without tests"),
         (
             {"test_method": "stdio", "test_input": ["a"], "test_output": []},

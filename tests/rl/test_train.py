@@ -173,3 +173,31 @@ def test_only_the_true_reward_teaches(
     accuracies = [trained.step()["completions/accuracy"] for _ in range(config.max_steps)]
     gain = statistics.fmean(accuracies[-4:]) - statistics.fmean(accuracies[:4])
     assert (gain < 0.06) if is_shuffled else (gain > 0.12), (gain, accuracies)
+
+
+def test_a_snapshot_is_evaluated_as_the_model_is(tmp_path: Path) -> None:
+    """By the process of `eval.background`, which has the configuration and the snapshot alone."""
+    evaluation = RLEvalConfig(path="task:noisy_sums", limit=3, num_samples=2)
+    reward = RewardConfig(functions=["tests.rl.test_update:even_length"])
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), eval=evaluation, reward=reward)
+    trained = trainer(config)
+    before = trained.evaluate()
+    trained.step()
+    trained.write_snapshot(tmp_path / "snapshot")
+    assert RLTrainer.evaluate_snapshot(config, tmp_path / "snapshot") == trained.evaluate()
+    assert before.keys() >= {"eval/accuracy", "eval/greedy/tokens_per_step", "eval/standard_error"}
+    beside = replace(evaluation, background=True)
+    for changes, words in (
+        ({"eval": replace(beside, path="")}, r"nothing to evaluate on: set eval\.path"),
+        (
+            {"rollout": replace(config.rollout, mode="server", server_urls=["http://127.0.0.1:1"])},
+            r"not a server: set rollout\.mode=colocate",
+        ),
+        ({"rollout": replace(config.rollout, engine="lmdeploy")}, r"needs a GPU: set eval\.device"),
+        ({"rollout": replace(config.rollout, threshold_policy=[0.5, 0.9])}, r"no rollout\.threshold_policy"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(config, **{"eval": beside, **changes})
+    with pytest.raises(ValueError, match="by the configuration alone: pass no rubric"):
+        model, tokenizer = tiny()
+        RLTrainer(replace(config, eval=beside), model=model, tokenizer=tokenizer, rubric=trained.rubric)

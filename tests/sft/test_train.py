@@ -12,8 +12,10 @@ import torch
 from dirl.data.conversations import Document
 from dirl.diffusion.noising import NoiseConfig
 from dirl.diffusion.packing import PackedViews
+from dirl.model.lora import LoraConfig
 from dirl.model.tiny import tiny
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
+from dirl.training.background import BackgroundConfig
 from dirl.training.distributed import Distributed
 
 CONFIG = SFTConfig(
@@ -146,3 +148,21 @@ def test_training_lowers_the_heldout_loss_and_writes_the_run(tmp_path: Path) -> 
 def test_nothing_left_to_train_on_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.num_heldout=4 leaves none of 4 documents"):
         trainer(CONFIG, DOCUMENTS[:4])
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_snapshot_is_evaluated_as_the_model_is(lora: int, tmp_path: Path) -> None:
+    """By the process of `eval.background`, which has the configuration and the snapshot alone."""
+    data = SFTDataConfig(limit=40, num_heldout=6)
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), data=data, lora=LoraConfig(r=lora))
+    model, tokenizer = tiny()
+    trained = SFTTrainer(config, model=model, tokenizer=tokenizer)
+    before = trained.evaluate()
+    trained.step()
+    trained.write_snapshot(tmp_path / "snapshot")
+    found = SFTTrainer.evaluate_snapshot(config, tmp_path / "snapshot")
+    assert found == pytest.approx(trained.evaluate(), rel=1e-4 if lora else 0) != before
+    with pytest.raises(ValueError, match=r"eval\.background=true has nothing to evaluate on: set data\.num_heldout"):
+        replace(config, data=SFTDataConfig(num_heldout=0), eval=BackgroundConfig(background=True))
+    with pytest.raises(ValueError, match="by the configuration alone: pass no documents"):
+        trainer(replace(config, eval=BackgroundConfig(background=True)))
