@@ -73,8 +73,7 @@ class RLTrainer(Trainer):
         self.rubric = rubric or Rubric(config.reward)  # first: a wrong name costs no loading
         self.tokenizer = tokenizer or tokenizer_of(config.model.path)
         self.model = model or load_model(config.model, self.tokenizer)
-        self.tags = self.model.tags
-        self._first_block_length = self.model.config.block_size
+        self.tags, self._first_block_length = self.model.tags, self.model.config.block_size
         prompts = self._prompts(problems)
         config = self.config  # epochs are counted
         self._reference, self._decoded = self._frozen_copies()

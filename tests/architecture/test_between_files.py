@@ -69,6 +69,8 @@ USED_UNSEEN = {
     "dirl.model.families.*Config.*": "transformers' layers read what their configuration says",
     "dirl.model.families.llada2._SplitByHeads.*": "transformers calls it while it reads and writes tensors",
     "dirl.reward.killable_pool.serve": "the program of a child process, which is a string, calls it",
+    "dirl.training.background.main": "the program of a child process, see above",
+    "dirl.console.list_runs.RunLine.accuracy": "a column of the table, which is made of all fields",
     "dirl.reward.math_answer.load_judge": "a child process gets it by its name",
 }
 

@@ -28,7 +28,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 def read_documents(path: str, tokenizer: Any, **settings: Any) -> list[Document]:
     """All documents of a path, drawn one after another."""
-    source = open_documents(DataSource(path=path), tokenizer, **settings)
+    source = open_documents(DataSource(path=path, limit=settings.pop("limit", 0)), tokenizer, **settings)
     return [document for index in range(len(source)) if (document := source[index]) is not None]
 
 

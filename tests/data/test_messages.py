@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import dirl
+from dirl.data.data_config import DataSource
 from dirl.data.document_source import open_documents
 from dirl.data.messages import read_messages, read_tools, text_of_content
 from dirl.data.problem_sources import load_problems
@@ -154,7 +155,7 @@ def test_an_evaluation_tells_conversations_of_one_last_turn_apart() -> None:
 
     with Rubric(RewardConfig()) as rubric:
         evaluator = Evaluator(ScriptedEngine(TOKENIZER, script), TOKENIZER, rubric)
-        assert evaluator.evaluate(problems, Mode("m", SamplingConfig(), 2)).avg_at_k == 1.0
+        assert evaluator.evaluate(problems, Mode("m", SamplingConfig(), 2))[0].avg_at_k == 1.0
     assert asked == ["Be brief.1+1=\\boxed{2}And 2+2="] * 2 + ["And 2+2="] * 2
     other = problem_from_row({"prompt": TURNS[1:], "answer": "4"})
     digests = {Benchmark("b", [problem]).digest for problem in [*problems, other]}
@@ -187,7 +188,7 @@ def test_sft_rows_of_conversations_and_tools(tmp_path: Path) -> None:
     ]
     file = tmp_path / "d.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_documents(str(file), CALLING)
+    source = open_documents(DataSource(path=str(file)), CALLING)
     documents = [source[index] for index in range(len(source))]
     prompts = [document.prompt_ids for document in documents if document]
     plain, tooled = expected(CALLING, TURNS), expected(CALLING, TURNS, [TOOL])
@@ -211,4 +212,4 @@ def test_bad_sft_rows_of_conversations(row: dict[str, Any], words: str, tmp_path
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps(row))
     with pytest.raises(DataError, match=rf"d\.jsonl row 1 {words}"):
-        open_documents(str(file), CALLING)
+        open_documents(DataSource(path=str(file)), CALLING)

@@ -50,7 +50,7 @@ def test_text_parts_are_a_text(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"question": parts, "ground_truth_answer": "2", "tools": other}])
     assert load_problems(file) == [Problem("1 + 1?", "2", {"tools": other})]
     image = [{"type": "image", "url": "u"}, parts[0]]
-    with pytest.raises(DataError, match=r"row 1 has question=\[.*expected a non-empty string"):
+    with pytest.raises(DataError, match=r"row 1 has the message .*'image'.*; expected a role and a text"):
         load_problems(write(tmp_path / "b.jsonl", [{"question": image, "ground_truth_answer": "2"}]))
 
 

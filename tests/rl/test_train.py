@@ -183,8 +183,8 @@ def test_a_snapshot_is_evaluated_as_the_model_is(tmp_path: Path) -> None:
     trained = trainer(config)
     before = trained.evaluate()
     trained.step()
-    trained.write_snapshot(tmp_path / "snapshot")
-    assert RLTrainer.evaluate_snapshot(config, tmp_path / "snapshot") == trained.evaluate()
+    trained.write_snapshot(tmp_path / "step_000000")
+    assert RLTrainer.evaluate_snapshot(config, tmp_path / "step_000000") == trained.evaluate()
     assert before.keys() >= {"eval/accuracy", "eval/greedy/tokens_per_step", "eval/standard_error"}
     beside = replace(evaluation, background=True)
     for changes, words in (
