@@ -49,6 +49,7 @@ def line_of(arm: str, seed: int, output: Path, options: argparse.Namespace) -> d
         seconds += row["timing_s/step"]
         if reached is None and row.get("eval/accuracy", 0.0) >= 0.95:
             reached = round(seconds, 1)
+    found = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]  # a run may end between two evaluations
     later = rows[2:]  # the first steps load code, and nothing is ahead of them
 
     def mean(name: str) -> float:
@@ -62,8 +63,8 @@ def line_of(arm: str, seed: int, output: Path, options: argparse.Namespace) -> d
         "arm": arm,
         "seed": seed,
         "steps": len(rows),
-        "accuracy": rows[-1]["eval/accuracy"],
-        "accuracy_of_last_three": fmean([row["eval/accuracy"] for row in rows if "eval/accuracy" in row][-3:]),
+        "accuracy": found[-1],
+        "accuracy_of_last_three": fmean(found[-3:]),
         "seconds_to_0.95": reached,
         "seconds_per_step": round(mean("timing_s/step"), 3),
         "engine_seconds": round(engine, 3),

@@ -9,7 +9,7 @@ from dirl.model.tiny import save_tiny_model
 
 def main(arguments: list[str]) -> int:
     """Write the model; 2 where no directory is named."""
-    if not arguments or not all(argument.isdigit() for argument in arguments[1:2]):
+    if not arguments or arguments[0].startswith("-") or not all(argument.isdigit() for argument in arguments[1:2]):
         print(__doc__, file=sys.stderr)
         return 2
     save_tiny_model(arguments[0], seed=int(arguments[1]) if len(arguments) > 1 else 0)
