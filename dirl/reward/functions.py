@@ -1,8 +1,8 @@
 """A reference to a reward function -> the function, called on copies, and what it returned -> checked numbers.
 
 A reward file is a module like any other: it may define dataclasses, start pools of workers and import its neighbours.
-What a function does to its arguments reaches neither training nor the next function, and a failure of any kind,
-`sys.exit` included, is one line that names it.
+What a function does to its arguments, the working folder, the standard streams or torch's settings reaches neither
+training nor the next function, and a failure of any kind, `sys.exit` included, is one line that names it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -143,17 +145,67 @@ def call(
         RewardError: it raised, or returned what are not as many rewards as there are completions.
     """
     copies = {key: _copy(values) for key, values in arguments.items()}
-    num_completions = len(arguments["completions"])
     try:
-        returned = function(**copies, **parameters)
-    except (Exception, SystemExit) as error:  # whatever a user's function raises becomes one line that names it
+        with _undone():
+            returned = function(**copies, **parameters)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's function raises becomes one line that names it
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename}, line {where.lineno}"
-        raise RewardError(f"reward function {name!r} raised {one_line(error)} ({place})") from error
+        raise RewardError(f"reward function {name!r} raised {_shown(error)} ({place})") from error
+    try:
+        return _read(name, returned, len(arguments["completions"]))
+    except RewardError:
+        raise
+    except Exception as error:  # objects of a user's own may raise wherever they are looked at
+        raise RewardError(f"reward function {name!r} returned what cannot be read: {_shown(error)}") from error
+
+
+@contextmanager
+def _undone() -> Iterator[None]:
+    """Afterwards the process's folder, its standard streams and torch's settings are as they were."""
+    folder, torch = os.open(".", os.O_RDONLY), sys.modules.get("torch")
+    before = (torch.get_default_dtype(), torch.is_grad_enabled()) if torch else None
+    try:
+        with redirect_stdout(_Lent(sys.stdout)), redirect_stderr(_Lent(sys.stderr)):  # type: ignore[type-var]
+            yield
+    finally:
+        os.fchdir(folder)
+        os.close(folder)
+        if torch and before:
+            torch.set_default_dtype(before[0])
+            torch.set_grad_enabled(before[1])
+
+
+class _Lent:
+    """A stream that whom it is lent to cannot close."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+
+def _shown(value: object) -> str:
+    """A foreign object in a line; one that does not even show itself by its class."""
+    try:
+        return one_line(value, 300) if isinstance(value, BaseException) else " ".join(repr(value).split())[:100]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def _read(name: str, returned: Any, num_completions: int) -> Rewards:
+    """The rewards in what a function returned. Raises: RewardError, as `call`."""
     values = _numbers(returned)
     if not isinstance(values, list) or getattr(returned, "ndim", 1) != 1:
         raise RewardError(
-            f"reward function {name!r} must return a list, or an array or tensor of one dimension; got {returned!r:.99}"
+            f"reward function {name!r} must return a list, or an array or tensor of one dimension; "
+            f"got {_shown(returned)}"
         )
     if len(values) != num_completions:
         raise RewardError(f"reward function {name!r} returned {len(values)} rewards for {num_completions} completions")
@@ -181,7 +233,7 @@ def _numbers(value: object) -> object:
 def _check_steps(name: str, row: int, values: object) -> list[float]:
     """Rewards of a completion's denoising steps."""
     if not isinstance(values, list):
-        raise RewardError(f"reward function {name!r}, row {row}: other rows have a list of steps, got {values!r}")
+        raise RewardError(f"reward function {name!r}, row {row}: other rows have a list of steps, got {_shown(values)}")
     checked = [_check(name, row, _numbers(value)) for value in values]
     if None in checked:
         raise RewardError(f"reward function {name!r}, row {row}: the reward of a step is a number, got None")
@@ -195,6 +247,6 @@ def _check(name: str, row: int, value: object) -> float | None:
         limits = f"-{MAX_REWARD:g} to {MAX_REWARD:g}"
         limits = f"-{MAX_REWARD:g} to {MAX_REWARD:g}"
         raise RewardError(
-            f"reward function {name!r}, row {row}: a reward is None or a number from {limits}, got {value!r:.100}"
+            f"reward function {name!r}, row {row}: a reward is None or a number from {limits}, got {_shown(value)}"
         )
     return float(value)

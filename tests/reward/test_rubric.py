@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -194,6 +195,43 @@ def test_an_exception_names_the_function() -> None:
     message = r"'cosine' raised KeyError: 'completion_length' \(.*shaping\.py, line \d+\)"
     with pytest.raises(RewardError, match=message):
         score(RewardConfig(functions=["cosine"]), [r"\boxed{7}"], answer=["7"])
+
+
+def test_whatever_a_function_raises_or_returns_is_one_line() -> None:
+    class Hostile(BaseException):
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+        __str__ = __len__ = __abs__ = __repr__  # type: ignore[assignment]
+
+    @reward_function("mine")
+    def mine(**columns: Any) -> Any:
+        raise columns["error"][0]
+
+    for error, words in ((Hostile(), "a Hostile"), (GeneratorExit("a\nb"), "GeneratorExit: a b")):
+        with pytest.raises(RewardError, match=rf"^reward function 'mine' raised {words} \(.*, line \d+\)$"):
+            score(RewardConfig(functions=["mine"]), ["x"], error=[error])
+    for value in (Hostile(), [Hostile()], np.array([[1.0], [2.0]]), torch.zeros(1, device="meta")):
+        REWARD_FUNCTIONS.pop("mine")
+        with pytest.raises(RewardError, match=r"^reward function 'mine'.* (got|cannot be read: ).*$"):
+            score_values(value, num=1)
+
+
+def test_what_a_function_does_to_the_process_is_undone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @reward_function("mine")
+    def mine(completions: list[str], **columns: Any) -> list[float]:
+        os.chdir(tmp_path)
+        torch.set_default_dtype(torch.float16)
+        torch.set_grad_enabled(False)
+        print("said")
+        sys.stdout.close()
+        return [1.0]
+
+    here = Path.cwd()
+    assert score(RewardConfig(functions=["mine"]), ["x"]).total == [1.0]
+    assert (Path.cwd(), torch.get_default_dtype(), torch.is_grad_enabled()) == (here, torch.float32, True)
+    print("and after")
+    assert capsys.readouterr().out == "said\nand after\n"
 
 
 @pytest.mark.parametrize(

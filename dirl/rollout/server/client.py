@@ -22,6 +22,7 @@ from dirl.rollout.server.wire import (
     TAKEN,
     Hold,
     key_value,
+    read_object,
     read_refusal,
     to_json,
 )
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_SECONDS = 4 * 3600.0  # the longest rollout
 _CONNECT_SECONDS = 5.0
 _HOLD_SECONDS = 5.0
+_ANSWER_BYTES = 1 << 20  # the most that a server may say, but for completions
 _FAILED_SECONDS = 0.7  # what the server itself failed at may be tried again, but hardly helps
 # The longest push by another rank; the time in which a trainer that has died is forgotten.
 _CONFLICT_SECONDS = {NOT_YET: 600.0, TAKEN: 1.5 * LEASE_SECONDS}
@@ -73,17 +75,19 @@ class Server:
     def url(self) -> str:
         return self.process.url if self.process else self._url
 
-    def call(self, path: str, body: bytes | None = None) -> dict[str, Any]:
+    def call(self, path: str, body: bytes | None = None, most: int = _ANSWER_BYTES) -> dict[str, Any]:
         """The answer. Waits while the server is away, or says that it is not there yet.
 
+        Args:
+            most: bytes that the answer may have.
         Raises:
             LostWeights: it has not what the call supposes.
-            RolloutError: it refuses, or was waited for too long.
+            RolloutError: it refuses, answers what is none, or was waited for too long.
         """
         waited, pause, is_told = 0.0, 0.1, False
         while True:
             try:
-                return self._call_once(path, body, _REQUEST_SECONDS)
+                return self._call_once(path, body, _REQUEST_SECONDS, most)
             except _NotNow as reason:
                 if self.process and not self.process.is_alive:
                     self.process.restart()
@@ -108,21 +112,22 @@ class Server:
         if self.process:
             self.process.close()
 
-    def _call_once(self, path: str, body: bytes | None, seconds: float) -> dict[str, Any]:
+    def _call_once(self, path: str, body: bytes | None, seconds: float, most: int = _ANSWER_BYTES) -> dict[str, Any]:
+        method, timeout = "GET" if body is None else "POST", httpx.Timeout(seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = self._http.request(
-                "GET" if body is None else "POST",
-                self.url + path,
-                content=body,
-                timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
-            )
+            with self._http.stream(method, self.url + path, content=body, timeout=timeout) as answer:
+                said = bytearray()
+                for piece in answer.iter_bytes():
+                    said += piece
+                    if len(said) > most:
+                        raise ValueError(f"{path.partition('?')[0]} answers more than {most} bytes")
             if answer.is_success:
-                return answer.json()
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError) as error:
+                return read_object(bytes(said))
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.DecodingError, ValueError) as error:
             raise RolloutError(f"server {self.url}: {one_line(error, 200)}") from error
         except httpx.TransportError as error:  # refused, reset, timed out, cut off
             raise _NotNow(str(error) or one_line(error), self._wait_seconds) from error
-        reason, code = read_refusal(answer.content, answer.status_code)
+        reason, code = read_refusal(bytes(said), answer.status_code)
         if answer.status_code == HTTPStatus.CONFLICT and code == LOST:
             raise LostWeights(f"server {self.url}: {reason}")
         if answer.status_code == HTTPStatus.CONFLICT:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import save_tokenizer
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.rollout.decoded import check_thresholds, in_windows, make_completion, touched_tokens
@@ -41,6 +41,7 @@ from dirl.rollout.server.wire import (
 )
 from dirl.training.distributed import from_main
 
+_HEAD_BYTES, _NUMBER_BYTES = 1 << 20, 64  # of an answer: what it may have at all, and for each number
 _ATTEMPTS = 3  # of a server that loses its weights again and again
 
 
@@ -57,7 +58,7 @@ class ServerEngine:
         approximate_cache: ApproximateCache = "none",  # that the servers shall decode over
     ) -> None:
         self.servers, self.tokenizer = pusher.servers, tokenizer
-        self.scheme = model.scheme
+        self.scheme, self._vocab_size = model.scheme, model.config.vocab_size
         self.weights_version = 0
         self._pusher = pusher
         for server in self.servers:
@@ -128,14 +129,48 @@ class ServerEngine:
         if not rows:
             return []
         body = GenerateRequest(self._pusher.weights, sampling, rows).to_json()
+        touched = touched_tokens([row.prompt_ids for row in rows], [row.seed for row in rows], sampling, self.scheme)
+        holds = self._most_steps(sampling) if sampling.record_holds else 0
+        most = _HEAD_BYTES + _NUMBER_BYTES * (3 + holds) * sum(touched)
         for attempt in range(_ATTEMPTS):
             try:
-                return [CompletionRow(**row) for row in server.call(GENERATE, body)["completions"]]
+                answer = server.call(GENERATE, body, most)
+                return self._read(server, answer, list(zip(rows, touched, strict=True)), sampling)
             except LostWeights as lost:
                 if attempt == _ATTEMPTS - 1:
                     raise
                 self._pusher.restore(server, lost)
         raise AssertionError
+
+    def _read(
+        self, server: Server, said: Any, asked: Sequence[tuple[PromptRow, int]], sampling: SamplingConfig
+    ) -> list[CompletionRow]:
+        """The rows of an answer.
+
+        Args:
+            asked: each prompt, and the tokens that its completion may have.
+        Raises:
+            RolloutError: they are not what was asked for.
+        """
+        waiting = {row.id: (len(row.prompt_ids), most) for row, most in asked}
+        try:
+            rows = [CompletionRow(**row) for row in said["completions"]]
+            for row in rows:
+                prompt_length, most = waiting.pop(row.id)
+                row.check(most, self._vocab_size, self._most_steps(sampling))
+                length = self.scheme.tail(prompt_length) + len(row.token_ids)
+                if self.scheme.block_length and length % self.scheme.block_length:
+                    raise ValueError(f"{len(row.token_ids)} tokens end amid a block")
+                if self.scheme.mask_token_id in row.token_ids:
+                    raise ValueError("a completion has the mask token")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"its completions are not what was asked for ({one_line(error, 200)})"
+            raise RolloutError(f"server {server.url}: {reason}; is it of this version of dirl?") from error
+        return rows
+
+    def _most_steps(self, sampling: SamplingConfig) -> int:
+        """Denoising steps that a block may take, or all windows together: each reveals something."""
+        return self.scheme.block_length or sampling.max_completion_length
 
     def _push(self, model: nn.Module) -> None:
         self._is_stale = True

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -118,14 +118,19 @@ class Pusher:
         named, push = named_full_parameters(model), Push(self.weights, self._process, kinds_of(model))
         with ThreadPoolExecutor(len(servers)) as pool:
             try:
-                there = pool.map(lambda server: server.call(PUSH, to_json(push))["weights"], servers)
+                there = pool.map(lambda server: server.call(PUSH, to_json(push)).get("weights"), servers)
                 takers = [server for server, name in zip(servers, there, strict=True) if name != self.weights]
                 if group is not None and len(takers) == len(servers):
                     return group.send(named, PushedPart(self.weights, self._process))
+                answers: list[dict[str, Any]] = []  # to the last part
                 for part, bucket in enumerate(buckets(named) if takers else ()):
                     body = to_safetensors({name: tensor.contiguous().cpu() for name, tensor in bucket})
                     path = PushedPart(self.weights, self._process, part).path()
-                    list(pool.map(partial(Server.call, path=path, body=body), takers))
+                    answers = list(pool.map(partial(Server.call, path=path, body=body), takers))
+                for server, answer in zip(takers, answers, strict=True):
+                    if answer.get("weights") != self.weights:
+                        here = f"{answer.get('weights')!r:.60} there"
+                        raise RolloutError(f"server {server.url}: all of {self.weights} was pushed, it has {here}")
             finally:
                 for _ in named:  # other ranks gather to the end
                     pass

@@ -90,6 +90,27 @@ class CompletionRow:
     logprobs: list[float] | None
     hold_logprobs: list[float] | None
 
+    def check(self, num_tokens: int, vocab_size: int, num_steps: int) -> None:
+        """
+        Args:
+            num_tokens: that it may have at most.
+            num_steps: of a block, at most.
+        Raises:
+            ValueError: no engine decodes that.
+        """
+        ranges = {"id": (0, None), "token_ids": (0, vocab_size - 1), "step_map": (1, num_steps)}
+        for name, values in {"id": [self.id], "token_ids": self.token_ids, "step_map": self.step_map}.items():
+            least, most = ranges[name]
+            if not all(type(value) is int and least <= value and (most is None or value <= most) for value in values):
+                raise ValueError(f"{name} must be whole numbers from {least} to {most}, got {values!r:.60}")
+        for name, logs in {"logprobs": self.logprobs, "hold_logprobs": self.hold_logprobs}.items():
+            # NaN stays, which says that the model's logits are not finite.
+            if not all(type(log) in (int, float) and not log > 1e-3 for log in logs or ()):
+                raise ValueError(f"{name} must be numbers of at most 0, got {logs!r:.60}")
+        lengths = {len(values) for values in (self.token_ids, self.step_map, self.logprobs) if values is not None}
+        if len(lengths) != 1 or not 0 < max(lengths) <= num_tokens:
+            raise ValueError(f"tokens, steps and logprobs must be equally many, 1 to {num_tokens}, got {lengths}")
+
 
 @dataclass(frozen=True)
 class GenerateRequest:
@@ -190,10 +211,24 @@ def refusal(reason: str, status: int, *, param: str | None = None, code: str | N
     return {"error": {"message": reason, "type": kind, "param": param, "code": code}}
 
 
-def read_refusal(body: bytes, status: int) -> tuple[str, str | None]:
-    """Why, and in a word for programs; the status where the answer does not say."""
+def read_object(said: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is no JSON object.
+    """
     try:
-        error = json.loads(body)["error"]
-        return str(error["message"]), error["code"]
+        read = json.loads(said)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deep") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{read!r:.60} is no JSON object")
+    return read
+
+
+def read_refusal(body: bytes, status: int) -> tuple[str, str | None]:
+    """Why, on one line, and in a word for programs; the status where the answer does not say."""
+    try:
+        error = read_object(body)["error"]
+        return " ".join(str(error["message"]).split())[:500], error["code"] and str(error["code"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP {status}", None

@@ -97,13 +97,13 @@ def test_answers_are_matched_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = engine.generate(prompts, DYNAMIC, seeds)
     stock = Server.call
 
-    def shuffled(self: Server, path: str, body: bytes | None = None) -> dict[str, Any]:
+    def shuffled(self: Server, path: str, body: bytes | None = None, most: int = 1 << 20) -> dict[str, Any]:
         return {"completions": stock(self, path, body)["completions"][::-1]}
 
     monkeypatch.setattr(Server, "call", shuffled)
     assert engine.generate(prompts, DYNAMIC, seeds) == expected
 
-    def short(self: Server, path: str, body: bytes | None = None) -> dict[str, Any]:
+    def short(self: Server, path: str, body: bytes | None = None, most: int = 1 << 20) -> dict[str, Any]:
         return {"completions": stock(self, path, body)["completions"][1:]}
 
     monkeypatch.setattr(Server, "call", short)
@@ -111,10 +111,44 @@ def test_answers_are_matched_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.generate(prompts, DYNAMIC, seeds)
 
 
+def test_completions_that_no_engine_gives_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = likely_to_stop()
+    engine, stock = over_threads(model, tokenizer), Server.call
+    false = {
+        "token_ids": ([10**6], ["7"], 7, [model.scheme.mask_token_id], []),
+        "step_map": ([0], [5], None),
+        "logprobs": ([0.5], ["0"], [[]]),
+        "id": (1, "0", [0]),
+        "of_another_version": (1,),
+    }
+    for name, values in false.items():
+        for value in values:
+
+            def lie(*how: Any, name: str = name, value: Any = value) -> dict[str, Any]:
+                (row,) = stock(*how)["completions"]
+                rest = row[name][1:] if isinstance(value, list) and isinstance(row.get(name), list) and value else []
+                return {"completions": [{**row, name: value + rest if isinstance(value, list) else value}]}
+
+            monkeypatch.setattr(Server, "call", lie)
+            with pytest.raises(
+                RolloutError, match=r"its completions are not what was asked for \(.*\); is it"
+            ) as error:
+                engine.generate([[1, 2]], DYNAMIC, [0])
+            assert "\n" not in str(error.value)
+
+
+def test_an_answer_without_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = over_threads(*likely_to_stop())
+    endless = httpx.Response(200, content=(b" " * 1000 for _ in iter(int, 1)))
+    monkeypatch.setattr(httpx.Client, "send", lambda *_, **__: endless)
+    with pytest.raises(RolloutError, match=r"/generate answers more than \d+ bytes"):
+        engine.generate([[1, 2]], DYNAMIC, [0])
+
+
 def test_lost_connections_are_tried_again_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = over_threads(*likely_to_stop())
     expected = engine.generate([[1, 2]], DYNAMIC, [0])
-    real, failures, slept = httpx.Client.request, [0], [0.0]
+    real, failures, slept = httpx.Client.send, [0], [0.0]
 
     def flaky(*args: Any, **kwargs: Any) -> Any:
         failures[0] += 1
@@ -122,13 +156,13 @@ def test_lost_connections_are_tried_again_and_then_an_error(monkeypatch: pytest.
             raise httpx.ReadError("reset by peer")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(httpx.Client, "request", flaky)
+    monkeypatch.setattr(httpx.Client, "send", flaky)
     assert engine.generate([[1, 2]], DYNAMIC, [0]) == expected
 
     def dead(*_: Any, **__: Any) -> Any:
         raise httpx.ConnectError("refused")
 
-    monkeypatch.setattr(httpx.Client, "request", dead)
+    monkeypatch.setattr(httpx.Client, "send", dead)
     monkeypatch.setattr(client.time, "sleep", lambda seconds: slept.append(slept[-1] + seconds))
     with pytest.raises(RolloutError, match=r"server http://127\.0\.0\.1:\d+/generate: refused"):
         engine.generate([[1, 2]], DYNAMIC, [0])
