@@ -190,7 +190,7 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"configuration file {path} does not exist")
     try:
         loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {one_line(error, 200)}") from error
     if isinstance(loaded, ListConfig) or not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold a mapping of keys to values")

@@ -71,7 +71,7 @@ def read_json_lines(path: str | Path, what: str, check: Callable[[Any], object] 
             try:
                 row = json.loads(line)
                 check(row)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 shown = line[:80].decode("utf-8", errors="replace").rstrip("\n")
                 raise UserError(f"{path}, line {number}: not {what}: {shown!r}; remove it") from error
             yield row

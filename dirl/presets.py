@@ -30,7 +30,7 @@ def with_presets(
         for section, source in presets.items():
             if isinstance(layer.get(section), str):
                 layer[section] = {"preset": layer[section]}
-            name = (layer.get(section) or {}).get("preset", "")
+            name = _in_section(layer, section, "preset")
             if not isinstance(name, str):
                 raise ConfigError(f"{section}.preset must be text (quote it), got {name!r}")
             if name:
@@ -46,7 +46,13 @@ def with_presets(
 
 def _model_path(layers: Sequence[Mapping[str, Any]]) -> str:
     """What the last layer that says so opens; empty where none does."""
-    return next((str(path) for layer in reversed(layers) if (path := (layer.get("model") or {}).get("path"))), "")
+    return next((str(path) for layer in reversed(layers) if (path := _in_section(layer, "model", "path"))), "")
+
+
+def _in_section(layer: Mapping[str, Any], section: str, key: str) -> Any:
+    """A value of a section, which may be absent or wrongly no mapping; empty without one."""
+    values = layer.get(section)
+    return values.get(key, "") if isinstance(values, Mapping) else ""
 
 
 def _preset_path(section: str, name: str, folder: Path) -> Path:

@@ -138,6 +138,17 @@ def test_environment_variables_become_what_the_field_is(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [("4", "not valid YAML"), ("model: [a]", "model must be a mapping"), ("rollout: 7", "rollout must")],
+)
+def test_files_of_another_form_are_one_line(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(RLConfig, file, ["objective=dipo"])
+
+
+@pytest.mark.parametrize(
     "text",
     ["1e-6", "5", "yes", "null", "", " ", "a: b", "#", "\\boxed{}", "${x}", "\\${x}", "a\\\\${", "ü\n\t'\"", "~", "$"],
 )

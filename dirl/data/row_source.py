@@ -194,7 +194,7 @@ class _JsonArray(_TextFile):
         text = self._decoded(self.more(self._first_byte, -1), self._first_byte)
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{self.file} is not valid JSON ({error}); a file of one object per line is named .jsonl"
             ) from error
@@ -224,7 +224,7 @@ class _Window:
         while True:
             try:
                 value, end = scan(self._text, self._index)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value, end = None, len(self._text)
             if end < len(self._text):  # what touches the end of the text may go on behind it
                 self._go_to(end)
@@ -312,7 +312,7 @@ class _ParquetFile:
 def _from_json(line: str) -> object:
     try:
         return json.loads(line)
-    except ValueError:  # also a number of more digits than Python reads
+    except (ValueError, RecursionError):  # also a number of more digits than Python reads
         return NotJson(line.strip())  # refused or counted as a bad row
 
 

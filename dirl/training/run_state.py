@@ -189,7 +189,7 @@ def missing_in(checkpoint: Path) -> str:
                 return f"{name} is cut short"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     return ""
 

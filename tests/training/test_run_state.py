@@ -244,6 +244,15 @@ def test_ranks_write_between_the_same_barriers(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"files": {"state": []}}', '{"files": {"state": [5]}}', "[]", "\0"]
+)
+def test_a_manifest_of_another_form_is_damaged(content: str, tmp_path: Path) -> None:
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    (second / "manifest.json").write_text(content)
+    assert newest_checkpoint(tmp_path) == first
+
+
 def test_resolve_resume(tmp_path: Path) -> None:
     def config(choice: str) -> RunConfig:
         return RunConfig(output_dir=str(tmp_path), resume_from_checkpoint=choice)
