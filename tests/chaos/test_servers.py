@@ -327,7 +327,7 @@ def test_servers_that_lie_about_completions(tally: Tally) -> None:
         for name, lie in row_lies().items():
             told = lambda body, lie=lie: json.dumps({"completions": lie(json.loads(body)["completions"])}).encode()  # noqa: E731
             how |= {"path": "/generate", "lie": told}
-            expect_one_line(tally, name, lambda: engine.generate(PROMPTS, LONGER, SEEDS))
+            expect_one_line(tally, name, lambda: engine.generate(PROMPTS[:2], DYNAMIC, SEEDS[:2]))
         how.clear()
         tally.count(decoded(engine.generate(PROMPTS, LONGER, SEEDS)) == EXPECTED[0], "honest again")
         engine.close()
@@ -344,7 +344,7 @@ def test_servers_whose_answers_are_junk(tally: Tally, monkeypatch: pytest.Monkey
             for name, lie in lies_of_bodies().items():
                 how.clear()
                 how |= {"path": path, **lie}
-                act: Callable[[], Any] = lambda: engine.generate(PROMPTS[:2], LONGER, SEEDS[:2])  # noqa: E731
+                act: Callable[[], Any] = lambda: engine.generate(PROMPTS[:2], DYNAMIC, SEEDS[:2])  # noqa: E731
                 if path == "/health":
                     act = lambda: trainer(false, 0, wait_seconds=0.0)  # noqa: E731
                 elif path != "/generate":

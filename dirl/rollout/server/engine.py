@@ -161,6 +161,8 @@ class ServerEngine:
                 length = self.scheme.tail(prompt_length) + len(row.token_ids)
                 if self.scheme.block_length and length % self.scheme.block_length:
                     raise ValueError(f"{len(row.token_ids)} tokens end amid a block")
+                if row.hold_logprobs is not None and not sampling.record_holds:
+                    raise ValueError("hold_logprobs were not asked for")
                 if self.scheme.mask_token_id in row.token_ids:
                     raise ValueError("a completion has the mask token")
         except (ValueError, KeyError, TypeError) as error:

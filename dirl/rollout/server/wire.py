@@ -105,7 +105,8 @@ class CompletionRow:
                 raise ValueError(f"{name} must be whole numbers from {least} to {most}, got {values!r:.60}")
         for name, logs in {"logprobs": self.logprobs, "hold_logprobs": self.hold_logprobs}.items():
             # NaN stays, which says that the model's logits are not finite.
-            if not all(type(log) in (int, float) and not log > 1e-3 for log in logs or ()):
+            is_list = logs is None or isinstance(logs, list)
+            if not is_list or not all(type(log) in (int, float) and not log > 1e-3 for log in logs or ()):
                 raise ValueError(f"{name} must be numbers of at most 0, got {logs!r:.60}")
         lengths = {len(values) for values in (self.token_ids, self.step_map, self.logprobs) if values is not None}
         if len(lengths) != 1 or not 0 < max(lengths) <= num_tokens:

@@ -118,6 +118,7 @@ def test_completions_that_no_engine_gives_are_one_line(monkeypatch: pytest.Monke
         "token_ids": ([10**6], ["7"], 7, [model.scheme.mask_token_id], []),
         "step_map": ([0], [5], None),
         "logprobs": ([0.5], ["0"], [[]]),
+        "hold_logprobs": ([], [-1.0], {}),
         "id": (1, "0", [0]),
         "of_another_version": (1,),
     }
