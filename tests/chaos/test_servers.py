@@ -115,7 +115,7 @@ def test_killed_between_and_amid_batches(mortal: Mortal, tally: Tally) -> None:
     start = time.monotonic()
     engine.generate(PROMPTS, LONGER, SEEDS)
     seconds = time.monotonic() - start
-    for number in range(24):
+    for number in range(16):
         if number % 4 == 3:
             which = 1 - which
             engine.update_weights(MODELS[which])
@@ -133,7 +133,7 @@ def test_killed_at_each_request_of_a_push(
     moment: str, mortal: Mortal, tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tally.what = f"server SIGKILLed {moment} each request of a push over HTTP"
-    monkeypatch.setattr(push, "buckets", lambda named: buckets(named, 1 << 17))
+    monkeypatch.setattr(push, "buckets", lambda named: buckets(named, 1 << 19))
     call, left, calls = Server._call_once, [-1], [0]
 
     def deadly(self: Server, path: str, *how: Any) -> Any:
@@ -342,6 +342,8 @@ def test_servers_whose_answers_are_junk(tally: Tally, monkeypatch: pytest.Monkey
         engine = trainer(false, 0, wait_seconds=0.0)
         for path in ("/generate", "/push", "/weights", "/health"):
             for name, lie in lies_of_bodies().items():
+                if (path, name) == ("/push", "no such key"):
+                    continue  # nothing is said to be there, so all of it is pushed: no lie
                 how.clear()
                 how |= {"path": path, **lie}
                 act: Callable[[], Any] = lambda: engine.generate(PROMPTS[:2], DYNAMIC, SEEDS[:2])  # noqa: E731
