@@ -99,9 +99,9 @@ def stop_in_second(function: Callable[..., Any], *, rank: int) -> Callable[..., 
     return wrapped
 
 
-def train_both(output_dir: Path, *, is_stopped: bool) -> None:
-    for kind, make in (("sft", sft_trainer), ("rl", rl_trainer), ("critic", critic_trainer)):
-        trainer: Any = make(output_dir / kind)
+def train_each(output_dir: Path, kinds: Sequence[str], *, is_stopped: bool) -> None:
+    for kind in kinds:
+        trainer: Any = MAKE[kind](output_dir / kind)
         if is_stopped and kind == "sft":  # while it trains
             trainer.learner.update = stop_in_second(trainer.learner.update, rank=trainer.distributed.rank)
         elif is_stopped:  # while it rolls out
@@ -111,7 +111,9 @@ def train_both(output_dir: Path, *, is_stopped: bool) -> None:
         except RunInterrupted as stop:
             if trainer.distributed.is_main:
                 amid = trainer.collector.is_amid if kind != "sft" else False
-                (output_dir / f"{kind}_stopped.json").write_text(json.dumps([str(stop), trainer.steps_done, amid]))
+                is_final = (output_dir / kind / "final").exists()
+                record = [str(stop), trainer.steps_done, amid, is_final]
+                (output_dir / f"{kind}_stopped.json").write_text(json.dumps(record))
 
 
 def meet_nan(output_dir: Path) -> None:
@@ -174,7 +176,6 @@ def hang(output_dir: Path) -> None:
 
 
 def launch(backend: str, task: str, output_dir: Path, num_processes: int = 2) -> subprocess.CompletedProcess[str]:
-    output_dir.mkdir(exist_ok=True)
     return launch_script(__file__, task, str(output_dir), backend=backend, num_processes=num_processes, timeout=400)
 
 
@@ -184,28 +185,29 @@ def numbers(output_dir: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
 
 
-KINDS = ("sft", "rl", "critic")
-MATRIX = ("zero2", "zero3", "zero3_hpz", "fsdp2")
-BACKENDS = ["ddp", "zero1", *(pytest.param(name, marks=pytest.mark.matrix) for name in MATRIX)]
+MAKE = {"sft": sft_trainer, "rl": rl_trainer, "critic": critic_trainer}
+LAUNCHES = ["whole", "stopped", "resumed"]
+MATRIX = ("ddp", "zero1", "zero2", "zero3", "zero3_hpz", "fsdp2")
+CASES = [
+    pytest.param("ddp", ["at_once"], ["rl"], id="at once"),  # in the processes of one launch
+    *(pytest.param(name, LAUNCHES, [*MAKE], id=name, marks=pytest.mark.matrix) for name in MATRIX),
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "tasks", "kinds"), CASES)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    backend: str, tasks: list[str], kinds: list[str], tmp_path: Path
+) -> None:
     if backend.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("needs the deepspeed extra")
-    for folder, tasks in (("whole", ["whole"]), ("parts", ["stopped", "resumed"])):
-        for task in tasks:
-            done = launch(backend, task, tmp_path / folder)
-            assert done.returncode == 0, done.stderr[-5000:]
-            if task == "stopped":
-                stops = [json.loads((tmp_path / "parts" / f"{kind}_stopped.json").read_text()) for kind in KINDS]
-                sft, rl, _ = stops
-                assert sft[1:] == [3, False]
-                # In the middle of rollouts, which the checkpoint keeps.
-                assert all(stop[1] < 3 and stop[2] is True for stop in stops[1:])
-                assert "the same command continues" in rl[0]
-                assert not (tmp_path / "parts/sft/final").exists()
-    for kind in KINDS:
+    for task in tasks:
+        done = launch(backend, task, tmp_path)
+        assert done.returncode == 0, done.stderr[-5000:]
+    for kind in kinds:
+        said, step, is_amid, is_final = json.loads((tmp_path / "parts" / f"{kind}_stopped.json").read_text())
+        assert "the same command continues" in said and not is_final
+        # RL in the middle of rollouts, which the checkpoint keeps.
+        assert (step == 3 and not is_amid) if kind == "sft" else (step < 3 and is_amid)
         assert [row["step"] for row in numbers(tmp_path / "whole" / kind)] == [1, 2, 3, 4]
         assert numbers(tmp_path / "parts" / kind) == numbers(tmp_path / "whole" / kind)
         ours, theirs = (load(str(tmp_path / part / kind / "final"))[0].state_dict() for part in ("parts", "whole"))
@@ -303,9 +305,11 @@ def main(task: str, output_dir: Path) -> None:
     if task == "hang":
         hang(output_dir)
         return
-    train_both(output_dir, is_stopped=task == "stopped")
-    if task == "whole":
-        meet_nan(output_dir)
+    for name in LAUNCHES if task == "at_once" else [task]:
+        folder = output_dir / ("whole" if name == "whole" else "parts")
+        train_each(folder, ["rl"] if task == "at_once" else [*MAKE], is_stopped=name == "stopped")
+        if name == "whole":
+            meet_nan(folder)
 
 
 if __name__ == "__main__":

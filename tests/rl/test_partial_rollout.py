@@ -41,7 +41,6 @@ from dirl.training.seeds import stable_seed
 from tests.launching import launch_script
 from tests.oracle import make_extreme
 from tests.parity.test_interruption import numbers
-from tests.parity.test_save_killed import fork
 from tests.rl import test_ahead
 from tests.rl.test_ahead import watched
 
@@ -385,6 +384,17 @@ def killed_at_pass(count: int, output_dir: Path) -> None:
 
     ours.engine.observer.stepped = stepped  # type: ignore[attr-defined]
     ours.train()
+
+
+def fork(act: Callable[[], Any]) -> int:
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        act()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def run_forks(output_dir: Path) -> None:
