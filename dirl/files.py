@@ -6,10 +6,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dirl.errors import UserError
+from dirl.errors import UserError, one_line
 
 
 def write_whole(path: str | Path, content: str | bytes) -> Path:
@@ -35,6 +36,22 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """A JSON document, whole; NaN is an error."""
     return write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """What stands inside writes there.
+
+    Raises:
+        UserError: the disk would not, in whatever class a library says so; tokenizers have none of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_of_disk = isinstance(error, OSError | RuntimeError) or "(os error " in str(error)
+        if isinstance(error, UserError) or not is_of_disk:
+            raise
+        raise UserError(f"{path} cannot be written: {one_line(error, 200)}; {remedy}") from error
 
 
 def force_to_disk(path: Path) -> None:

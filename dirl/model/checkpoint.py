@@ -19,7 +19,7 @@ from dirl.config import PATH, Config, bounded
 from dirl.data.chat import find_mask_token_id, mask_token_id, save_tokenizer
 from dirl.diffusion.packing import BlockOrigin
 from dirl.errors import MissingFileError, UserError, one_line
-from dirl.files import is_hub_id, write_json
+from dirl.files import is_hub_id, write_json, writing
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.family import Family
 from dirl.model.families.registry import family_of, family_with_config, read_published
@@ -250,9 +250,13 @@ def write_final(
     adapters = named_adapter_parameters(model, keep=is_main)
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        save_model(model, tokenizer, temporary, weights)
-        if adapters:
-            save_adapters(adapters, lora, base, temporary / "adapter")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        try:
+            with writing(final, "make room, and the same command continues from the newest checkpoint"):
+                save_model(model, tokenizer, temporary, weights)
+                if adapters:
+                    save_adapters(adapters, lora, base, temporary / "adapter")
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+        finally:  # gone once it has its name; after a failure, give a full disk its space back
+            shutil.rmtree(temporary, ignore_errors=True)
     return final

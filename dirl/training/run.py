@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 
 from dirl.config import save_config
 from dirl.errors import RunInterrupted, UserError, one_line
@@ -22,7 +21,15 @@ from dirl.training.full_parameters import model_size
 from dirl.training.interruption import PhaseClock, SignalWatch
 from dirl.training.metrics import MetricsLogger, Timings, Value
 from dirl.training.optimizer import Learner
-from dirl.training.run_state import RunConfig, hide_secrets, prune, resolve_resume, save_checkpoint, write_run_json
+from dirl.training.run_state import (
+    RunConfig,
+    hide_secrets,
+    prune,
+    resolve_resume,
+    save_checkpoint,
+    sweep,
+    write_run_json,
+)
 from dirl.training.stages import settings_of
 
 logger = logging.getLogger(__name__)
@@ -219,12 +226,6 @@ class Run:
             self.distributed.save_state(directory)
             if self.distributed.is_main:
                 write_json(directory / LOOP_STATE, state)
-        except (OSError, RuntimeError, SafetensorError) as caught:  # how libraries say that a disk is full
-            final = directory.with_suffix("")
-            error = UserError(
-                f"{final} cannot be written: {one_line(caught, 200)}; make room, or lower save_total_limit, and the "
-                "same command continues from the checkpoint before"
-            )
         except Exception as caught:  # re-raised below
             error = caught
         if self.distributed.min(float(error is None)) == 0:
@@ -264,6 +265,8 @@ class Run:
         checkpoint = self.distributed.from_main(resolve_resume(self.config))
         if checkpoint is None:
             return None
+        if self.distributed.is_main and self.config.resume_from_checkpoint == "auto":
+            sweep(checkpoint.parent)  # a run that is finished saves no more
         state = json.loads((checkpoint / LOOP_STATE).read_text(encoding="utf-8"))
         changes = changed_settings(checkpoint, state.get("settings", {}), self._settings(), self.config.FIXED)
         check_identity(checkpoint, state["identity"], self._identity())

@@ -74,7 +74,9 @@ def _take(directory: Path, held: ExitStack) -> str:
             file.seek(0)
             return f"is another run's (process {file.read().strip()}): wait for its end"
         logger.warning("%s: no locks on this file system (%s); start no second run there", directory, error.strerror)
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    try:  # unbuffered: what a full disk refused would be tried again as the file is closed
+        file.truncate(0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
     return ""

@@ -29,13 +29,14 @@ import torch
 
 from dirl.config import PATH, Config, bounded
 from dirl.errors import UserError
-from dirl.files import force_to_disk, write_json, write_whole
+from dirl.files import force_to_disk, write_json, write_whole, writing
 from dirl.show.metric_table import TABLE
 from dirl.training.metrics import check_tracker_names
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+WAY_ON = "make room, or lower save_total_limit, and the same command continues from the checkpoint before"
 CHECKPOINT_NAME = re.compile(r"step_(\d+)(?:\.old)?")  # .old: being replaced when a kill came
 ANY_STATE_NAME = re.compile(r"step_\d+(\.old|\.tmp)?")
 SECRET_NAME = re.compile(r"(^|[._-])(api[_-]?key|password|secret|(hf|auth|access)_token)$|^-*token$", re.IGNORECASE)
@@ -99,15 +100,18 @@ def save_checkpoint(
     final = Path(output_dir) / "checkpoints" / f"step_{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
     if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with writing(final, WAY_ON):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
     barrier()
     try:
-        write(temporary)
+        with writing(final, WAY_ON):
+            write(temporary)
         barrier()
         if is_main:
-            seal(temporary, step)
-            publish(temporary, final)
+            with writing(final, WAY_ON):
+                seal(temporary, step)
+                publish(temporary, final)
     finally:
         if is_main:  # gone once it is published; after a failure, give a full disk its space back
             shutil.rmtree(temporary, ignore_errors=True)
@@ -158,13 +162,21 @@ def prune(newest: Path, limit: int, kept_steps: Collection[int] = ()) -> None:
 
     A later step than the one just saved belongs to a run that was given up; "auto" would resume from it.
     """
-    reached = checkpoint_step(newest)
-    complete = {step: path for step, path in checkpoints_by_step(newest.parent).items() if not missing_in(path)}
+    reached, complete = checkpoint_step(newest), sweep(newest.parent)
     kept = [complete[step] for step in sorted(complete) if step <= reached][-limit if limit else 0 :]
     kept += [complete[step] for step in kept_steps if step in complete and step <= reached]
-    for path in newest.parent.iterdir():
-        if ANY_STATE_NAME.fullmatch(path.name) and path not in kept:
+    for path in complete.values():
+        if path not in kept:
             shutil.rmtree(path)
+
+
+def sweep(folder: Path) -> dict[int, Path]:
+    """Delete what kills left of checkpoints; the complete ones that remain."""
+    complete = {step: path for step, path in checkpoints_by_step(folder).items() if not missing_in(path)}
+    for path in folder.iterdir():
+        if ANY_STATE_NAME.fullmatch(path.name) and path not in complete.values():
+            shutil.rmtree(path)
+    return complete
 
 
 def checkpoints_by_step(folder: Path) -> dict[int, Path]:

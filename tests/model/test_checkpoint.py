@@ -18,8 +18,10 @@ from dirl.data.chat import load_tokenizer, save_tokenizer
 from dirl.data.rows import DataError
 from dirl.errors import UserError
 from dirl.files import expand
-from dirl.model.checkpoint import ModelConfig, load, load_model, save_model
+from dirl.model import checkpoint
+from dirl.model.checkpoint import ModelConfig, load, load_model, save_model, write_final
 from dirl.model.families.sdar import SDARForCausalLM, SDARMoeForCausalLM
+from dirl.model.lora import LoraConfig
 from dirl.model.memory import read_shape
 from dirl.model.tiny import save_tiny_model, tiny
 
@@ -166,6 +168,19 @@ def assert_one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_a_full_disk_at_the_end_is_a_line_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # what tokenizers raises
+
+    monkeypatch.setattr(checkpoint, "save_tokenizer", full)
+    with pytest.raises(UserError, match=r"final cannot be written: .*No space left.*; make room") as error:
+        write_final(*tiny(), tmp_path, base="", lora=LoraConfig(), is_main=True)
+    assert_one_line(error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_without_a_config_is_named(tmp_path: Path) -> None:

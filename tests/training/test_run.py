@@ -88,6 +88,14 @@ def test_continues_the_stream_and_forgets_lines_after_the_checkpoint(tmp_path: P
     assert new_run(config).is_finished
 
 
+def test_what_a_kill_left_of_old_checkpoints_goes_though_the_run_is_finished(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), save_steps=6, save_total_limit=0)
+    go(new_run(config), 7)
+    (tmp_path / "checkpoints/step_000006/loop.json").unlink()  # as in the middle of prune
+    assert go(new_run(config), 7) == []
+    assert saved_steps(tmp_path) == ["step_000007"]
+
+
 def test_none_starts_afresh(tmp_path: Path) -> None:
     config = RunConfig(output_dir=str(tmp_path), save_steps=2)
     go(new_run(config), 4)

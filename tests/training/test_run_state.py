@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from dirl.errors import UserError
 from dirl.training import run_state
 from dirl.training.run_state import (
     RunConfig,
@@ -101,7 +102,7 @@ def test_failed_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
         (folder / "model").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"step_000020 cannot be written: .*No space left.*; make room"):
         save(tmp_path, 20, disk_full, limit=1)
     assert newest_checkpoint(tmp_path) == previous
     assert names(tmp_path) == ["step_000010"]  # and the disk has its space back
@@ -117,7 +118,7 @@ def test_failure_after_the_write_leaves_the_previous_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_state, stage, disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"step_000020 cannot be written: .*No space left.*; make room"):
         save(tmp_path, 20, limit=1)
     assert newest_checkpoint(tmp_path) == previous
     assert names(tmp_path) == ["step_000010"]
