@@ -25,7 +25,7 @@ from dirl.data.chat import (
     with_system_prompt,
 )
 from dirl.data.messages import Message, Tool, read_messages, read_tools
-from dirl.data.rows import shorten
+from dirl.data.rows import column_names, shorten
 from dirl.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _text_keys(row: Mapping[str, object]) -> tuple[str, ...]:
     if "text" in known:
         return ("text",)
     raise UserError(
-        f"has the columns {', '.join(map(str, row)) or '(none)'}; expected messages, or prompt and completion, "
+        f"has the columns {column_names(row)}; expected messages, or prompt and completion, "
         "or prompt and response, or text"
     )
 

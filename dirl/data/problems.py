@@ -19,7 +19,7 @@ from typing import NamedTuple
 from dirl.boxed import read_gold
 from dirl.data.messages import Message, Tool, read_prompt, read_tools
 from dirl.data.published import from_published
-from dirl.data.rows import shorten
+from dirl.data.rows import column_names, shorten
 from dirl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def problem_from_row(row: dict[str, object]) -> Problem:
         if (converted := from_published(row)) is not None:
             return problem_from_row(converted)
         raise UserError(
-            f"has the columns {', '.join(map(str, row)) or '(none)'}; "
+            f"has the columns {column_names(row)}; "
             "expected question and ground_truth_answer, prompt and answer or solution, or question and test_method"
         )
     # The first pair counts, and a null hides no columns beside it.

@@ -121,6 +121,12 @@ def check_text(value: object) -> None:
             raise UserError(f"holds {shorten(value)}, which is no valid Unicode (position {error.start})") from error
 
 
+def column_names(row: Iterable[object]) -> str:
+    """The columns of a row as they may stand in a one-line message."""
+    names = map(str, row)
+    return ", ".join(name if name.isprintable() else ascii(name) for name in names) or "(none)"
+
+
 def shorten(value: object) -> str:
     """The value as it may stand in a one-line message."""
     text = repr(value)

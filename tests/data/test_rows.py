@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from pyarrow import Table, parquet
 
+from dirl.data.conversations import count_documents
 from dirl.data.problem_sources import load_problems
-from dirl.data.problems import Problem
+from dirl.data.problems import Problem, problem_from_row
 from dirl.data.rows import DataError
+from dirl.errors import UserError
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 ROWS = [{"question": f"{n} + ü?", "ground_truth_answer": str(n), "level": "easy"} for n in range(3)]
@@ -215,3 +217,10 @@ def test_a_null_hides_no_column_beside_it(tmp_path: Path) -> None:
         load_problems(str(file))
     file.write_text(json.dumps({**rows[0], "prompt": "1+1?"}) + "\n" + json.dumps(rows[1]) + "\n", encoding="utf-8")
     assert [(problem.question, problem.answer) for problem in load_problems(str(file))] == [("1+1?", "2")] * 2
+
+
+def test_columns_are_named_in_one_line() -> None:
+    for read in (problem_from_row, count_documents):
+        with pytest.raises(UserError, match=r"has the columns 'a\\nb\\x1b', level; expected") as error:
+            read({"a\nb\x1b": 1, "level": 2})
+        assert "\n" not in str(error.value)
