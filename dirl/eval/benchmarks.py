@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from dirl.data import reasoning_tasks
 from dirl.data.problem_sources import load_problems
@@ -79,6 +80,7 @@ def load_benchmarks(
     seed: int = 0,
     skip_bad_rows: bool = False,
     dates: Dates = Dates(),
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Benchmark]:
     """Several benchmarks, whose samples are told apart by name.
 
@@ -86,7 +88,7 @@ def load_benchmarks(
         ValueError: none, two of the same name, or dates where no problem has one.
     """
     benchmarks = [
-        load_benchmark(name, limit=limit, seed=seed, skip_bad_rows=skip_bad_rows, dates=dates)
+        load_benchmark(name, limit=limit, seed=seed, skip_bad_rows=skip_bad_rows, dates=dates, columns=columns)
         for name in names_or_paths
     ]
     names = [benchmark.name for benchmark in benchmarks]
@@ -99,10 +101,18 @@ def load_benchmarks(
 
 
 def load_benchmark(
-    name_or_path: str, *, limit: int = 0, seed: int = 0, skip_bad_rows: bool = False, dates: Dates = Dates()
+    name_or_path: str,
+    *,
+    limit: int = 0,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+    dates: Dates = Dates(),
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Benchmark:
     """A benchmark by name in any case (data/eval/NAME.json, or $DIRL_DATA/NAME.json), by path, or a held-out task.
 
+    Args:
+        columns: of what is named by its path: name that is read -> name in the data.
     Raises:
         FileNotFoundError: a known name whose file is not there.
         ValueError: neither a known name nor a path, no problem within the dates, or one that cannot be judged.
@@ -116,7 +126,8 @@ def load_benchmark(
             f"data.datasets: unknown data set {path!r}; known are {', '.join(KNOWN)}, "
             "paths of .json, .jsonl or .parquet files, task:noisy_sums and task:reasoning_gym/NAME"
         )
-    read = load_problems(path, split="test", limit=0 if dates != Dates() else limit, skip_bad_rows=skip_bad_rows)
+    num_read, columns = 0 if dates != Dates() else limit, columns if name is None else {}
+    read = load_problems(path, split="test", limit=num_read, skip_bad_rows=skip_bad_rows, columns=columns)
     problems = [problem for problem in read if dates.hold(problem)][: limit or None]
     if not problems:
         raise UserError(f"data.start_date and data.end_date leave no problem of {path}; its days are others")

@@ -57,6 +57,7 @@ class EvalDataConfig(Config):
     # benchmark names, paths, task:NAME
     datasets: list[str] = field(default_factory=lambda: ["task:noisy_sums"], metadata=PATH)
     limit: int = bounded(0, least=0)  # problems of each data set; 0: all
+    columns: dict[str, str] = field(default_factory=dict)  # of paths: {name that is read: name in the data}
     seed: int = bounded(0, least=0, below=2**32)  # draws the problems of a task
     system_prompt: str = ""
     suffix: str = ""  # appended to each question that does not say what its answer must look like
@@ -75,9 +76,8 @@ class EvalDataConfig(Config):
     def load(self) -> list[Benchmark]:
         """The data sets."""
         dates = Dates(self.start_date, self.end_date)
-        return load_benchmarks(
-            self.datasets, limit=self.limit, seed=self.seed, skip_bad_rows=self.skip_bad_rows, dates=dates
-        )
+        how = {name: getattr(self, name) for name in ("limit", "seed", "skip_bad_rows", "columns")}
+        return load_benchmarks(self.datasets, **how, dates=dates)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,15 @@ def test_path_is_named_by_its_stem(tmp_path: Path) -> None:
     assert (benchmark.name, len(benchmark.problems)) == ("my sums", len(ROWS))
 
 
+def test_columns_are_of_paths(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"ask": "1+1=", "reply": "2"}\n')
+    columns = {"question": "ask", "ground_truth_answer": "reply"}
+    found, task = load_benchmarks([str(own), "task:noisy_sums"], limit=1, columns=columns)
+    assert (found.problems[0].question, found.problems[0].answer) == ("1+1=", "2")
+    assert task.problems == noisy_sums_problems(1, 0, "heldout")
+
+
 def test_task_is_held_out() -> None:
     benchmark = load_benchmark("task:noisy_sums", limit=7, seed=3)
     assert benchmark.name == "task:noisy_sums"
