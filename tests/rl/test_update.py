@@ -166,7 +166,7 @@ def test_evaluation_reads_the_test_split_of_a_hub_data_set(monkeypatch: pytest.M
         asked.append((path, split))
         return [Problem("1+1=", "2", {})]
 
-    monkeypatch.setattr("dirl.rl.train.load_problems", load)
+    monkeypatch.setattr("dirl.rl.heldout.load_problems", load)
     for path in ("task:noisy_sums", "owner/name"):
         model, tokenizer = tiny()
         RLTrainer(replace(CONFIG, eval=RLEvalConfig(path=path)), model=model, tokenizer=tokenizer)
