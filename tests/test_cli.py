@@ -71,6 +71,7 @@ def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for (module_name, member), stand_in in zip(COMMANDS[name], stand_ins, strict=True):
         setattr(modules[module_name], member, stand_in)
     for module_name, module in modules.items():
+        setattr(module, f"{name}_workload", None)  # of --estimate-memory
         monkeypatch.setitem(sys.modules, module_name, module)
     return name
 

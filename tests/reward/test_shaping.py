@@ -160,7 +160,7 @@ HOSTILE_TEXTS = {
 @pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS)
 def test_hostile_texts_take_no_time(text: str) -> None:
     start = time.process_time()
-    judges_of_other_rows = {"code", "reasoning_gym"}
+    judges_of_other_rows = {"code", "reasoning_gym", "instructions"}
     for name in sorted(shaping.REWARD_FUNCTIONS.keys() - judges_of_other_rows):
         columns = {
             "is_right": [False],
@@ -168,6 +168,8 @@ def test_hostile_texts_take_no_time(text: str) -> None:
             "num_denoising_steps": [3],
             "finish_reason": ["stop"],
             "max_completion_length": [10],
+            "choice_rule": ["mmlu-pro"],
+            "answer": ["A"],
         }
         function = shaping.REWARD_FUNCTIONS[name]
         (reward,) = function(["Q"], [text], completion_ids=[[1]], step_maps=[[1]], **columns)
