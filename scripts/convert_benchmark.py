@@ -79,7 +79,7 @@ def convert(name: str, folder: Path) -> list[dict[str, object]]:
     for path in matching:
         file = str(folder / path)
         rows = open_rows(file, split="test").scan()
-        found = convert_rows(file, rows, problem_from_row, limit=0, skip_bad_rows=False)
+        found = convert_rows(file, rows, problem_from_row, columns={}, limit=0, skip_bad_rows=False)
         problems += [problem for _, problem in found]
     return [as_row(problem) for problem in problems]
 
