@@ -259,7 +259,9 @@ def test_tests_install_once_and_pass_arguments_on(copy: Path, elsewhere: Path, p
     for _ in range(2):
         done = run(copy / "scripts/test.sh", "-k", "views", cwd=elsewhere, **python)
         assert done.returncode == 0, done.stderr
-        arguments = f"-n {min(os.cpu_count() or 1, 4)} --dist loadfile -m not matrix and not slow and not chaos -k views"
+        arguments = (
+            f"-n {min(os.cpu_count() or 1, 4)} --dist loadfile -m not matrix and not slow and not chaos -k views"
+        )
         assert done.stdout.splitlines()[-1] == f"pytest {arguments} in {copy}, offline=1"
     assert installs(python) == [f"{copy}[dev]"]
     # The base install is contained in the dev install; a changed pyproject.toml is installed again.
