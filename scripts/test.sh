@@ -7,7 +7,7 @@ install_for_tests lmdeploy --no-deps -r "$ROOT/tests/requirements-lmdeploy.txt" 
 install_for_tests reasoning_gym "reasoning-gym>=0.1.25"
 if [[ "$*" == *matrix* ]]; then # other people's clients of dirl serve
     install_for_tests openai "openai>=1.60"
-    install_for_tests lm_eval "lm-eval[api]>=0.4.9"
+    install_for_tests lm_eval "lm-eval[api,ifeval]>=0.4.9"
 fi
 
 # The report is tested in a real browser, and generated programs behind bubblewrap's walls, where they are there; root on
