@@ -82,7 +82,9 @@ def _quieten(*, is_quiet: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, handlers=[_log_handler()])
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible())
+    logging.basicConfig(level=logging.INFO if _is_main_rank() else logging.ERROR, handlers=[handler])
     # The Hugging Face client logs every request at INFO level; that is not what people want to read.
     for name in ("httpx", "httpx2", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -94,9 +96,8 @@ def _quieten(*, is_quiet: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dirl", description="Post-training of block-diffusion language models.", epilog="See README.md."
-    )
+    words = "Post-training of block-diffusion language models."
+    parser = argparse.ArgumentParser(prog="dirl", description=words, epilog="See README.md.")
     parser.add_argument("--version", action="version", version=f"dirl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
@@ -107,10 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (run, help_text) in runs.items():
         command = commands.add_parser(name, help=help_text)
-        words = "; or a model's directory, hub id or run, to serve it as it is" if name == "serve" else ""
-        command.add_argument(
-            "config", metavar="CONFIG", type=_path, help=f"YAML file, such as configs/tiny/{name}.yaml{words}"
-        )
+        words = f"YAML file, such as configs/tiny/{name}.yaml"
+        words += "; or a model's directory, hub id or run, to serve it as it is" if name == "serve" else ""
+        command.add_argument("config", metavar="CONFIG", type=_path, help=words)
         command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, such as model.path=DIR")
         command.add_argument("--quiet", action="store_true", help="print only warnings and the result")
         command.set_defaults(run=run)
@@ -127,9 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="make a block-diffusion model of an autoregressive one")
     convert.add_argument("source", metavar="SRC", type=_path, help="Hugging Face directory, hub id, or .gguf file")
     convert.add_argument("output", metavar="OUT", type=_path, help="directory to write")
-    convert.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="block_length=4 shift=1 full_attention=false"
-    )
+    words = "block_length=4 shift=1 full_attention=false"
+    convert.add_argument("overrides", metavar="key=value", nargs="*", help=words)
     convert.set_defaults(run=_run_convert)
     tiny = commands.add_parser("tiny-model", help="write the embedded default model, untrained")
     tiny.add_argument("directory", metavar="DIR", type=_path)
@@ -148,9 +147,8 @@ def _add_report(commands: Any) -> None:
     report.add_argument("runs", metavar="RUN_DIR", type=_path, nargs="+", help=f"{words}; or a pattern in quotes")
     words = "one line and band for all runs of one value of this key, such as objective or model.path"
     report.add_argument("--group-by", metavar="KEY", default="", help=words)
-    report.add_argument(
-        "--output", metavar="FILE", type=_path, help="where to; default: report.html in the run's directory"
-    )
+    words = "where to; default: report.html in the run's directory"
+    report.add_argument("--output", metavar="FILE", type=_path, help=words)
     report.set_defaults(run=_run_report)
 
 
@@ -209,10 +207,9 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _run_sweep(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    from dirl.console.list_runs import wide_console
     from dirl.console.sweep import sweep
-    from dirl.eval.evaluate import EvalConfig
+    from dirl.eval.eval_config import EvalConfig
     from dirl.rl.rl_config import RLConfig
     from dirl.sft.train import SFTConfig
 
@@ -225,16 +222,14 @@ def _run_sweep(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         index=options.index,
         prints=options.print,
-        console=Console(width=None if sys.stdout.isatty() else 200),
+        console=wide_console(),
     )
 
 
 def _run_runs(options: argparse.Namespace) -> None:
-    from rich.console import Console
+    from dirl.console.list_runs import list_runs, wide_console
 
-    from dirl.console.list_runs import list_runs
-
-    list_runs(options.folder, Console(width=None if sys.stdout.isatty() else 200))  # a file has room
+    list_runs(options.folder, wide_console())
 
 
 def _run_export(options: argparse.Namespace) -> None:
@@ -245,19 +240,12 @@ def _run_export(options: argparse.Namespace) -> None:
 
 
 def _run_report(options: argparse.Namespace) -> None:
-    if options.runs[0] == "compare":
-        return _compare_evaluations(options.runs[1:])
     from dirl.console.report_runs import report_runs
-
-    return _say(f"report: {report_runs(options.runs, options.output, options.group_by)}")
-
-
-def _compare_evaluations(directories: Sequence[str]) -> None:
-    if len(directories) != 2:
-        raise UserError(f"dirl report compare {' '.join(directories)}: expected the directories of two evaluations")
     from dirl.eval.report import comparison_text
 
-    _say(comparison_text(*map(Path, directories)))
+    if options.runs[0] == "compare":
+        return _say(comparison_text(options.runs[1:]))
+    return _say(f"report: {report_runs(options.runs, options.output, options.group_by)}")
 
 
 def _run_generate(options: argparse.Namespace) -> None:
@@ -318,7 +306,8 @@ def _say_memory(model: Any, workload: Any) -> None:
 
 
 def _run_eval(options: argparse.Namespace) -> None:
-    from dirl.eval.evaluate import EvalConfig, run_evaluation
+    from dirl.eval.eval_config import EvalConfig
+    from dirl.eval.evaluate import run_evaluation
 
     _say(f"report: {run_evaluation(load_config(EvalConfig, options.config, options.overrides))}")
 
@@ -376,12 +365,6 @@ class _Visible(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
-
-
-def _log_handler() -> logging.Handler:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Visible())
-    return handler
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dirl.config import bounds_in_words, marks_of
 from dirl.console.difficulty import DifficultyConfig
-from dirl.eval.evaluate import EvalConfig
+from dirl.eval.eval_config import EvalConfig
 from dirl.rl.rl_config import RLConfig
 from dirl.rollout.server.wire import ServeConfig
 from dirl.sft.train import SFTConfig

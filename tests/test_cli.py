@@ -26,7 +26,7 @@ from dirl.rollout.local.engine import TorchEngine
 COMMANDS = {
     "sft": (("dirl.sft.train", "SFTConfig"), ("dirl.sft.train", "SFTTrainer")),
     "rl": (("dirl.rl.rl_config", "RLConfig"), ("dirl.rl.train", "RLTrainer")),
-    "eval": (("dirl.eval.evaluate", "EvalConfig"), ("dirl.eval.evaluate", "run_evaluation")),
+    "eval": (("dirl.eval.eval_config", "EvalConfig"), ("dirl.eval.evaluate", "run_evaluation")),
 }
 
 

@@ -16,7 +16,7 @@ from dirl import config as config_module
 from dirl.cli import main
 from dirl.config import Config, ConfigError, bounded, load_config, save_config
 from dirl.errors import UserError
-from dirl.eval.evaluate import EvalConfig
+from dirl.eval.eval_config import EvalConfig
 from dirl.rl.rl_config import RLConfig
 from dirl.sft.train import SFTConfig
 

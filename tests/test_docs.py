@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dirl.eval.evaluate import EvalConfig
+from dirl.eval.eval_config import EvalConfig
 from dirl.model.tiny import tiny
 from dirl.rl.rl_config import RLConfig
 from dirl.rollout.server.wire import ServeConfig

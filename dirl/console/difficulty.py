@@ -19,7 +19,8 @@ from dirl.data.row_source import open_rows
 from dirl.data.rows import convert_rows
 from dirl.errors import UserError
 from dirl.eval.benchmarks import Benchmark
-from dirl.eval.evaluate import EvalConfig, EvalDataConfig, run_evaluation
+from dirl.eval.eval_config import EvalConfig, EvalDataConfig
+from dirl.eval.evaluate import run_evaluation
 from dirl.eval.sample_store import SAMPLES, read_samples
 from dirl.files import write_whole
 from dirl.model.checkpoint import ModelConfig

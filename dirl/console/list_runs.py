@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,6 +43,11 @@ class RunLine:
     rates: str = "-"  # tokens in a second of each, per GPU or core
     mfu: str = "-"
     trouble: str = ""  # what of its files cannot be read
+
+
+def wide_console() -> Console:
+    """The terminal, or a file, which has room."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def list_runs(folder: str, console: Console) -> None:

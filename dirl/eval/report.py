@@ -154,8 +154,11 @@ def compare_runs(a: Path, b: Path) -> list[Comparison]:
     return comparisons
 
 
-def comparison_text(a: Path, b: Path) -> str:
-    """`compare_runs` as a Markdown table for people."""
+def comparison_text(directories: Sequence[str]) -> str:
+    """`compare_runs` of two directories as a Markdown table for people. Raises: UserError where they are not two."""
+    if len(directories) != 2:
+        raise UserError(f"dirl report compare {' '.join(directories)}: expected the directories of two evaluations")
+    a, b = map(Path, directories)
     rows = [
         [
             comparison.dataset,

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.problem_sources import ProblemSplit, load_problems, load_sources, split_problems
 from dirl.data.problems import Problem
-from dirl.eval.evaluate import Evaluator, Mode
+from dirl.eval.eval_config import Mode
+from dirl.eval.evaluate import Evaluator
 from dirl.eval.scores import write_scores
 from dirl.model.checkpoint import default_device, load_model
 from dirl.model.model_path import tokenizer_of

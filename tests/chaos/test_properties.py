@@ -25,7 +25,7 @@ from dirl.config import config_to_dict, load_config
 from dirl.data.document_source import open_documents
 from dirl.data.problem_sources import load_problems
 from dirl.errors import UserError
-from dirl.eval.evaluate import EvalConfig
+from dirl.eval.eval_config import EvalConfig
 from dirl.model.checkpoint import load, save_model
 from dirl.reward import MathGrader
 from dirl.reward.math_answer import Verdict

@@ -18,7 +18,8 @@ from dirl.data.rows import DataError
 from dirl.data.tasks import tiny_tokenizer
 from dirl.errors import UserError
 from dirl.eval.benchmarks import Benchmark
-from dirl.eval.evaluate import Evaluator, Mode
+from dirl.eval.eval_config import Mode
+from dirl.eval.evaluate import Evaluator
 from dirl.reward.rubric import RewardConfig, Rubric
 from dirl.rl.rollout_group import render_prompts
 from dirl.rollout.engine import SamplingConfig

@@ -19,7 +19,8 @@ from dirl.data.problems import Problem
 from dirl.data.tasks import noisy_sums_problems, tiny_tokenizer
 from dirl.errors import UserError
 from dirl.eval import evaluate
-from dirl.eval.evaluate import EvalConfig, EvalDataConfig, Evaluator, Mode, decoding_modes
+from dirl.eval.eval_config import EvalConfig, EvalDataConfig, Mode, decoding_modes
+from dirl.eval.evaluate import Evaluator
 from dirl.files import read_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.families.sdar import SDARConfig

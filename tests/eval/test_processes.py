@@ -13,7 +13,8 @@ import pytest
 
 from dirl import cli
 from dirl.errors import UserError
-from dirl.eval.evaluate import EvalConfig, run_evaluation
+from dirl.eval.eval_config import EvalConfig
+from dirl.eval.evaluate import run_evaluation
 from dirl.files import read_json_lines
 from dirl.model.checkpoint import ModelConfig
 from dirl.model.tiny import save_tiny_model

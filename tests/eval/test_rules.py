@@ -12,7 +12,8 @@ import pytest
 from dirl.data.problems import Problem
 from dirl.errors import UserError
 from dirl.eval.benchmarks import Dates, load_benchmark, load_benchmarks
-from dirl.eval.evaluate import EvalConfig, EvalDataConfig, run_evaluation
+from dirl.eval.eval_config import EvalConfig, EvalDataConfig
+from dirl.eval.evaluate import run_evaluation
 from dirl.eval.rules import rule_of
 from dirl.reward import instructions
 from dirl.rollout.engine import SamplingConfig

@@ -17,7 +17,7 @@ from dirl.config import load_config
 from dirl.data.chat import END_TOKENS, MASK_TOKENS, load_tokenizer, mask_token_id, stop_token_ids
 from dirl.diffusion.noising import NoiseConfig
 from dirl.errors import ConfigError, UserError
-from dirl.eval.evaluate import EvalConfig
+from dirl.eval.eval_config import EvalConfig
 from dirl.model.checkpoint import ModelConfig, load, load_model, random_model, save_model
 from dirl.model.families.a2d import A2DQwen2Config, A2DQwen2LMHeadModel
 from dirl.model.families.block_diffusion import BlockDiffusionModel

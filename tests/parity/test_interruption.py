@@ -37,7 +37,7 @@ from dirl.rl.train import RLTrainer
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.full_parameters import full_state_dict
 from dirl.training.optimizer import Loss, StepOutcome, TrainingDiverged
-from dirl.training.run import check_identity
+from dirl.training.run_identity import check_identity
 from tests.launching import launch_script
 
 STEPS: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-3, "warmup_steps": 1, "max_tokens_per_micro_batch": 128}

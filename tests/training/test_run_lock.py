@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dirl.errors import UserError
-from dirl.eval.evaluate import EvalConfig, run_evaluation
+from dirl.eval.eval_config import EvalConfig
+from dirl.eval.evaluate import run_evaluation
 from dirl.sft.train import SFTConfig, SFTTrainer
 from dirl.training.distributed import Distributed
 from dirl.training.run_lock import check_free, hold

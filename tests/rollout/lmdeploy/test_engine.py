@@ -16,7 +16,8 @@ pytest.register_assert_rewrite("tests.rollout.engine_contract")
 from dirl.data.chat import stop_token_ids  # noqa: E402
 from dirl.data.problems import Problem  # noqa: E402
 from dirl.diffusion.unmasking import UnmaskingStrategy  # noqa: E402
-from dirl.eval.evaluate import Evaluator, Mode  # noqa: E402
+from dirl.eval.eval_config import Mode  # noqa: E402
+from dirl.eval.evaluate import Evaluator  # noqa: E402
 from dirl.model.families.block_diffusion import BlockDiffusionModel  # noqa: E402
 from dirl.reward.rubric import RewardConfig, Rubric  # noqa: E402
 from dirl.rollout.engine import Completion, RolloutError, SamplingConfig  # noqa: E402
