@@ -195,9 +195,7 @@ def _shown(value: object) -> str:
     """A foreign object in a line; one that does not even show itself by its class."""
     try:
         return one_line(value, 300) if isinstance(value, BaseException) else " ".join(repr(value).split())[:100]
-    except (
-        Exception
-    ):  # whatever a stranger's __repr__ raises while an error of his is told: the class still says what it is
+    except Exception:  # a stranger's __repr__ may raise anything, and this line is about another error of his
         return f"a {type(value).__name__}"
 
 
