@@ -8,6 +8,7 @@ it is rendered here; and what it renders here may not be out of proportion to th
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,12 +35,16 @@ class Trial:
     """
 
     def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
-        request = {"template": template, "variables": variables, "seconds": _SECONDS, "bytes": _BYTES}
+        self._request = {"template": template, "variables": variables, "seconds": _SECONDS, "bytes": _BYTES}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._owner = os.getpid()
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self._child = subprocess.Popen([sys.executable, "-c", _PROGRAM.read_text(encoding="utf-8")], **pipes)  # type: ignore[call-overload]
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write(json.dumps({**request, "probes": _probes()}, default=str).encode() + b"\n")
+            self._child.stdin.write(json.dumps({**self._request, "probes": _probes()}, default=str).encode() + b"\n")
             self._child.stdin.flush()
         except BrokenPipeError:  # it has ended already; how, it says itself
             pass
@@ -47,6 +52,8 @@ class Trial:
     @cached_property
     def fault(self) -> str:
         """What is wrong with the template; empty: nothing. Waits for the end of the trial."""
+        if os.getpid() != self._owner:  # this process was forked meanwhile: the pipes are its parent's
+            self._begin()
         said, errors = self._child.communicate()
         if (code := self._child.returncode) == -signal.SIGXCPU:
             return f"takes more than {_SECONDS} s of processor for a few short conversations; {_ADVICE}"

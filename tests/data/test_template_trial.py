@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,13 @@ def test_a_trial_renders_what_transformers_renders() -> None:
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         if name != "marked":  # which leaves system messages out
             assert render_messages(tokenizer, turns, add_generation_prompt=True) == ids
+
+
+def test_processes_forked_amid_a_trial_make_their_own() -> None:
+    """Its pipes are the parent's: two that read them would each have a part, and the parent nothing."""
+    trial = Trial("{{ messages[0].content }}", {})
+    for _ in range(2):
+        if not (child := os.fork()):
+            os._exit(0 if trial.fault == "" else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert trial.fault == ""
