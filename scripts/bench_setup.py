@@ -71,7 +71,7 @@ def model_fields(name: str, model: BlockDiffusionModel) -> dict[str, Any]:
     return {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "liger": model.model.norm.forward.__module__.startswith("liger_kernel"),
+        "liger": "forward" in vars(model.model.norm),
     }
 
 

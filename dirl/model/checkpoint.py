@@ -38,7 +38,7 @@ class ModelConfig(Config):
     path: str = field(default="outputs/tiny/base", metadata=PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     attention: AttentionName = "auto"  # training forward: flex on CUDA, sdpa elsewhere
-    kernels: Kernels = "auto"  # RMSNorm, SwiGLU, rotary: liger where a GPU and the package are there, else torch
+    kernels: Kernels = "auto"  # RMSNorm and SwiGLU: liger where a GPU and the package are there, else torch
     gradient_checkpointing: bool = False  # recompute each layer in backward: less memory, a third more time
     block_length: int = bounded(0, least=0)  # 0: what the checkpoint says (block_size)
     # where blocks are counted from: position 0, or the end of the prompt; auto: what the checkpoint says
