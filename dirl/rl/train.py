@@ -57,6 +57,7 @@ class RLTrainer(Trainer):
     CONFIG = RLConfig
     config: RLConfig
     stage = "rl"
+    _sleeps = False  # the engine: an update that was interrupted leaves it so
 
     def __init__(
         self,
@@ -134,6 +135,8 @@ class RLTrainer(Trainer):
         (Ctrl-C in a notebook) gives the step's groups up; those that wait stay.
         """
         self.enter_stage()
+        if self._sleeps:
+            self._push_weights(self.steps_done)
         after, oldest = self.steps_done + self.config.steps_per_rollout, self.steps_done - self._max_age
         collected = self.last = self.collector.collect(self.steps_done, oldest)
         if after < self.config.max_steps:
@@ -144,6 +147,7 @@ class RLTrainer(Trainer):
             probe = self.collector.probe(self.steps_done)
         if self.ahead is None:
             with self.timings.phase("update_weights"):
+                self._sleeps = True
                 self.engine.sleep()  # its memory is the trainer's while the trainer works
         with self.timings.phase("train"):
             metrics = self.updater.update(collected.groups, advantages, self.steps_done, probe)
@@ -165,6 +169,7 @@ class RLTrainer(Trainer):
         if self.ahead is None:
             self.engine.update_weights(self.model)
             self.engine.wake()
+            self._sleeps = False
             return
         with self.ahead.paused():
             self.engine.update_weights(self.model)

@@ -103,7 +103,7 @@ class EngineConfig(Config):
     approximate_cache: ApproximateCache = "none"
     # lmdeploy: part of the GPU memory free at start that its KV cache takes
     cache_max_entry_count: float = bounded(0.5, above=0, below=1)
-    sleep_level: SleepLevel = 1  # lmdeploy, colocate: what it gives back while the trainer works
+    sleep_level: SleepLevel = 2  # lmdeploy, colocate: what it gives back while the trainer works
     server_urls: list[str] = field(default_factory=list)  # server: running `dirl serve`s, as http://HOST:PORT
     server_devices: list[str] = field(default_factory=list)  # server, no urls: CUDA device of each local rank's own one
     server_wait_seconds: float = bounded(120.0, least=0)  # server: how long one may be away before the run ends

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dirl.data.chat import render_prompt
@@ -25,6 +26,8 @@ from dirl.rl.objective import ObjectiveConfig
 from dirl.rl.rl_config import RLConfig, RLDataConfig, RLEvalConfig
 from dirl.rl.rollouts import RolloutConfig
 from dirl.rl.train import RLTrainer
+from dirl.rollout.engine import Completion
+from dirl.rollout.local.engine import TorchEngine
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 
 CONFIG = RLConfig(
@@ -67,6 +70,44 @@ def test_a_run_with_a_reward_from_a_file(tmp_path: Path) -> None:
         )
     assert "step 2, group" in (tmp_path / "run" / "report.html").read_text()
     assert "reinforcement learning" in (final / "README.md").read_text()
+
+
+class SleepyEngine(TorchEngine):
+    """As LMDeploy at sleep level 2: asleep it decodes nothing, and it has no weights until the next push."""
+
+    is_asleep = has_weights = False
+
+    def generate(self, *arguments: Any, **named: Any) -> list[Completion]:
+        assert self.has_weights and not self.is_asleep
+        return super().generate(*arguments, **named)
+
+    def update_weights(self, model: nn.Module) -> None:
+        super().update_weights(model)
+        self.has_weights = True
+
+    def sleep(self) -> None:
+        self.is_asleep, self.has_weights = True, False
+
+    def wake(self) -> None:
+        self.is_asleep = False
+
+
+def test_after_an_update_that_was_interrupted_the_engine_is_awake_for_the_next_step() -> None:
+    model, tokenizer = tiny()
+    config = replace(CONFIG, rollout=replace(CONFIG.rollout, dynamic_sampling=False))
+    engine = SleepyEngine(model, tokenizer)
+    ours = RLTrainer(config, model=model, tokenizer=tokenizer, problems=PROBLEMS, engine=engine)
+    ours.begin()
+    update = ours.updater.update
+
+    def interrupted(*_: Any) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    ours.updater.update = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        ours.step()
+    ours.updater.update = update  # type: ignore[method-assign]
+    assert ours.step()["completions/mean_length"] > 0
 
 
 def test_batch_scaling_divides_by_the_deviation_of_the_whole_batch() -> None:
