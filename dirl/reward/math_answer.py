@@ -33,6 +33,7 @@ from dirl.reward.answer_text import (
 from dirl.reward.killable_pool import KillablePool, Question
 
 logger = logging.getLogger(__name__)
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that time limits are ours, as they are
 
 Extraction = Literal["boxed", "text"]
 
