@@ -5,6 +5,7 @@
 # Both hold all lines there are after every part. Parts that fail are named at the end and make the exit status 1; parts
 # whose seconds no longer fit into TIME_LIMIT are named too.
 #   TIME_LIMIT=540    seconds for everything        NO_VENV=1   use the Python on PATH (containers)
+#   PARTS="tests train_8b_short"    these alone, in the order below
 #   DIRL_COMMIT=...   what the lines call the commit, for a copy without .git
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -32,6 +33,7 @@ rm -f "$OUT/gpu.errors"
 part() { # NAME SECONDS COMMAND...: its JSON lines are kept, also those of a part that fails or runs out of time
     local name=$1 seconds=$2 status=0
     shift 2
+    [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
     if ((seconds > LIMIT - SECONDS)); then
         skipped+=("$name")
         return
@@ -53,23 +55,25 @@ part() { # NAME SECONDS COMMAND...: its JSON lines are kept, also those of a par
 # The files with GPU tests, by name: files beside them need packages that a GPU machine may lack.
 tests=(tests/model/test_attention.py tests/rollout/local/test_block_cache.py tests/model/test_kernels.py)
 budget=(--max-tokens-per-micro-batch 32768)
-short=(--prompt 200 --completion 1000 --max-prompt 1024 --max-completion 2048 --group 2 "${budget[@]}")
-long=(--prompt 1024 --completion 8192 --max-prompt 1024 --max-completion 8192 "${budget[@]}")
+short=(--prompt 200 --completion 1000 --max-prompt 1024 --max-completion 2048 --group 2 "${budget[@]}" --padding own)
+long=(--prompt 1024 --completion 8192 --max-prompt 1024 --max-completion 8192 --max-tokens-per-micro-batch 43008)
 rollout=(--batch-sizes 64 256 --completion-length 64 --plain-sequences 1 --repeats 2)
-# Small models first. The seconds are caps, reckoned and not measured; the last three parts run where time is left.
-part tests 120 python3 -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}"
-part train_1.7b_short 110 python3 scripts/bench_train_step.py --model 1.7b "${short[@]}" --padding own --repeats 1
-part sft_1.7b 80 python3 scripts/bench_sft_step.py --model 1.7b "${budget[@]}" --attention tiles --padding own --repeats 1
-part rollout_1.7b 60 python3 scripts/bench_rollout.py --model 1.7b "${rollout[@]}"
-if python3 -c 'import lmdeploy' 2>/dev/null && [[ -f scripts/gpu_check_lmdeploy.py ]]; then
-    part lmdeploy 200 python3 scripts/gpu_check_lmdeploy.py
+# The seconds are caps; a part that reaches its own keeps its lines. The last parts run where time is left.
+part tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}"
+if python3 -c 'import lmdeploy' 2>/dev/null; then
+    part lmdeploy_1.7b 170 python3 scripts/gpu_check_lmdeploy.py --models 1.7b
 fi
-part train_8b_short 110 python3 scripts/bench_train_step.py --model 8b "${short[@]}" --padding own --layouts dirl --repeats 1
+part train_1.7b_short 110 python3 scripts/bench_train_step.py --model 1.7b "${short[@]}" --repeats 2
+part train_8b_short 110 python3 scripts/bench_train_step.py --model 8b "${short[@]}" --layouts dirl --repeats 1
+part train_8b_long 90 python3 scripts/bench_train_step.py --model 8b "${long[@]}" --layouts --repeats 1
+if python3 -c 'import lmdeploy' 2>/dev/null; then
+    part lmdeploy_8b 110 python3 scripts/gpu_check_lmdeploy.py --models 8b --parts parity push sleep speed
+fi
+part sft_1.7b 80 python3 scripts/bench_sft_step.py --model 1.7b "${budget[@]}" --attention tiles --padding none
+part rollout_1.7b 60 python3 scripts/bench_rollout.py --model 1.7b "${rollout[@]}"
 part rollout_8b 70 python3 scripts/bench_rollout.py --model 8b "${rollout[@]}"
-part train_8b_long 170 python3 scripts/bench_train_step.py --model 8b "${long[@]}" --padding own --layouts dirl --repeats 1
 part rollout_8b_compiled 100 python3 scripts/bench_rollout.py --model 8b --compile "${rollout[@]}"
-part train_1.7b_long 100 python3 scripts/bench_train_step.py --model 1.7b "${long[@]}" --padding own --layouts dirl --repeats 1
-part train_4b_short 90 python3 scripts/bench_train_step.py --model 4b "${short[@]}" --padding own --layouts dirl --repeats 1
+part train_4b_short 90 python3 scripts/bench_train_step.py --model 4b "${short[@]}" --layouts dirl --repeats 1
 
 if [[ -s $work/gpu.jsonl ]]; then cat "$OUT/gpu.md"; fi
 echo "finished after $SECONDS s; results in $OUT"

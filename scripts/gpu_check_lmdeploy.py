@@ -17,14 +17,21 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_setup import build_model, print_line, synchronize
+from torch import Tensor
 
 from dirl.data.problems import Problem
+from dirl.diffusion.likelihood import ScoringRule
+from dirl.diffusion.packing import ViewedDocument, pack
+from dirl.diffusion.views import replay_views
+from dirl.model.checkpoint import default_device
 from dirl.model.families.block_diffusion import BlockDiffusionModel
+from dirl.model.logprobs import PackedScorer, suppressed_by
 from dirl.model.tiny import tiny
 from dirl.reward.rubric import RewardConfig
 from dirl.rl.rl_config import RLConfig
@@ -33,7 +40,7 @@ from dirl.rl.train import RLTrainer
 from dirl.rollout.engine import RolloutEngine, SamplingConfig
 from dirl.rollout.lmdeploy.engine import LMDeployEngine
 from dirl.rollout.local.engine import TorchEngine
-from dirl.rollout.replay import logprobs
+from dirl.rollout.replay import trajectory_of
 
 PARTS = ("parity", "push", "sleep", "speed", "steps")
 
@@ -57,20 +64,32 @@ def used_gb() -> float:
 
 
 def parity(name: str, model: BlockDiffusionModel, engine: LMDeployEngine) -> None:
-    """Recorded logprobs against the packed scorer of the trainer, and whether a group is diverse."""
+    """Recorded logprobs, of holds too, against the packed scorer of the trainer; whether a group is diverse."""
     sampling = SamplingConfig(max_completion_length=64, unmasking_strategy="low_confidence_static", denoising_steps=2)
     prompts = prompts_of(32, 100, model.config.vocab_size)
-    completions = engine.generate(prompts, sampling, range(32))
-    with torch.no_grad():
-        scored = torch.cat([x.cpu() for x in logprobs(model, completions, sampling)])
-    recorded = torch.tensor([x for c in completions for x in c.logprobs or []])
-    difference = (scored - recorded).abs()
+    completions = engine.generate(prompts, replace(sampling, record_holds=True), range(32))
+    differences: dict[str, list[Tensor]] = {"logp": [], "hold_logp": []}
+    for completion in completions:
+        trajectory = trajectory_of(completion, model.scheme)
+        views = replay_views(trajectory, model.scheme.mask_token_id)
+        document = ViewedDocument(trajectory.prompt_ids, [views])
+        packed = pack([document], model.scheme.block_length).to(default_device())
+        rule = ScoringRule(*sampling.rules(model.scheme), suppressed_by(model))
+        with torch.no_grad():
+            scored_T = PackedScorer(model)(packed, rule).logprob_T.cpu()
+        is_reveal_T = packed.actions.is_reveal_T.cpu()
+        place = packed.actions.completion_index_T.cpu()[is_reveal_T]
+        recorded = torch.tensor(completion.logprobs)[place], torch.tensor(completion.hold_logprobs)
+        scored = scored_T[is_reveal_T], scored_T[~is_reveal_T]
+        for kind, ours, theirs in zip(differences, recorded, scored, strict=True):
+            differences[kind].append((ours - theirs).abs())
+    found = {kind: torch.cat(parts) for kind, parts in differences.items()}
     print_line(
         "lmdeploy_parity",
         model=name,
-        tokens=len(recorded),
-        logp_difference_mean=float(difference.mean()),
-        logp_difference_max=float(difference.max()),
+        tokens=len(found["logp"]),
+        **{f"{kind}_difference_mean": round(float(parts.mean()), 5) for kind, parts in found.items()},
+        **{f"{kind}_difference_max": round(float(parts.max()), 5) for kind, parts in found.items()},
     )
     group = engine.generate(prompts[:1] * 8, sampling, range(8))
     print_line("lmdeploy_distinct", model=name, distinct=len({tuple(c.token_ids) for c in group}), of=8)
@@ -114,8 +133,8 @@ def sleep(name: str, model: BlockDiffusionModel, engine: LMDeployEngine) -> None
 
 def speed(name: str, model: BlockDiffusionModel, engine: LMDeployEngine) -> None:
     """Two tokens a step, as a trained model reveals about; no EOS in sight."""
-    sampling = SamplingConfig(max_completion_length=128, unmasking_strategy="low_confidence_static", denoising_steps=2)
-    engines: dict[str, RolloutEngine] = {"lmdeploy": engine, "torch": TorchEngine(model, tiny()[1])}
+    sampling = SamplingConfig(max_completion_length=64, unmasking_strategy="low_confidence_static", denoising_steps=2)
+    engines: dict[str, RolloutEngine] = {"lmdeploy": engine, "torch": TorchEngine(model, tiny()[1], compiled=True)}
     for batch_size in (64, 256):
         prompts = prompts_of(batch_size, 200, model.config.vocab_size)
         rates = {

@@ -331,7 +331,11 @@ esac
     assert errors.startswith("== tests: exit status 1\na test failed\n") and "== rollout_8b: exit status 3" in errors
     assert sorted(path.name for path in (elsewhere / "results").iterdir()) == ["gpu.errors", "gpu.jsonl", "gpu.md"]
     late = run(copy / "scripts/gpu_check.sh", "late", cwd=elsewhere, PATH=path, NO_VENV="1", TIME_LIMIT="75")
-    assert "no time left for: tests train_1.7b_short sft_1.7b train_8b_short train_8b_long" in late.stdout
+    assert "no time left for: tests train_1.7b_short train_8b_short train_8b_long sft_1.7b" in late.stdout
+    chosen = {"NO_VENV": "1", "PARTS": "tests rollout_8b_compiled"}
+    some = run(copy / "scripts/gpu_check.sh", "some", cwd=elsewhere, PATH=path, **chosen)
+    parts = [line for line in some.stdout.splitlines() if line.startswith("==")]
+    assert parts == ["== tests", "== rollout_8b_compiled"]
 
 
 def evaluation(mode: str, accuracy: float, num_samples: int) -> dict[str, str | float]:
