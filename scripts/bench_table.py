@@ -74,6 +74,17 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
             "staleness_mean",
         ],
     ),
+    "lmdeploy_rl_step": (
+        ["model", "step"],
+        [
+            "timing_s/rollout",
+            "timing_s/train",
+            "timing_s/update_weights",
+            "sampling/logp_difference/mean",
+            "sampling/logp_difference/max",
+            "peak_memory_gb",
+        ],
+    ),
     "push": (["model", "dtype", "gigabytes", "weight_transfer"], ["seconds_min", "ratio", "peak_memory_gb"]),
 }
 PLACE = ["hardware", "cores", "threads", "torch", "transformers", "commit", "date"]
@@ -105,7 +116,8 @@ def main() -> None:
     lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line]
     for benchmark in dict.fromkeys(line["benchmark"] for line in lines):
         chosen = [line for line in lines if line["benchmark"] == benchmark]
-        described, measured = COLUMNS.get(benchmark, ([], sorted(set().union(*chosen) - {"benchmark", *PLACE})))
+        others = sorted(set().union(*chosen) - {"benchmark", "python", *PLACE})
+        described, measured = COLUMNS.get(benchmark, ([], others))
         print(f"### {benchmark}\n\n{table(chosen, [*described, *measured])}\n\n{places(chosen)}\n")
 
 
