@@ -6,8 +6,8 @@ resume are that list and the stream's place.
 
 Groups that teach nothing are dropped, counted, and replaced by groups of further prompts, a limited number of times.
 
-With `max_staleness` rounds are rolled out ahead, while the trainer trains: collecting takes the earliest of them, and
-groups whose weights are too old are dropped and counted.
+With `max_staleness` rounds are rolled out ahead, while the trainer trains, each of as many prompts as would have filled
+the last step: collecting takes the earliest of them, and groups whose weights are too old are dropped and counted.
 
 With `partial` a second list, `in_flight`, has the prompts whose groups are not complete: each round goes on with them.
 """
@@ -91,6 +91,7 @@ class Collector:
         self._sums: Counter[str] = Counter()  # metrics of the step that is being collected
         self._num_taken = 0
         self._num_rounds = 0  # of the step that is being collected
+        self._useful_share = 1.0  # of the groups of the last step, over all ranks: those that taught something
         self._counters: Counter[str] = Counter()
         self._should_stop, self._remember = should_stop, remember
 
@@ -129,8 +130,11 @@ class Collector:
 
     def look_ahead(self) -> None:
         """Have the rounds of the next steps rolled out, as many as `max_staleness` says."""
+        # The trainer would wait for what a small round lacks; what a large one has too many grows old.
+        most = self.config.prompts_per_step * self.config.max_sampling_rounds
+        num_prompts = min(math.ceil(self.config.prompts_per_step / self._useful_share), most)
         while self.ahead is not None and len(self.ahead) < self.config.max_staleness:
-            self.ahead.submit(self.rollouts, self._take_round(0, self.config.prompts_per_step))
+            self.ahead.submit(self.rollouts, self._take_round(0, num_prompts))
 
     @property
     def is_amid(self) -> bool:
@@ -149,7 +153,8 @@ class Collector:
         """
         while True:
             self._drop_older(oldest)
-            num_useful = int(self.distributed.sum(sum(map(self._is_useful, self.waiting)))[0])
+            counts = self.distributed.sum(sum(map(self._is_useful, self.waiting)), len(self.waiting))
+            num_useful, num_groups = map(int, counts)
             if self._should_stop():
                 raise StopAsked
             missing = self.config.prompts_per_step - num_useful
@@ -168,6 +173,7 @@ class Collector:
         groups, waiting, num_carried = self._shared_out(useful)
         reasons = [reason for group in dropped if (reason := self.config.reason_to_drop(group))]
         collected = Collected(groups, dropped, reasons, dict(self._counters), self._metrics(), num_carried)
+        self._useful_share = num_useful / num_groups
         self._step_ends(self._remember(waiting) if num_carried else waiting)
         return collected
 
@@ -184,6 +190,7 @@ class Collector:
             "stream": self.stream.state_dict(),
             "num_taken": self._num_taken,
             "num_rounds": self._num_rounds,
+            "useful_share": self._useful_share,
             "threshold_policy": thresholds.state_dict() if thresholds else None,
             "ranks": self.distributed.gather(
                 [{"waiting": waiting, "in_flight": in_flight, "unasked": unasked, **sums}]
@@ -194,6 +201,7 @@ class Collector:
         """Go on from there; with another number of processes than saved it, the groups are shared out anew."""
         self.stream.load_state_dict(state["stream"])
         self._num_taken, self._num_rounds = state["num_taken"], state["num_rounds"]
+        self._useful_share = state.get("useful_share", 1.0)
         if len(state["ranks"]) == self.distributed.world_size:
             mine = state["ranks"][self.distributed.rank]
             rows, in_flight, unasked = mine["waiting"], mine.get("in_flight", []), mine.get("unasked", [])

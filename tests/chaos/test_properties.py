@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as to_safetensors
 
 from dirl.config import config_to_dict, load_config
+from dirl.data.data_config import DataSource
 from dirl.data.document_source import open_documents
 from dirl.data.problem_sources import load_problems
 from dirl.errors import UserError
@@ -149,7 +150,7 @@ def test_rows(suffix: str, tally: Tally, tmp_path: Path) -> None:
     file = tmp_path / f"rows{suffix}"
 
     def documents() -> None:
-        source = open_documents(str(file), TOKENIZER)
+        source = open_documents(DataSource(path=str(file)), TOKENIZER)
         for index in range(len(source)):
             source[index]
 

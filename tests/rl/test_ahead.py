@@ -162,6 +162,29 @@ def test_what_a_stale_action_was_given_is_what_the_engine_recorded(tmp_path: Pat
         assert not recorded_T[stale_T].isnan().any()
 
 
+def test_a_round_ahead_has_prompts_for_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the groups teach nothing: a round of a step's own size would have the trainer wait for a second one."""
+    ours = trainer(tmp_path, 1, save_steps=3, rollout={"max_sampling_rounds": 4})
+    monkeypatch.setattr(RolloutConfig, "reason_to_drop", lambda _, group: "small_spread" if group.number % 2 else None)
+    assert ours.ahead is not None
+    submit, sizes = ours.ahead.submit, []
+
+    def noted(rollouts: Any, taken: Any) -> None:
+        sizes.append(len(taken))
+        submit(rollouts, taken)
+
+    ours.ahead.submit = noted  # type: ignore[method-assign]
+    _, steps = watched(ours)
+    ours.train()
+    # 3 of the 5 groups of the first step teach, so that the second has 5 prompts and one more; then each finds a step.
+    assert sizes == [3, 1, 1, 5, 1, 6, 6, 6, 6]
+    assert [len(groups) for groups in steps] == [3] * 6
+    assert [group.number % 2 for groups in steps for group in groups] == [0] * 18
+    again = trainer(tmp_path / "again", 1)
+    again.collector.load_state_dict(ours.collector.state_dict())
+    assert again.collector._useful_share == 0.5
+
+
 def test_a_run_that_stops_goes_on_with_the_prompts_in_flight(tmp_path: Path) -> None:
     first = trainer(tmp_path, 2, save_steps=3)
     _, before = watched(first)
