@@ -20,6 +20,7 @@ from dirl.errors import UserError
 from dirl.rollout.engine import SamplingConfig
 from dirl.rollout.server.walls import Refused
 
+_TOKENIZERS_IDS = 1 << 32  # a tokenizer cannot be asked for others, whatever its vocabulary
 # OpenAI's names -> ours.
 _RENAMED = {"max_tokens": "max_completion_length", "max_completion_tokens": "max_completion_length"}
 # Fields that change nothing about an answer ...
@@ -180,4 +181,6 @@ def _prompts(said: Any) -> list[str | list[int]]:
 
 
 def _is_prompt(said: Any) -> bool:
-    return isinstance(said, str) or (isinstance(said, list) and said != [] and all(type(t) is int for t in said))
+    if isinstance(said, str):
+        return True
+    return isinstance(said, list) and said != [] and all(type(t) is int and 0 <= t < _TOKENIZERS_IDS for t in said)

@@ -156,6 +156,8 @@ class Push:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{16}\.[0-9]{1,12}", self.weights):
             raise ValueError(f"weights must be named TRAINER.NUMBER, got {self.weights[:40]!r}")
+        if not isinstance(self.tensors, dict):
+            raise ValueError(f"tensors must be names with a dtype and a shape each, got {self.tensors!r:.60}")
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str | None, str]] = {
     "no prompt": ({}, 400, "prompt", "prompt must be"),
     "mixed prompt": ({"prompt": [1, "a"]}, 400, "prompt", "prompt must be"),
     "unknown token": ({"prompt": [9999]}, 400, None, "token ids from 0 to"),
+    "negative token": ({"prompt": [5, -1]}, 400, "prompt", "a list of token ids"),
+    "token without a number": ({"prompt": [1 << 40]}, 400, "prompt", "a list of token ids"),
     "unknown field": ({"prompt": "a", "temprature": 1}, 400, "temprature", "did you mean 'temperature'"),
     "no number": ({"prompt": "a", "max_tokens": "x"}, 400, "max_tokens", "max_tokens must be a whole number"),
     "no tokens": ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1"),

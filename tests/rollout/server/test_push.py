@@ -230,6 +230,12 @@ def test_a_push_that_does_not_fit_is_refused_before_it_begins(
     assert torch.equal(rollouts.model.get_parameter(NORM), OTHER.get_parameter(NORM))
 
 
+def test_a_push_of_no_tensors_by_name_is_refused(served: tuple[RolloutServer, str]) -> None:
+    said = {"weights": "a" * 16 + ".7", "pusher": "p", "tensors": [NORM]}
+    with pytest.raises(RolloutError, match=r"tensors must be names with a dtype and a shape each, got \['"):
+        Server(served[1], KEY).call(PUSH, to_json(said))
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_decoded_with(
     served: tuple[RolloutServer, str], number: float, monkeypatch: pytest.MonkeyPatch
