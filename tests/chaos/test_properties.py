@@ -63,7 +63,7 @@ JSON = st.recursive(
 
 
 def for_each(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], times: int) -> None:
-    """The same examples in every run."""
+    """Nearly the same examples in every run: constants of the modules that are loaded are among them."""
     how = settings(
         derandomize=True, database=None, deadline=None, max_examples=times, suppress_health_check=list(HealthCheck)
     )
