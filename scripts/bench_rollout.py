@@ -8,7 +8,8 @@ per denoising step and one more to commit a finished block. Both draw from the s
 agree. Two tokens a step by default, about what a trained model reveals (random weights are never confident; with
 --unmasking-strategy low_confidence_dynamic they reveal one). All completions have the same length, as in benchmarks of
 serving engines: ends of sequence are ignored unless --stop is given. One JSON line a batch size; `speedup` is the ratio
-of tokens per second in this run, in which the two took turns, each at its fastest repeat.
+of tokens per second in this run, in which the two took turns, each at its fastest repeat; `speedup_median` is the median
+of the turns.
 
 With --approximate-caches attention is full, and rollout.approximate_cache=none, prefix and dual take turns instead; one
 line for each. `logp_difference` compares what an engine recorded with the exact replay of the same completions, in nats
@@ -18,6 +19,7 @@ a token; `greedy_equal` is the share of places where greedy decoding gives the t
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -144,17 +146,18 @@ def model_and_tokenizer(name: str) -> tuple[BlockDiffusionModel, PreTrainedToken
     return load(name)
 
 
-def fastest(works: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, Any]]:
-    """Seconds and result of the fastest of several runs of each; they take turns, so that noise meets all alike."""
-    best: list[tuple[float, Any]] = [(float("inf"), None)] * len(works)
+def in_turn(works: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[list[float], Any]]:
+    """Seconds of several runs of each, and what the last one gave; they take turns, so that noise meets all alike."""
+    seconds: list[list[float]] = [[] for _ in works]
+    results: list[Any] = [None] * len(works)
     for _ in range(repeats):
         for index, work in enumerate(works):
             synchronize()
             start = time.perf_counter()
-            result = work()
+            results[index] = work()
             synchronize()
-            best[index] = min(best[index], (time.perf_counter() - start, result), key=lambda run: run[0])
-    return best
+            seconds[index].append(time.perf_counter() - start)
+    return list(zip(seconds, results, strict=True))
 
 
 def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
@@ -219,7 +222,7 @@ def measure_caches(arguments: argparse.Namespace) -> None:
     for batch_size in arguments.batch_sizes:
         batch, seeds = prompts[:batch_size], list(range(batch_size))
         reset_peak_memory()
-        runs = fastest([partial(engine.generate, batch, sampling, seeds) for engine in engines], arguments.repeats)
+        runs = in_turn([partial(engine.generate, batch, sampling, seeds) for engine in engines], arguments.repeats)
         greedy = [engine.generate(batch, replace(sampling, temperature=0.0), seeds) for engine in engines]
         for kind, (seconds, completions), answers in zip(kinds, runs, greedy, strict=True):
             with torch.no_grad():
@@ -238,8 +241,8 @@ def measure_caches(arguments: argparse.Namespace) -> None:
                 task=arguments.task,
                 generation_window=arguments.generation_window,
                 approximate_cache=kind,
-                seconds_min=round(seconds, 4),
-                speedup=round(runs[0][0] / seconds, 2),
+                seconds_min=round(min(seconds), 4),
+                speedup=round(min(runs[0][0]) / min(seconds), 2),
                 logp_difference_mean=round(float(difference_T.mean()), 6),
                 logp_difference_max=round(float(difference_T.max()), 6),
                 greedy_equal=round(sum(one == other for one, other in pairs) / len(pairs), 4),
@@ -257,16 +260,17 @@ def measure(arguments: argparse.Namespace) -> None:
         batch, seeds = prompts[:batch_size], list(range(batch_size))
         engine.generate(batch[:1], sampling, seeds[:1])
         reset_peak_memory()  # the peak is the engine's: the plain decoder keeps one sequence
-        (plain_seconds, expected), (seconds, completions) = fastest(
+        (plain_seconds, expected), (seconds, completions) = in_turn(
             [
                 lambda: [plain.generate(p, i) for i, p in enumerate(few)],
                 lambda b=batch, s=seeds: engine.generate(b, sampling, s),
             ],
             arguments.repeats,
         )
-        plain_rate = sum(map(len, expected)) / plain_seconds
         pairs = list(zip(expected, completions, strict=False))
-        rate = sum(len(completion.token_ids) for completion in completions) / seconds
+        num_plain, num_tokens = sum(map(len, expected)), sum(len(c.token_ids) for c in completions)
+        plain_rate, rate = num_plain / min(plain_seconds), num_tokens / min(seconds)
+        in_each_turn = [num_tokens / ours / (num_plain / s) for s, ours in zip(plain_seconds, seconds, strict=True)]
         print_line(
             "rollout",
             **model_fields(arguments.model, model),
@@ -274,6 +278,8 @@ def measure(arguments: argparse.Namespace) -> None:
             engine_tokens_per_s=round(rate, 1),
             plain_tokens_per_s=round(plain_rate, 1),
             speedup=round(rate / plain_rate, 2),
+            speedup_median=round(statistics.median(in_each_turn), 2),  # of the turns
+            repeats=arguments.repeats,
             peak_memory_gb=round(peak_memory_gb(), 3),
             compared=len(pairs),
             equal=sum(plain_ids == completion.token_ids for plain_ids, completion in pairs),

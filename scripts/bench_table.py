@@ -45,7 +45,15 @@ COLUMNS: dict[str, tuple[list[str], list[str]]] = {
             "unmasking_strategy",
             "tokens_per_step",
         ],
-        ["engine_tokens_per_s", "plain_tokens_per_s", "speedup", "peak_memory_gb", "compared", "equal"],
+        [
+            "engine_tokens_per_s",
+            "plain_tokens_per_s",
+            "speedup",
+            "speedup_median",
+            "peak_memory_gb",
+            "compared",
+            "equal",
+        ],
     ),
     "approximate_cache": (
         [
