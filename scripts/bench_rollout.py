@@ -8,8 +8,8 @@ per denoising step and one more to commit a finished block. Both draw from the s
 agree. Two tokens a step by default, about what a trained model reveals (random weights are never confident; with
 --unmasking-strategy low_confidence_dynamic they reveal one). All completions have the same length, as in benchmarks of
 serving engines: ends of sequence are ignored unless --stop is given. One JSON line a batch size; `speedup` is the ratio
-of tokens per second in this run, in which the two took turns, each at its fastest repeat; `speedup_median` is the median
-of the turns.
+of tokens per second in this run, in which the two took turns, each at its fastest repeat; `speedup_median` is the
+median of the turns.
 
 With --approximate-caches attention is full, and rollout.approximate_cache=none, prefix and dual take turns instead; one
 line for each. `logp_difference` compares what an engine recorded with the exact replay of the same completions, in nats

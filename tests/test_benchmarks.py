@@ -93,14 +93,24 @@ def test_approximate_caches_are_measured_against_none() -> None:
     assert all(line["logp_difference_mean"] > 1e-4 for line in approximate)
 
 
-def test_the_tables_are_those_of_the_lines() -> None:
+@pytest.mark.parametrize(("lines", "page"), [("cpu.jsonl", "README.md"), ("gpu.jsonl", "gpu.md")])
+def test_the_tables_are_those_of_the_lines(lines: str, page: str) -> None:
     run = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/bench_table.py"), str(ROOT / "docs/benchmarks/cpu.jsonl")],
+        [sys.executable, str(ROOT / "scripts/bench_table.py"), str(ROOT / "docs/benchmarks" / lines)],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "train_step" in run.stdout and run.stdout.strip() in (ROOT / "docs/benchmarks/README.md").read_text()
+    assert "train_step" in run.stdout and run.stdout.strip() in (ROOT / "docs/benchmarks" / page).read_text()
+
+
+def test_the_ratios_of_the_readme_are_those_of_lines() -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| layout |") :].partition("\n\n")[0]
+    shown = {float(cell) for cell in re.findall(r"\| \**([0-9.]+)\**(?= \|)", table)}
+    lines = [json.loads(line) for line in (ROOT / "docs/benchmarks/cpu.jsonl").read_text().splitlines()]
+    measured = {round(line["ratio"], 1) for line in lines if line["benchmark"] in ("train_step", "sft_step")}
+    assert len(shown) > 10 and shown <= measured
 
 
 def run_without_extras(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

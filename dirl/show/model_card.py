@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dirl.errors import one_line
+from dirl.errors import one_line, visible
 from dirl.files import is_hub_id, write_whole
 from dirl.show.metric import MetricTable
 from dirl.show.metric_table import TABLE, read_metrics
@@ -155,5 +155,5 @@ def _table(title: str, rows: Iterator[tuple[str, object]]) -> str:
 
 
 def _inline(value: object) -> str:
-    """Text that cannot leave its cell."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+    """Text that cannot leave its cell, nor command a terminal."""
+    return visible(" ".join(str(value).split())).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -292,6 +294,22 @@ def test_the_token_that_fills_rows_up_is_trained(tmp_path: Path) -> None:
     assert fill == model.config.eos_token_id
     model(torch.tensor([[1, fill, 2]])).logits.sum().backward()
     assert float(model.model.embed_tokens.weight.grad[fill].abs().max()) > 0
+
+
+@pytest.mark.parametrize("name", ["sdar", "dream", "llada"])
+def test_code_beside_the_weights_never_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask on the terminal, and run it for a `y`; of Dream the tokenizer is code too."""
+    checkpoint, ran = PUBLISHED[name](), tmp_path / "ran"
+    directory = written(checkpoint, tmp_path / "model")
+    named = json.dumps([checkpoint.config.get("auto_map"), checkpoint.tokenizer.get("auto_map")])
+    files = set(re.findall(r"\b(\w+)\.[A-Z]\w+", named))
+    assert len(files) == (3 if name == "dream" else 2)
+    for file in files:
+        Path(directory, f"{file}.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    load(directory)
+    assert not ran.exists()
 
 
 def test_stop_tokens_are_those_of_the_vocabulary(tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ def test_the_torch_engine_is_compiled_on_cuda(machine: pytest.MonkeyPatch, compi
     assert built == [compiled, compile == "always"]
 
 
+@pytest.mark.parametrize(("bf16", "autocast"), [(True, torch.bfloat16), (False, None)])
+def test_it_decodes_in_the_precision_that_the_trainer_scores_in(bf16: bool, autocast: torch.dtype | None) -> None:
+    engine = build_engine(*sharp_tiny_model(), EngineConfig(engine="torch"), bf16=bf16)
+    assert isinstance(engine, TorchEngine) and engine.autocast == autocast
+
+
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_an_approximate_cache_is_said_at_the_start_or_refused(
     mode: Literal["colocate", "server"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def test_a_card_says_what_it_was_trained_on_and_how_it_did(run: Path) -> None:
     assert "| `objective.likelihood` | trajectory |" in body and "| `rollout.num_generations` | 8 |" in body
     assert "- data: `data/problems.jsonl`" in body and "- rewards: `accuracy speed`" in body
     assert "- commit: `abc with changes`" in body
+
+
+def test_a_setting_commands_no_terminal_that_shows_the_card(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record["config"] |= {"data": {"path": "clear\x1b[2J\x9b1m"}, "run_name": "title\x9d0;mine\x07"}
+    (run / "run.json").write_text(json.dumps(record))
+    path = write_model_card(run / "final", run, "rl", TAGS)
+    assert path is not None
+    text = path.read_text()
+    assert not [char for char in text if unicodedata.category(char) == "Cc" and char != "\n"]
+    assert "clear\u241b[2J" in text
 
 
 def test_a_card_names_every_source(run: Path) -> None:

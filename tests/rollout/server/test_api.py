@@ -223,6 +223,9 @@ def test_a_body_is_bounded_before_it_is_read(url: str, monkeypatch: pytest.Monke
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
     with raw(url, f"{head}Content-Length: {10**12}\r\n\r\n") as connection:  # nothing of it is sent
         assert b" 413 " in connection.recv(1000)
+    for length in ("much", "-5"):
+        with raw(url, f"{head}Content-Length: {length}\r\n\r\n") as connection:
+            assert b" 400 " in connection.recv(1000)
     with raw(url, f"{head}Transfer-Encoding: chunked\r\n\r\n") as connection:  # it does not say how much
         connection.sendall(b"%x\r\n%s\r\n" % (2000, b"a" * 2000))
         assert b" 413 " in connection.recv(1000)
