@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,25 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         if isinstance(error, UserError) or not is_of_disk:
             raise
         raise UserError(f"{path} cannot be written: {one_line(error, 200)}; {remedy}") from error
+
+
+@contextmanager
+def whole_folder(target: Path, remedy: str) -> Iterator[Path]:
+    """A folder to write into, which takes the target's place once all of it is there: complete or absent.
+
+    Raises:
+        UserError: as `writing`.
+    """
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(target, remedy):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    finally:  # gone once it has its name; after a failure, give a full disk its space back
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def force_to_disk(path: Path) -> None:

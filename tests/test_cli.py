@@ -213,6 +213,17 @@ def test_a_model_that_is_there_is_not_overwritten(
     assert (tmp_path / "trained/model.safetensors").read_text() == "weeks of work"
 
 
+def test_a_file_size_limit_is_one_line_and_leaves_nothing_half(tmp_path: Path) -> None:
+    """As a full disk: safetensors has a class of its own for it."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    call = f"from dirl.cli import main; raise SystemExit(main(['tiny-model', {str(tmp_path / 'out')!r}]))"
+    done = subprocess.run([sys.executable, "-c", f"{limit}\n{call}"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dirl: error: ")]
+    assert "out cannot be written: " in line and "File too large" in line and line.endswith("; make room")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.touch()

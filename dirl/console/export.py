@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from dirl.errors import UserError
-from dirl.files import force_to_disk, write_json
+from dirl.files import force_to_disk, write_json, writing
 from dirl.model.checkpoint import ModelConfig, load_model, save_model
 from dirl.model.lora import LoraConfig, save_adapters
 from dirl.model.model_path import ModelFiles, find_model, tokenizer_of
@@ -34,11 +34,12 @@ def export(path: str, output: str | Path, *, adapter: bool = False) -> str:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (_write_adapter if adapter else _write_model)(files, path, temporary)
-        write_json(temporary / _RECORD, {"model": path, "of": of_what})
-        for written in temporary.rglob("*"):
-            force_to_disk(written)
-        publish(temporary, target)
+        with writing(target, "make room"):
+            (_write_adapter if adapter else _write_model)(files, path, temporary)
+            write_json(temporary / _RECORD, {"model": path, "of": of_what})
+            for written in temporary.rglob("*"):
+                force_to_disk(written)
+            publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return of_what

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from dirl.config import PATH, Config, bounded
 from dirl.data.chat import find_mask_token_id, mask_token_id, save_tokenizer
 from dirl.diffusion.packing import BlockOrigin
 from dirl.errors import MissingFileError, UserError, one_line
-from dirl.files import is_hub_id, write_json, writing
+from dirl.files import is_hub_id, whole_folder, write_json
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.family import Family
 from dirl.model.families.registry import family_of, family_with_config, read_published
@@ -226,10 +225,8 @@ def write_snapshot(
     """A directory, complete or absent, of a model that is whole, sharded or adapted (then merged); collective."""
     weights = full_state_dict(model, keep=is_main)
     if is_main:
-        temporary = directory.with_name(directory.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_model(model, tokenizer, temporary, weights)
-        temporary.rename(directory)
+        with whole_folder(directory, "make room") as temporary:
+            save_model(model, tokenizer, temporary, weights)
 
 
 def write_final(
@@ -245,18 +242,13 @@ def write_final(
 
     LoRA adapters are merged, and stand beside in final/adapter in peft's form.
     """
-    final, temporary = output_dir / "final", output_dir / "final.tmp"
+    final = output_dir / "final"
     weights = full_state_dict(model, keep=is_main)
     adapters = named_adapter_parameters(model, keep=is_main)
     if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with writing(final, "make room, and the same command continues from the newest checkpoint"):
-                save_model(model, tokenizer, temporary, weights)
-                if adapters:
-                    save_adapters(adapters, lora, base, temporary / "adapter")
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
-        finally:  # gone once it has its name; after a failure, give a full disk its space back
-            shutil.rmtree(temporary, ignore_errors=True)
+        remedy = "make room, and the same command continues from the newest checkpoint"
+        with whole_folder(final, remedy) as temporary:
+            save_model(model, tokenizer, temporary, weights)
+            if adapters:
+                save_adapters(adapters, lora, base, temporary / "adapter")
     return final

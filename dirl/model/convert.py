@@ -9,7 +9,6 @@ Source: dllm's a2d (github.com/ZHZisZZ/dllm); the shift keeps what the source's 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerBa
 from dirl.config import Config, bounded
 from dirl.data.chat import add_mask_token, load_tokenizer
 from dirl.errors import MissingFileError, UserError
-from dirl.files import is_hub_id
+from dirl.files import is_hub_id, whole_folder
 from dirl.model.checkpoint import damage_named, model_with, save_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.family import Family
@@ -66,11 +65,8 @@ def convert(source: str, output: str | Path, config: ConvertConfig) -> BlockDiff
             "tokenizer_length": len(tokenizer),
         },
     )
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, tokenizer, temporary)
-    temporary.rename(path)
+    with whole_folder(path, "make room") as temporary:
+        save_model(model, tokenizer, temporary)
     return model
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dirl.data.tasks import tiny_tokenizer
 from dirl.errors import UserError
+from dirl.files import whole_folder
 from dirl.model.checkpoint import save_model
 from dirl.model.families.block_diffusion import BlockDiffusionModel
 from dirl.model.families.sdar import SDARConfig, SDARForCausalLM
@@ -42,8 +43,13 @@ def tiny(seed: int = 0) -> tuple[BlockDiffusionModel, PreTrainedTokenizerBase]:
 
 
 def save_tiny_model(path: str | Path, seed: int = 0) -> None:
-    """Write the tiny model as a Hugging Face directory."""
-    if Path(path).is_file():
+    """Write the tiny model as a Hugging Face directory, complete or absent; or beside what stands there."""
+    target = Path(path)
+    if target.is_file():
         raise UserError(f"{path} is a file; name a directory for the model")
     model, tokenizer = tiny(seed)
-    save_model(model, tokenizer, path)
+    if target.is_dir() and any(target.iterdir()):
+        save_model(model, tokenizer, target)
+        return
+    with whole_folder(target, "make room") as folder:
+        save_model(model, tokenizer, folder)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +136,17 @@ def test_bad_rows_are_named_or_counted(row: str, words: str, tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         assert load_problems(str(file), skip_bad_rows=True) == [Problem("q", "1", {})]
     assert "skipped 1 bad rows, kept 1" in caplog.text
+
+
+def test_files_are_utf8_whatever_the_locale_is(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"question": "Wie gro\u00df ist \u03c0?", "answer": "3"}, ensure_ascii=False), "utf-8")
+    read = (
+        f"from dirl.data.problem_sources import load_problems; print(ascii(load_problems({str(file)!r})[0].question))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", read], env={**os.environ, **plain}, capture_output=True, text=True)
+    assert done.stdout.strip() == r"'Wie gro\xdf ist \u03c0?'", done.stderr
 
 
 def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:

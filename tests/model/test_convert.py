@@ -95,6 +95,17 @@ def test_it_decodes_as_its_source_does(tmp_path: Path) -> None:
         ids.append(token)
 
 
+def test_a_full_disk_is_a_line_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # what tokenizers raises
+
+    source("Qwen2, rows to spare", tmp_path / "source")
+    monkeypatch.setattr("dirl.model.checkpoint.save_tokenizer", full)
+    with pytest.raises(UserError, match=r"out cannot be written: .*No space left.*; make room"):
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), ConvertConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("block_length", [4, 0])
 def test_it_learns_and_is_exported(block_length: int, tmp_path: Path) -> None:
     source("Qwen3, tied", tmp_path / "source", "<|im_start|>")
