@@ -125,11 +125,10 @@ def _prompt(row: Mapping[str, object], key: str) -> str | list[Message]:
 
 def _text_keys(row: Mapping[str, object]) -> tuple[str, ...]:
     """The columns of a row that is no conversation; the last one is learned."""
-    known = {key for key, value in row.items() if value is not None}  # a null hides no column beside it
-    key = next((key for key in COMPLETION_KEYS if key in known), None)
-    if "prompt" in known and key is not None:
+    key = next((key for key in COMPLETION_KEYS if row.get(key) is not None), None)  # a null hides no column beside it
+    if key is not None and row.get("prompt") is not None:
         return ("prompt", key)
-    if "text" in known:
+    if row.get("text") is not None:
         return ("text",)
     raise UserError(
         f"has the columns {column_names(row)}; expected messages, or prompt and completion, "

@@ -63,7 +63,8 @@ class EvaluationQuestions:
     def __init__(self, questions: Iterable[str]) -> None:
         self._questions = list(dict.fromkeys(questions))
         self._asked_by: dict[tuple[str, ...], int] = {}  # words in a row -> number of the first question with them
-        counts = Counter(part for text in self._questions for part in set(_in_rows(_words(text), TEMPLATE_WORDS)))
+        words_of = [_words(_plain(text)) for text in self._questions]
+        counts = Counter(part for words in words_of for part in set(_in_rows(words, TEMPLATE_WORDS)))
         most = max(TEMPLATE_LEAST, TEMPLATE_SHARE * len(self._questions))
         template = {part for part, count in counts.items() if count > most}
         for number, question in enumerate(self._questions):
@@ -104,7 +105,8 @@ class Overlaps:
 
 def _told(text: str) -> Iterable[tuple[str, ...]]:
     """A text as a whole, punctuation too (9+7 is not 9-7), and every 13 words in a row."""
-    return itertools.chain([("".join(_plain(text).split()),)], _in_rows(_words(text), NUM_WORDS))
+    plain = _plain(text)
+    return itertools.chain([("".join(plain.split()),)], _in_rows(_words(plain), NUM_WORDS))
 
 
 def _in_rows(words: Sequence[str], count: int) -> Iterable[tuple[str, ...]]:
@@ -112,8 +114,7 @@ def _in_rows(words: Sequence[str], count: int) -> Iterable[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(count)), strict=False)
 
 
-def _words(text: str) -> list[str]:
-    plain = _plain(text)
+def _words(plain: str) -> list[str]:
     return plain.translate(_GAPS).split() if plain.isascii() else _WORD.findall(plain)  # the former in half the time
 
 
