@@ -275,8 +275,12 @@ def test_what_rl_is_may_not_change(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"step_000001 was written with {re.escape(key)}=.*, this run has"):
             rl_trainer(tmp_path, **change).train()
     more = rl_trainer(tmp_path, max_steps=2, rollout=replace(rollout, num_generations=2))  # a choice of the way there
+    said: list[str] = []
+    more.terminal.say = said.append  # type: ignore[method-assign]
     more.train()
     assert more.steps_done == 2
+    (told,) = [line for line in said if line.startswith("other settings than before step 1: ")]
+    assert "rollout.num_generations 4 -> 2" in told
 
 
 def test_another_number_of_processes_or_backend() -> None:

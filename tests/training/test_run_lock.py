@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +60,20 @@ def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
         check_free(tmp_path / "file/run", Distributed(), foreign=[])
     with pytest.raises(UserError, match=words), hold(tmp_path / "file/run", Distributed()):
         pass
+
+
+def test_a_disk_that_is_read_only_is_named_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root, whom no permission stops: the system says it where the directory is made or its lock is opened."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    words = r"output_dir=.*run cannot be written \(Read-only file system\); name another directory"
+    for method in ("mkdir", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, refused)
+            with pytest.raises(UserError, match=words), hold(tmp_path / "run", Distributed()):
+                pass
 
 
 def test_training_and_evaluation_do_not_write_into_each_other(tmp_path: Path) -> None:
