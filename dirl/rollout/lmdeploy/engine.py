@@ -54,7 +54,7 @@ class LMDeployEngine:
         *,
         max_batch_size: int = 256,
         cache_max_entry_count: float = 0.5,
-        sleep_level: SleepLevel = 2,
+        sleep_level: SleepLevel = 1,
         **engine_options: Any,  # further fields of PytorchEngineConfig
     ) -> None:
         check_version(lmdeploy.__version__)
