@@ -71,15 +71,9 @@ class EvaluationQuestions:
             for words in _told(question):
                 if template.isdisjoint(_in_rows(words, TEMPLATE_WORDS)):
                     self._asked_by.setdefault(words, number)
-        self._pairs = {pair for words in self._asked_by for pair in itertools.pairwise(words)}
 
     def find(self, path: str, row: int, question: str) -> Overlap | None:
         """What this question of a row shares with them; None: nothing."""
-        plain = _plain(question)
-        row_words, step = _words(plain), NUM_WORDS - 1
-        pairs = zip(row_words[::step], row_words[1::step], strict=False)  # one of them is in any 13 words
-        if self._pairs.isdisjoint(pairs) and ("".join(plain.split()),) not in self._asked_by:
-            return None
         if self._asked_by.keys().isdisjoint(_told(question)):  # in C: few rows share anything
             return None
         words = next(words for words in _told(question) if words in self._asked_by)
