@@ -68,10 +68,22 @@ def whole_folder(target: Path, remedy: str) -> Iterator[Path]:
         with writing(target, remedy):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            for written in temporary.rglob("*"):
+                force_to_disk(written)
+            publish(temporary, target)
     finally:  # gone once it has its name; after a failure, give a full disk its space back
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a folder that is all on disk its final name, in place of what stood there."""
+    replaced = final.with_name(final.name + ".old")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    force_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def force_to_disk(path: Path) -> None:

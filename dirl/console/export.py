@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from dirl.errors import UserError
-from dirl.files import force_to_disk, write_json, writing
+from dirl.files import whole_folder, write_json
 from dirl.model.checkpoint import ModelConfig, load_model, save_model
 from dirl.model.lora import LoraConfig, save_adapters
 from dirl.model.model_path import ModelFiles, find_model, tokenizer_of
-from dirl.training.run_state import checkpoint_step, publish
+from dirl.training.run_state import checkpoint_step
 
 _RECORD = "export.json"  # by which a directory is known as an export
 
@@ -30,38 +32,29 @@ def export(path: str, output: str | Path, *, adapter: bool = False) -> str:
     if target.exists() and not (target / _RECORD).is_file():
         raise UserError(f"{output} is there and is no export; name a new directory")
     of_what = f"step {checkpoint_step(files.checkpoint)}" if files.checkpoint else "final"
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with writing(target, "make room"):
-            (_write_adapter if adapter else _write_model)(files, path, temporary)
-            write_json(temporary / _RECORD, {"model": path, "of": of_what})
-            for written in temporary.rglob("*"):
-                force_to_disk(written)
-            publish(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write = (_adapters if adapter else _model)(files, path)
+    with whole_folder(target, "make room") as temporary:
+        write(temporary)
+        write_json(temporary / _RECORD, {"model": path, "of": of_what})
     return of_what
 
 
-def _write_model(files: ModelFiles, path: str, directory: Path) -> None:
-    """In the precision of training, as the run itself writes `final/`."""
+def _model(files: ModelFiles, path: str) -> Callable[[Path], object]:
+    """What writes it, in the precision of training, as the run itself writes `final/`."""
     if files.checkpoint is None:
-        shutil.copytree(files.directory, directory)
-        return
+        return partial(shutil.copytree, files.directory)
     tokenizer = tokenizer_of(path)
-    dtype = files.settings["model"]["dtype"]
-    save_model(load_model(ModelConfig(path=path, dtype=dtype), tokenizer), tokenizer, directory)
+    model = load_model(ModelConfig(path=path, dtype=files.settings["model"]["dtype"]), tokenizer)
+    return partial(save_model, model, tokenizer)
 
 
-def _write_adapter(files: ModelFiles, path: str, directory: Path) -> None:
+def _adapters(files: ModelFiles, path: str) -> Callable[[Path], object]:
+    """What writes them."""
     kept = Path(files.directory, "adapter")
     if files.checkpoint is None and kept.is_dir():
-        shutil.copytree(kept, directory)
-        return
+        return partial(shutil.copytree, kept)
     state = files.read_state() if files.checkpoint else {}
     adapters = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     if not adapters:
         raise UserError(f"{path} was trained without LoRA and has no adapters; export it without --adapter")
-    save_adapters(adapters, LoraConfig(**files.settings["lora"]), files.directory, directory)
+    return partial(save_adapters, adapters, LoraConfig(**files.settings["lora"]), files.directory)

@@ -22,6 +22,7 @@ from pathlib import Path
 from dirl.files import write_whole
 
 NUM_WORDS = 13
+PART_WORDS = 7  # 13 words in a row, wherever they begin, hold 7 that begin at a multiple of 7
 TEMPLATE_WORDS = 5
 TEMPLATE_SHARE, TEMPLATE_LEAST = 0.1, 2  # of the evaluation questions: in more than both, words are a template
 FILE = "contaminated_rows.jsonl"
@@ -71,13 +72,19 @@ class EvaluationQuestions:
             for words in _told(question):
                 if template.isdisjoint(_in_rows(words, TEMPLATE_WORDS)):
                     self._asked_by.setdefault(words, number)
+        self._parts = {part for words in self._asked_by for part in _in_rows(words, PART_WORDS)}
 
     def find(self, path: str, row: int, question: str) -> Overlap | None:
         """What this question of a row shares with them; None: nothing."""
-        if self._asked_by.keys().isdisjoint(_told(question)):  # in C: few rows share anything
+        plain = _plain(question)
+        words = _words(plain)
+        parts = zip(*[iter(words)] * PART_WORDS, strict=False)  # those that begin at a multiple of so many words
+        if self._parts.isdisjoint(parts) and _whole(plain) not in self._asked_by:  # in C: few rows share anything
             return None
-        words = next(words for words in _told(question) if words in self._asked_by)
-        return Overlap(path, row, " ".join(words), self._questions[self._asked_by[words]])
+        shared = next((words for words in _told(question) if words in self._asked_by), None)
+        if shared is None:
+            return None
+        return Overlap(path, row, " ".join(shared), self._questions[self._asked_by[shared]])
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,11 @@ class Overlaps:
 def _told(text: str) -> Iterable[tuple[str, ...]]:
     """A text as a whole, punctuation too (9+7 is not 9-7), and every 13 words in a row."""
     plain = _plain(text)
-    return itertools.chain([("".join(plain.split()),)], _in_rows(_words(plain), NUM_WORDS))
+    return itertools.chain([_whole(plain)], _in_rows(_words(plain), NUM_WORDS))
+
+
+def _whole(plain: str) -> tuple[str, ...]:
+    return ("".join(plain.split()),)
 
 
 def _in_rows(words: Sequence[str], count: int) -> Iterable[tuple[str, ...]]:

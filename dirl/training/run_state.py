@@ -29,7 +29,7 @@ import torch
 
 from dirl.config import PATH, Config, bounded
 from dirl.errors import UserError
-from dirl.files import force_to_disk, write_json, write_whole, writing
+from dirl.files import force_to_disk, publish, write_json, write_whole, writing
 from dirl.show.metric_table import TABLE
 from dirl.training.metrics import check_tracker_names
 
@@ -144,17 +144,6 @@ def digests_of(directory: Path, names: Sequence[str]) -> list[tuple[str, str]]:
 
     with ThreadPoolExecutor(max_workers=8) as pool:  # zlib lets go of the interpreter
         return list(zip(names, pool.map(digest, names), strict=True))
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a sealed directory its final name, in place of an earlier one of the same step."""
-    replaced = final.with_name(final.name + ".old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    force_to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def prune(newest: Path, limit: int, kept_steps: Collection[int] = ()) -> None:

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 import dirl
+from dirl import files
 from dirl.cli import main
-from dirl.console import export as export_file
 from dirl.console.export import export
 from dirl.console.list_runs import line_of, list_runs
 from dirl.data.conversations import Document
@@ -204,17 +204,20 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
         assert (out.with_name("out.tmp") / "config.json").is_file()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export_file, "force_to_disk", fail)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(files, "force_to_disk", fail)
+    with pytest.raises(UserError, match=f"{out} cannot be written: OSError: No space left on device; make room"):
         export(f"{run}@2", out)
     assert list(out.parent.iterdir()) == []
     monkeypatch.undo()
     export(f"{run}@2", out)
-    monkeypatch.setattr(export_file, "force_to_disk", fail)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(files, "force_to_disk", fail)
+    with pytest.raises(UserError, match="No space"):
         export(f"{run}@4", out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert torch.equal(logits_of(out), logits_of(f"{run}@2"))
+    monkeypatch.undo()
+    export(f"{run}@4", out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ def test_it_is_the_slow_obvious_way() -> None:
     asked = [" ".join(rng.choices(WORDS, k=rng.randint(13, 60))) for _ in range(8)]
     index, num_found = EvaluationQuestions(asked), 0
     for row in range(400):
-        words = rng.choices(WORDS, k=20)
+        words, before = rng.choices(WORDS, k=20), rng.randrange(20)
         start, length = rng.randrange(40), rng.randint(10, 16)
-        text = " ".join(words[:9] + rng.choice(asked).split()[start : start + length] + words[9:])
+        text = " ".join(words[:before] + rng.choice(asked).split()[start : start + length] + words[before:])
         found = index.find("p", row, text)
         assert (found is not None) == any(shares_13_words(text, question) for question in asked)
         num_found += found is not None
