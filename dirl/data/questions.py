@@ -27,7 +27,7 @@ TEMPLATE_WORDS = 5
 TEMPLATE_SHARE, TEMPLATE_LEAST = 0.1, 2  # of the evaluation questions: in more than both, words are a template
 FILE = "contaminated_rows.jsonl"
 _WORD = re.compile(r"\w+")
-_GAPS = {code: " " for code in range(128) if not _WORD.match(chr(code))}
+_GAPS = bytes(code if _WORD.match(chr(code)) else ord(" ") for code in range(128)).ljust(256)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def _in_rows(words: Sequence[str], count: int) -> Iterable[tuple[str, ...]]:
 
 
 def _words(plain: str) -> list[str]:
-    return plain.translate(_GAPS).split() if plain.isascii() else _WORD.findall(plain)  # the former in half the time
+    if not plain.isascii():
+        return _WORD.findall(plain)
+    return plain.encode().translate(_GAPS).decode().split()  # the same in a quarter of the time
 
 
 def _plain(text: str) -> str:
