@@ -327,7 +327,7 @@ def _run_serve(options: argparse.Namespace) -> None:
 
     named = options.config
     of_run, at, _ = named.rpartition("@")
-    if Path(named).is_dir() or is_hub_id(named) or (at and of_run and Path(of_run).is_dir()):
+    if expand(named).is_dir() or is_hub_id(named) or (at and of_run and expand(of_run).is_dir()):
         config = with_changes(load_config(ServeConfig, None, options.overrides), {"model.path": named}, "command line")
     else:
         config = load_config(ServeConfig, named, options.overrides)

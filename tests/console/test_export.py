@@ -161,6 +161,18 @@ def test_an_export_is_what_the_run_writes_as_final(run: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out/export.json").read_text()) == {"model": str(run), "of": "final"}
 
 
+def test_a_step_of_a_run_is_served(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = pytest.importorskip("dirl.rollout.server.serve", reason="pip install 'dirl[serve]'")
+    configs: list[Any] = []
+    monkeypatch.setattr(serve, "serve", configs.append)
+    assert main(["serve", f"{run}@2", "engine.engine=torch"]) == 0
+    api = serve.load(configs[0])
+    with torch.no_grad():
+        served = api.rollouts.model(IDS).logits
+    api.rollouts.close()
+    assert torch.equal(served, logits_of(run / STEP_2)) and not torch.equal(served, logits_of(run / "final"))
+
+
 def test_the_base_may_be_a_run_or_gone(folder: Path, run: Path) -> None:
     second = trainer_in(folder, "second", model=ModelConfig(path=f"{run}@2"), max_steps=2, learning_rate=0.0)
     second.train()

@@ -233,6 +233,31 @@ def test_other_forms_of_weights_that_are_damaged_are_named(name: str, content: b
     assert_one_line(error, "model.path", str(tmp_path))
 
 
+class Touches:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_weights_are_read_and_code_among_them_never_runs(tmp_path: Path) -> None:
+    directory, touched = tmp_path / "model", tmp_path / "touched"
+    save_tiny_model(directory)
+    config, expected = ModelConfig(path=str(directory)), load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(expected, directory / "pytorch_model.bin")
+    loaded = load_model(config, TOKENIZER).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    torch.save({**expected, "more": Touches(touched)}, directory / "pytorch_model.bin")
+    with pytest.raises(UserError) as error:
+        load_model(config, TOKENIZER)
+    assert_one_line(error, "model.path", str(directory), "Weights only load failed")
+    assert not touched.exists()
+
+
 def test_an_index_names_files_beside_it(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model")
     weights = (tmp_path / "model/model.safetensors").rename(tmp_path / "outside.safetensors")

@@ -17,6 +17,7 @@ from dirl.model.tiny import tiny
 from dirl.sft.train import SFTConfig, SFTDataConfig, SFTTrainer
 from dirl.training.background import BackgroundConfig
 from dirl.training.distributed import Distributed
+from dirl.training.optimizer import TrainingDiverged
 
 CONFIG = SFTConfig(
     output_dir="unused",
@@ -143,6 +144,13 @@ def test_training_lowers_the_heldout_loss_and_writes_the_run(tmp_path: Path) -> 
     assert trained.evaluate()["eval/loss"] < 0.8 * before
     assert (final / "config.json").is_file()
     assert {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_learning_rate_beyond_reason_ends_in_one_line_and_leaves_no_model(tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir=str(tmp_path / "run"), learning_rate=1e20, max_steps=9)
+    with pytest.raises(TrainingDiverged, match="three steps in a row") as error:
+        trainer(config).train()
+    assert "\n" not in str(error.value) and not (tmp_path / "run/final").exists()
 
 
 def test_nothing_left_to_train_on_is_an_error() -> None:
