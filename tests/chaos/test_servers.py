@@ -80,6 +80,7 @@ class Mortal:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         self.url, self._pid = f"http://127.0.0.1:{self._port}", 0
+        self._coming = threading.Timer(0.0, self.start)
         self.start()
 
     def start(self) -> None:
@@ -94,9 +95,14 @@ class Mortal:
 
     def kill_and_start(self, away_seconds: float = 0.0) -> None:
         self.kill()
-        threading.Timer(away_seconds, self.start).start() if away_seconds else self.start()
+        self._coming = threading.Timer(away_seconds, self.start)
+        self._coming.start()
+        if not away_seconds:
+            self._coming.join()
 
     def close(self) -> None:
+        if self._coming.is_alive():  # else it would wait for a keeper that is gone
+            self._coming.join()
         self.kill()
         self._keeper.kill()
         self._keeper.wait()
