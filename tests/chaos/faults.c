@@ -115,7 +115,7 @@ int ftruncate(int file, off_t size) { ACT(int, file, NULL, 1, REAL(ftruncate)(fi
 int ftruncate64(int file, off64_t size) { ACT(int, file, NULL, 1, REAL(ftruncate64)(file, size)) }
 int fsync(int file) {
     if (mode == SLOW && is_inside(file, NULL)) usleep(number * 1000);
-    ACT(int, file, NULL, 0, REAL(fsync)(file))
+    ACT(int, file, NULL, 0, 0) /* whoever is killed has the kernel write on: to wait for the disk would change nothing */
 }
 int rename(const char *from, const char *to) { ACT(int, AT_FDCWD, to, 0, REAL(rename)(from, to)) }
 int renameat(int f, const char *from, int t, const char *to) { ACT(int, t, to, 0, REAL(renameat)(f, from, t, to)) }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from dirl.errors import UserError
 from dirl.model.checkpoint import load
+from dirl.show.pictures import ShownFigure
 from dirl.training.run_state import newest_checkpoint
 from tests.launching import ROOT
 from tests.parity.test_interruption import critic_trainer, numbers, rl_trainer, sft_trainer
@@ -55,10 +58,17 @@ def counted() -> int:
     return int(ctypes.CDLL(None).counted())
 
 
-def fork(act: Callable[[], object], folder: Path | None = None) -> int:
-    """Exit code of a fork that did it (in a folder of its own), -9 if it was killed; REFUSED: it met a full disk."""
+def fork(act: Callable[[], object], folder: Path | None = None, *, seconds: float | None = None) -> int:
+    """Exit code of a fork that did it (in a folder of its own), -9 if it was killed; REFUSED: it met a full disk.
+
+    Args:
+        seconds: after which it is killed.
+    """
     child = os.fork()
     if child:
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)  # it is there until it is waited for
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
     try:
@@ -76,22 +86,43 @@ def fork(act: Callable[[], object], folder: Path | None = None) -> int:
         os._exit(code)
 
 
+def draw_once() -> None:
+    """From now on a picture is drawn once, and written as often as ever by this process and its forks.
+
+    Drawing is most of a tiny run's seconds, and changes no file.
+    """
+    draw, drawn = ShownFigure._repr_png_, {}
+
+    def kept(figure: ShownFigure) -> bytes:
+        title = figure.axes[0].get_title(loc="left")
+        if title not in drawn:
+            drawn[title] = draw(figure)
+        return drawn[title]
+
+    ShownFigure._repr_png_ = kept  # type: ignore[method-assign]
+
+
 def train(kind: str) -> None:
     """Four steps, saved at 2 and 4, in ./run."""
     MAKE[kind](Path("run"), save_steps=2).train()
 
 
+@cache
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a run that nothing happened to, which many are compared with."""
+    return load(str(folder / "final"))[0].state_dict()
+
+
 def difference(folder: Path, whole: Path) -> str:
-    """How a run that came to its end differs from one that nothing happened to; empty: in no bit of what it leaves."""
+    """How a run that came to its end differs from one that nothing happened to; empty: in no bit of it, in no file."""
     if numbers(folder) != numbers(whole):
         return f"{folder}: other lines in metrics.jsonl"
-    ours, theirs = (load(str(path / "final"))[0].state_dict() for path in (folder, whole))
+    ours, theirs = load(str(folder / "final"))[0].state_dict(), final_weights(whole)
     if any(not torch.equal(ours[name], theirs[name]) for name in theirs):
         return f"{folder}: other weights"
+    left, expected = ({str(path.relative_to(run)) for path in run.rglob("*")} for run in (folder, whole))
+    if left != expected:
+        return f"{folder}: other files: {sorted(left ^ expected)}"
     newest = newest_checkpoint(folder)
-    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    expected = sorted(path.name for path in (whole / "checkpoints").iterdir())
-    if newest is None or newest.name != expected[-1] or left != expected:
-        return f"{folder}: checkpoints {left}"
-    litter = [path.name for path in folder.rglob("*.tmp")]
-    return f"{folder}: litter {litter}" if litter else ""
+    is_last = newest is not None and newest.name == max(path.name for path in (whole / "checkpoints").iterdir())
+    return "" if is_last else f"{folder}: {newest} is its newest checkpoint"
