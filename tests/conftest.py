@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 # Before any library reads them: nothing here may reach for a network.
@@ -35,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason is not None and item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Only where pictures are what is tested is each drawn."""
+    if "dirl.show.pictures" not in sys.modules or {"show", "eval"} & {*request.path.parts}:
+        yield
+        return
+    from tests.drawing import draw_once
+
+    end = draw_once()
+    yield
+    end()
 
 
 @pytest.fixture(autouse=True)

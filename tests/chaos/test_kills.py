@@ -24,7 +24,8 @@ import pytest
 from dirl.errors import UserError
 from dirl.training.metrics import Timings
 from tests.chaos.conftest import Tally
-from tests.chaos.under_files import difference, draw_once, fork, train
+from tests.chaos.under_files import difference, fork, train
+from tests.drawing import draw_once
 from tests.launching import ROOT, launch_script
 
 KILL = "DIRL_TEST_KILL"  # rank:number of the phase's beginning or end at which it dies

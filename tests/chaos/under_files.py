@@ -19,7 +19,6 @@ import torch
 
 from dirl.errors import UserError
 from dirl.model.checkpoint import load
-from dirl.show.pictures import ShownFigure
 from dirl.training.run_state import newest_checkpoint
 from tests.launching import ROOT
 from tests.parity.test_interruption import critic_trainer, numbers, rl_trainer, sft_trainer
@@ -84,22 +83,6 @@ def fork(act: Callable[[], object], folder: Path | None = None, *, seconds: floa
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def draw_once() -> None:
-    """From now on a picture is drawn once, and written as often as ever by this process and its forks.
-
-    Drawing is most of a tiny run's seconds, and changes no file.
-    """
-    draw, drawn = ShownFigure._repr_png_, {}
-
-    def kept(figure: ShownFigure) -> bytes:
-        title = figure.axes[0].get_title(loc="left")
-        if title not in drawn:
-            drawn[title] = draw(figure)
-        return drawn[title]
-
-    ShownFigure._repr_png_ = kept  # type: ignore[method-assign]
 
 
 def train(kind: str) -> None:
