@@ -128,7 +128,7 @@ def _read_zero(directory: Path) -> dict[str, Tensor]:
         state = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), "pytorch_model")
     whole = directory / "pytorch_model/mp_rank_00_model_states.pt"
     if whole.is_file():  # ZeRO-1 writes weights that are not trained (beside adapters) here alone
-        module = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
+        module = torch.load(whole, map_location="cpu", mmap=True, weights_only=True)["module"]
         state = {**module, **state}
     return state
 
