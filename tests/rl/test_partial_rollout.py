@@ -192,7 +192,8 @@ def check_part(model: Any, tokenizer: Any, group: RolloutGroup, place: int, vers
     start = completion.sampled_at.index(version)
     count = completion.sampled_at.count(version)
     prompt_ids = group.prompt.token_ids + completion.token_ids[:start]
-    (again,) = TorchEngine(model, tokenizer).generate([prompt_ids], sampling, [stable_seed(group.seed, place)])
+    upto = replace(sampling, max_completion_length=count + model.config.block_size)  # further tokens are others'
+    (again,) = TorchEngine(model, tokenizer).generate([prompt_ids], upto, [stable_seed(group.seed, place)])
     part = slice(start, start + count)
     assert again.token_ids[:count] == completion.token_ids[part]
     assert again.step_map[:count] == completion.step_map[part]
