@@ -221,10 +221,8 @@ class EngineContract:
         prompts = random_prompts([1, 9, 3, 3, 8, 4, 21, 5, 16, 7, 2])
         prompts[3] = prompts[2]
         seeds = list(range(20, 31))
-        expected = [
-            self.make_engine(model, tokenizer).generate([prompt], DYNAMIC, [seed])[0]
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        alone = self.make_engine(model, tokenizer)
+        expected = [alone.generate([prompt], DYNAMIC, [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
         engine = self.make_engine(model, tokenizer, max_batch_size=max_batch_size)
         order = torch.randperm(11).tolist()
         found = engine.generate([prompts[i] for i in order], DYNAMIC, [seeds[i] for i in order])
