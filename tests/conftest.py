@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Only where pictures are what is tested is each drawn."""
-    if "dirl.show.pictures" not in sys.modules or {"show", "eval"} & {*request.path.parts}:
+    if "dirl.training.loop" not in sys.modules or {"show", "eval"} & {*request.path.parts}:
         yield
         return
     from tests.drawing import draw_once

@@ -28,6 +28,7 @@ TEMPLATE_SHARE, TEMPLATE_LEAST = 0.1, 2  # of the evaluation questions: in more 
 FILE = "contaminated_rows.jsonl"
 _WORD = re.compile(r"\w+")
 _GAPS = bytes(code if _WORD.match(chr(code)) else ord(" ") for code in range(128)).ljust(256)
+_SPACES = bytes(code for code in range(128) if chr(code).isspace())
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def _told(text: str) -> Iterable[tuple[str, ...]]:
 
 
 def _whole(plain: str) -> tuple[str, ...]:
-    return ("".join(plain.split()),)
+    if not plain.isascii():
+        return ("".join(plain.split()),)
+    return (plain.encode().translate(None, _SPACES).decode(),)  # the same in a third of the time
 
 
 def _in_rows(words: Sequence[str], count: int) -> Iterable[tuple[str, ...]]:

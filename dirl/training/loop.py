@@ -20,7 +20,6 @@ from dirl.config import bounded, config_to_dict
 from dirl.errors import UserError
 from dirl.files import append_json_lines
 from dirl.show.model_card import Stage, finish_model
-from dirl.show.pictures import plot_run
 from dirl.show.terminal import Terminal
 from dirl.training.background import MAX_WAITING, BackgroundConfig, BackgroundEvaluations
 from dirl.training.distributed import Distributed
@@ -266,6 +265,8 @@ class Trainer(ABC):
         output_dir = Path(self.config.output_dir)
         if self.distributed.is_main:
             finish_model(final, output_dir, self.stage, self.tags, self.config.push_to_hub)
+            from dirl.show.pictures import plot_run  # matplotlib: the first step need not wait for it
+
             plot_run(output_dir)
         self.distributed.barrier()
         return final
