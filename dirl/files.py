@@ -56,9 +56,11 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(target: Path, remedy: str) -> Iterator[Path]:
+def whole_folder(target: Path, remedy: str, *, is_lasting: bool = True) -> Iterator[Path]:
     """A folder to write into, which takes the target's place once all of it is there: complete or absent.
 
+    Args:
+        is_lasting: forced to disk first; False: soon deleted, and nobody waits for the disk.
     Raises:
         UserError: as `writing`.
     """
@@ -68,7 +70,7 @@ def whole_folder(target: Path, remedy: str) -> Iterator[Path]:
         with writing(target, remedy):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            for written in temporary.rglob("*"):
+            for written in temporary.rglob("*") if is_lasting else ():
                 force_to_disk(written)
             publish(temporary, target)
     finally:  # gone once it has its name; after a failure, give a full disk its space back

@@ -38,6 +38,21 @@ def test_a_kill_leaves_what_was_there(moment: str, tmp_path: Path) -> None:
     assert write_whole(path, "new").read_text() == "new"
 
 
+def test_a_folder_lasts_where_it_is_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of it, before it takes the place of what stood there; nobody waits for one that is soon deleted."""
+    target, forced = tmp_path / "out", []
+    monkeypatch.setattr(files, "force_to_disk", lambda path: forced.append((path.name, target.exists())))
+    for is_lasting, expected in ((True, [("a", False), ("b", False), ("inner", False)]), (False, [])):
+        forced.clear()
+        with files.whole_folder(target, "make room", is_lasting=is_lasting) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner/a").touch()
+            (temporary / "b").touch()
+        assert sorted(forced[: len(expected)]) == expected
+        assert {name for name, _ in forced[len(expected) :]} <= {tmp_path.name}
+    assert sorted(path.name for path in target.rglob("*")) == ["a", "b", "inner"]
+
+
 def test_json_that_cannot_be_read_again_is_not_written(tmp_path: Path) -> None:
     path = write_json(tmp_path / "file", {"a": 1})
     for write in (lambda: write_json(path, float("nan")), lambda: append_json_lines(path, [{"a": float("inf")}])):

@@ -225,7 +225,7 @@ def write_snapshot(
     """A directory, complete or absent, of a model that is whole, sharded or adapted (then merged); collective."""
     weights = full_state_dict(model, keep=is_main)
     if is_main:
-        with whole_folder(directory, "make room") as temporary:
+        with whole_folder(directory, "make room", is_lasting=False) as temporary:
             save_model(model, tokenizer, temporary, weights)
 
 

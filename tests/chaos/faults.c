@@ -23,7 +23,6 @@ void arm(const char *path, int how, int at) {
     strncpy(folder, path, sizeof folder - 1);
     mode = how, number = at, count = 0;
 }
-int counted(void) { return count; }
 
 static int is_inside(int at, const char *path) {
     char link[64], real[PATH_MAX];

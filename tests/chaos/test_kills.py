@@ -193,6 +193,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, tally: Tally) -> None:
         said = {number: path.read_text() for number in range(3) if (path := folder / f"said_{number}").exists()}
         wrong = difference(folder / "run", tmp_path / "whole_sft/run")
         is_well = all("is another run's" in words and codes[number] for number, words in said.items()) and 0 in codes
+        is_well &= all(code in (0, -signal.SIGKILL) or number in said for number, code in enumerate(codes))
         tally.count(not wrong and is_well, wrong or (codes, said))
 
 

@@ -52,11 +52,6 @@ def arm(folder: Path, how: int, number: int = 0) -> None:
     ctypes.CDLL(None).arm(os.fsencode(folder.resolve()), how, number)
 
 
-def counted() -> int:
-    """Changes since `arm`."""
-    return int(ctypes.CDLL(None).counted())
-
-
 def fork(act: Callable[[], object], folder: Path | None = None, *, seconds: float | None = None) -> int:
     """Exit code of a fork that did it (in a folder of its own), -9 if it was killed; REFUSED: it met a full disk.
 
